@@ -1,0 +1,18 @@
+"""hf_uib: fine-tuned Transformers models unlearn, under the Unlearning Information Bottleneck."""
+
+__version__ = "0.1.0"
+__all__ = ["UIBConfig", "UIBTrainer"]
+
+_HOME = {"UIBConfig": ".config", "UIBTrainer": ".trainer"}
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,199 @@
+"""Which layers are adapted, with what, and the noise channel along the subspace."""
+
+import inspect
+import json
+import os
+
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+
+def load_classifier(name_or_path: str, **kwargs) -> nn.Module:
+    """Load a checkpoint with the Auto class that its config asks for.
+
+    Args:
+        name_or_path: Hub id or folder, of a full checkpoint or of a PEFT adapter (then loaded as trainable).
+        kwargs: passed to ``from_pretrained``.
+
+    Raises:
+        ValueError: the checkpoint is no image or sequence classifier.
+    """
+    if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
+        base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
+        return PeftModel.from_pretrained(load_classifier(base, **kwargs), name_or_path, is_trainable=True)
+    config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k == "revision"})
+    architecture = (config.architectures or [""])[0]
+    if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+        return AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs)
+    if architecture in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return AutoModelForSequenceClassification.from_pretrained(name_or_path, **kwargs)
+    if architecture.endswith("Classification") and hasattr(transformers, architecture):
+        return getattr(transformers, architecture).from_pretrained(name_or_path, **kwargs)
+    raise ValueError(
+        f"{name_or_path} holds {architecture or 'no named architecture'}, which is no image or sequence classifier; "
+        "give a fine-tuned classification checkpoint."
+    )
+
+
+def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
+    """LoRA on every linear layer, the head included, so that the head can unlearn and detaching stays exact.
+
+    The names are read off the model (architectures name their layers differently, and rename them between versions) and
+    shortened to their last parts where those name linear layers only.
+
+    Raises:
+        ValueError: the model has no linear layer.
+    """
+    linear, other = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linear.setdefault(name.rpartition(".")[2], []).append(name)
+        else:
+            other.add(name.rpartition(".")[2])
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has no linear layer to adapt; UIB needs a model with nn.Linear layers.")
+    targets = sorted(t for last, names in linear.items() for t in ([last] if last not in other else names))
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none")
+
+
+def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) -> tuple[PeftModel, bool]:
+    """Give the model the adapter that will be trained.
+
+    Three cases: a plain model gets a new adapter; a PeftModel with a fresh adapter (B = 0) is taken as it is, and so is one
+    with a trained adapter, whose weights are then the prior's first mean.
+
+    Returns:
+        The PeftModel and whether its adapter is fresh (its A may be set to the subspace).
+    """
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("model is a PeftModel already; leave peft_config out, or give the model without its adapter.")
+        layers = lora_layers(model)
+        if not layers:
+            raise ValueError("The PeftModel's active adapter is not LoRA; merge it (merge_and_unload) and pass the result.")
+        name = adapter_name(model)
+        if not any(p.requires_grad for layer in layers.values() for p in layer.lora_B[name].parameters()):
+            raise ValueError(
+                f"Adapter '{name}' was loaded as not trainable; load it with PeftModel.from_pretrained(..., "
+                "is_trainable=True), or merge it into the model (merge_and_unload) and pass the result."
+            )
+        fresh = all(not layer.lora_B[name].weight.any() for layer in layers.values())
+        return model, fresh
+    return get_peft_model(model, peft_config or default_peft_config(model, rank)), True
+
+
+def forward_columns(model: nn.Module) -> set[str]:
+    """The columns that the model's forward takes, and the label names."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return set(inspect.signature(base.forward).parameters) | {"labels", "label"}
+
+
+def adapter_name(model: PeftModel) -> str:
+    """The adapter being trained."""
+    active = model.active_adapter
+    return active if isinstance(active, str) else active[0]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted linear layers by name, without PEFT's prefix, in the model's order."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
+    }
+
+
+def freeze_factors(model: PeftModel, trainable_factors: str) -> None:
+    """Train B alone, or A and B. Loading an adapter as trainable sets both free, so this is called after every load."""
+    name = adapter_name(model)
+    for layer in lora_layers(model).values():
+        layer.lora_A[name].weight.requires_grad_(trainable_factors == "both")
+        layer.lora_B[name].weight.requires_grad_(True)
+
+
+def freeze_running_statistics(model: nn.Module) -> None:
+    """Keep batch-norm layers of the base model in eval mode, so that training leaves their buffers alone."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(lambda layer, _: layer.eval())
+
+
+class NoiseChannel:
+    """One draw per step of ``s_l E_l V_l`` for every adapted layer, added to its output as ``s_l E_l (V_l x)``.
+
+    The draw is a function of (seed, step, layer) alone, the same on every process. Only training forwards are disturbed:
+    in eval mode, when saving and when merging, the mean is used. Where A is frozen to V_l, V_l x is LoRA's own A x and
+    nothing else is computed; otherwise it costs one thin product per layer.
+
+    Args:
+        layers: adapted layers, by name.
+        subspaces: V_l ``[k, d_in]``, by name.
+        adapter: the adapter's name.
+        shared: whether ``lora_A`` is V_l.
+    """
+
+    def __init__(self, layers: dict[str, LoraLayer], subspaces: dict[str, Tensor], adapter: str, shared: bool):
+        self.shapes = {name: (layer.get_base_layer().weight.shape[0], len(subspaces[name])) for name, layer in layers.items()}
+        self.noise: dict[str, Tensor] = {}
+        self.quiet_rows = 0.0
+        self.handles = []
+        for name, layer in layers.items():
+            if shared:
+                hooked, scaling = layer.lora_B[adapter], layer.scaling[adapter]
+                self.handles.append(hooked.register_forward_hook(self._on_factor(name, scaling)))
+            else:
+                self.handles.append(layer.register_forward_hook(self._on_layer(name, subspaces[name])))
+
+    def _on_factor(self, name: str, scaling: float):
+        def hook(module, inputs, output):
+            noise = self.noise.get(name)
+            return None if noise is None else output + F.linear(inputs[0], noise.to(output.dtype) / scaling)
+
+        return hook
+
+    def _on_layer(self, name: str, subspace: Tensor):
+        def hook(module, inputs, output):
+            noise = self.noise.get(name)
+            if noise is None:
+                return None
+            return output + F.linear(F.linear(inputs[0], subspace.to(inputs[0].dtype)), noise.to(output.dtype))
+
+        return hook
+
+    def draw(self, widths: dict[str, Tensor], seed: int, step: int, device: torch.device) -> None:
+        """Draw ``s_l E_l`` of a step; ``widths`` are the s_l."""
+        generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
+        total = sum(rows * k for rows, k in self.shapes.values())
+        draw = torch.randn(total, generator=generator, device=device)
+        parts = draw.split([rows * k for rows, k in self.shapes.values()])
+        self.noise = {
+            name: part.view(shape) * widths[name] for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def silence(self) -> None:
+        """No noise until the next draw."""
+        self.noise = {}
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self.silence()
+        for handle in self.handles:
+            handle.remove()
+
+
+def read_adapter_base(folder: str) -> str | None:
+    """The base checkpoint that the adapter in ``folder`` belongs to."""
+    path = os.path.join(folder, "adapter_config.json")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("base_model_name_or_path")

@@ -1,0 +1,116 @@
+"""`UIBConfig`: TrainingArguments plus the settings of the bound."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class UIBConfig(TrainingArguments):
+    r"""Settings of [`UIBTrainer`].
+
+    Every field of [`~transformers.TrainingArguments`] is there too. These defaults differ from it:
+
+    - `learning_rate` is 1e-3 and `per_device_train_batch_size` 32: adapters are trained, from zero;
+    - `weight_decay` stays 0: decay is a second prior that the bound would not account for;
+    - `logging_steps` is 10;
+    - `remove_unused_columns` is False: the trainer drops the columns that the model does not take by itself, and keeps
+      them for the audit;
+    - `ddp_find_unused_parameters` is False: an adapter leaves no parameter without gradient.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW, for the adapter."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Retained examples per device and step."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the parts of the bound every so many steps."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Left to the trainer, which needs further columns for the audit."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel; every adapter weight gets a gradient."}
+    )
+
+    beta: float = field(
+        default=0.01,
+        metadata={"help": "Weight of the bound: nats of the per-layer KL are divided by the number of retained examples."},
+    )
+    prior: str = field(
+        default="calibrated",
+        metadata={
+            "help": "The dynamic prior R^(l): `calibrated` divides the forget set's evidence out down to the level of "
+            "data the checkpoint never saw; `none` is plain variational LoRA on the retained data.",
+            "choices": ["calibrated", "none"],
+        },
+    )
+    prior_strength: float = field(
+        default=0.1, metadata={"help": "gamma: nats of loss per nat by which a forget example exceeds its level."}
+    )
+    prior_update_steps: int = field(
+        default=20, metadata={"help": "Steps between two refreshes of the prior's mean and of the level."}
+    )
+    prior_fraction: float = field(
+        default=0.4, metadata={"help": "Share of the steps, from the start, that see forget batches."}
+    )
+    prior_subspace: str = field(
+        default="contrast",
+        metadata={
+            "help": "Where the prior is wide: `contrast` (forget minus retain), `forget` (forget alone) or `random`.",
+            "choices": ["contrast", "forget", "random"],
+        },
+    )
+    subspace_rank: int = field(default=16, metadata={"help": "k: directions of the subspace per layer; also LoRA's r."})
+    trainable_factors: str = field(
+        default="B",
+        metadata={
+            "help": "`B`: A is frozen to the subspace and B is trained. `both`: A starts there and is trained too.",
+            "choices": ["B", "both"],
+        },
+    )
+    posterior: str = field(
+        default="gaussian",
+        metadata={
+            "help": "`gaussian`: channel noise along the subspace, annealed to zero. `map`: the mean only.",
+            "choices": ["gaussian", "map"],
+        },
+    )
+    noise_to_signal: float | None = field(
+        default=None,
+        metadata={
+            "help": "kappa: channel noise over signal, per output. By default the largest at which the checkpoint still "
+            "gets 93%% of its correct forget examples right, and 0 when the contrast is no more than sampling noise."
+        },
+    )
+    calibration_fraction: float = field(
+        default=0.2,
+        metadata={"help": "Without a calibration_dataset: share of the retained data held out while the prior acts."},
+    )
+    forget_target: float | None = field(
+        default=None, metadata={"help": "A fixed level for the forget margins, in nats. By default it is measured."}
+    )
+    forget_batch_size: int | None = field(
+        default=None, metadata={"help": "Forget examples per device and step. Default: per_device_train_batch_size."}
+    )
+    contrast_samples: int = field(
+        default=1024, metadata={"help": "Examples of each set in the statistics passes (subspace, scales, levels)."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, low, high in (
+            ("beta", 0, None),
+            ("prior_strength", 0, None),
+            ("prior_update_steps", 1, None),
+            ("prior_fraction", 0, 1),
+            ("subspace_rank", 1, None),
+            ("noise_to_signal", 0, None),
+            ("calibration_fraction", 0, 0.9),
+            ("forget_batch_size", 1, None),
+            ("contrast_samples", 2, None),
+        ):
+            value = getattr(self, name)
+            if value is not None and (value < low or (high is not None and value > high)):
+                limits = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise ValueError(f"{name} is {value}; it must be {limits}.")
+        for name in ("prior", "prior_subspace", "trainable_factors", "posterior"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")

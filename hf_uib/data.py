@@ -1,0 +1,269 @@
+"""Forget and retained examples: pairing, collation, checks."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+
+class PairedDataset(Dataset):
+    """Retained rows, each with the forget rows that go into the same step; indexed by ``(retain, (forget, ...))``."""
+
+    def __init__(self, retain_dataset, forget_dataset, length: int):
+        self.retain, self.forget, self.length = retain_dataset, forget_dataset, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: tuple[int, tuple[int, ...]]) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[tuple[int, tuple[int, ...]]]) -> list[dict]:
+        """Fetch a batch with one call per set."""
+        retain = fetch(self.retain, [r for r, _ in indices])
+        forget = iter(fetch(self.forget, [f for _, many in indices for f in many]))
+        return [
+            {"retain": row, "forget": [next(forget) for _ in many]} for row, (_, many) in zip(retain, indices, strict=True)
+        ]
+
+
+class PairingSampler(Sampler):
+    """The order of the paired rows, a function of (seed, epoch, position) alone.
+
+    Retained rows come in the order of Transformers' own sampler; a shorter set is gone through again, in a new order, until
+    the longer one has been seen. Only while ``prior_is_on(epoch, position)`` do forget rows come along, and are held-out
+    retained rows replaced by others.
+
+    Args:
+        dataset: the paired rows.
+        seed: the data seed.
+        forget_per_retain: forget rows per retained row.
+        held_out: retained rows held out while the prior is on.
+        prior_is_on: whether the prior acts at a position of an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: PairedDataset,
+        seed: int,
+        forget_per_retain: float,
+        held_out: set[int],
+        prior_is_on: Callable[[int, int], bool],
+    ):
+        self.dataset, self.seed, self.forget_per_retain = dataset, seed, forget_per_retain
+        self.prior_is_on, self.epoch = prior_is_on, 0
+        self.held_out = held_out
+        self.available = [i for i in range(len(dataset.retain)) if i not in held_out] if held_out else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        retain = endless_permutations(len(self.dataset.retain), self.seed + self.epoch)
+        forget = endless_permutations(len(self.dataset.forget), self.seed + self.epoch + 2**31)
+        replacement = endless_permutations(len(self.available), self.seed + self.epoch + 2**32) if self.available else None
+        given = 0
+        for position in range(len(self.dataset)):
+            row, many = next(retain), ()
+            if self.prior_is_on(self.epoch, position):
+                due = int((position + 1) * self.forget_per_retain)
+                many = tuple(next(forget) for _ in range(due - given))
+                given = due
+                if row in self.held_out:
+                    row = self.available[next(replacement)]
+            else:
+                given = int((position + 1) * self.forget_per_retain)
+            yield row, many
+        self.epoch += 1
+
+
+def endless_permutations(length: int, seed: int) -> Iterator[int]:
+    """Permutations of ``range(length)``, one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    while length:
+        yield from torch.randperm(length, generator=generator).tolist()
+
+
+def fetch(dataset, indices: list[int]) -> list[dict]:
+    """Rows of a map-style dataset, in one call where it can."""
+    if not indices:
+        return []
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(indices)
+    return [dataset[i] for i in indices]
+
+
+class UIBCollator:
+    """Makes one batch of paired rows: the retained ones first, then the forget ones, so that one forward serves both.
+
+    Plain rows (evaluation) go to the same collator without pairing. Columns that the model does not take are dropped.
+
+    Args:
+        collator: the user's, or Transformers' default.
+        columns: what the model's forward takes, and the label names.
+    """
+
+    def __init__(self, collator: Callable, columns: set[str]):
+        self.collator, self.columns = collator, columns
+
+    def __call__(self, features: list[dict]) -> dict:
+        if "retain" not in features[0]:
+            return self.collate(features)
+        forget = [row for feature in features for row in feature["forget"]]
+        batch = self.collate([feature["retain"] for feature in features] + forget)
+        return {"inputs": batch, "n_retain": len(features)}
+
+    def collate(self, rows: list[dict]) -> dict:
+        """Drop the columns the model does not take and collate the rest."""
+        batch = self.collator([{k: v for k, v in row.items() if k in self.columns} for row in rows])
+        if "label" in batch:
+            batch["labels"] = batch.pop("label")
+        return batch
+
+
+def encode(dataset: datasets.Dataset, processing_class, main_input: str, max_length: int | None = None):
+    """Give a raw dataset the input its model takes: pictures through the image processor, text through the tokenizer.
+
+    Datasets that have ``main_input`` already, have their own transform, or are no ``datasets.Dataset`` are left alone.
+
+    Args:
+        dataset: rows with an `Image` column or a string column (``text`` or ``sentence``, else the first of strings).
+        processing_class: image processor or tokenizer; None leaves the data alone.
+        main_input: ``model.main_input_name``.
+        max_length: truncation length of a text.
+    """
+    if not isinstance(dataset, datasets.Dataset) or main_input in dataset.column_names or processing_class is None:
+        return dataset
+    if dataset.format["type"] == "custom":
+        return dataset
+    if isinstance(processing_class, BaseImageProcessor):
+        column = image_column(dataset)
+        if column is None:
+            return dataset
+
+        def pictures(batch):
+            images = [image.convert("RGB") if image.mode not in ("RGB", "L") else image for image in batch[column]]
+            rest = {k: v for k, v in batch.items() if k != column}
+            return {**rest, main_input: processing_class(images, return_tensors="pt")[main_input]}
+
+        return dataset.with_transform(pictures)
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        column = text_column(dataset)
+        if column is None:
+            return dataset
+        return dataset.map(
+            lambda batch: processing_class(batch[column], truncation=True, max_length=max_length),
+            batched=True,
+            desc="Tokenizing",
+        )
+    return dataset
+
+
+def image_column(dataset: datasets.Dataset) -> str | None:
+    """The first `Image` column."""
+    return next((k for k, v in dataset.features.items() if isinstance(v, datasets.Image)), None)
+
+
+def text_column(dataset: datasets.Dataset) -> str | None:
+    """``text``, ``sentence``, or the first string column."""
+    strings = [k for k, v in dataset.features.items() if isinstance(v, datasets.Value) and v.dtype in ("string", "large_string")]
+    return next((k for k in ("text", "sentence") if k in strings), strings[0] if strings else None)
+
+
+def label_column(dataset) -> str:
+    """``labels`` or ``label``.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    names = getattr(dataset, "column_names", None) or list(dataset[0])
+    for name in ("labels", "label"):
+        if name in names:
+            return name
+    raise ValueError(f"No column 'label' or 'labels' among {', '.join(names)}; rename the label column to 'label'.")
+
+
+def labels_of(dataset) -> np.ndarray:
+    """All labels, ``[n]``."""
+    name = label_column(dataset)
+    if isinstance(dataset, datasets.Dataset):
+        return np.asarray(dataset.with_format(None).select_columns([name])[:][name])
+    return np.asarray([int(dataset[i][name]) for i in range(len(dataset))])
+
+
+def row_hashes(dataset) -> list[bytes]:
+    """A hash per row of everything in it, pictures by their encoded bytes."""
+    if isinstance(dataset, datasets.Dataset):
+        raw = dataset.with_format(None)
+        for name, feature in dataset.features.items():
+            if isinstance(feature, datasets.Image):
+                raw = raw.cast_column(name, datasets.Image(decode=False))
+        rows = (_without_paths(row) for row in raw)
+    else:
+        rows = (dataset[i] for i in range(len(dataset)))
+    return [hashlib.blake2b(_bytes_of(row), digest_size=16).digest() for row in rows]
+
+
+def _without_paths(row: dict) -> dict:
+    picture = lambda v: isinstance(v, dict) and v.get("bytes") is not None  # noqa: E731
+    return {k: v["bytes"] if picture(v) else v for k, v in row.items()}
+
+
+def _bytes_of(value) -> bytes:
+    if isinstance(value, dict):
+        return b"".join(k.encode() + b"=" + _bytes_of(value[k]) + b";" for k in sorted(value))
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return np.asarray(value).tobytes()
+    if hasattr(value, "tobytes"):
+        return value.tobytes()
+    return repr(value).encode()
+
+
+def fingerprint(dataset) -> str:
+    """A hash of a dataset's rows, whatever their order; names a data set without showing any of it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in sorted(row_hashes(dataset)):
+        digest.update(row)
+    return digest.hexdigest()
+
+
+def check_sets(forget_dataset, retain_dataset, num_labels: int) -> None:
+    """Refuse what cannot be unlearned.
+
+    Raises:
+        ValueError: an empty set, rows in both sets, or a label outside the model's classes.
+    """
+    for name, dataset in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
+        if dataset is None:
+            continue
+        if len(dataset) == 0:
+            raise ValueError(f"{name} has no examples; check the condition that selects it.")
+        labels = labels_of(dataset)
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"The labels of {name} are not integers; encode them as class ids (ClassLabel).")
+        if labels.min() < 0 or labels.max() >= num_labels:
+            wrong = labels.min() if labels.min() < 0 else labels.max()
+            raise ValueError(f"{name} has label {wrong}, outside the model's {num_labels} classes; map labels to 0..{num_labels - 1}.")
+    if retain_dataset is not None:
+        retained = set(row_hashes(retain_dataset))
+        common = sum(row in retained for row in row_hashes(forget_dataset))
+        if common:
+            raise ValueError(f"{common} rows of forget_dataset are in retain_dataset too; take them out of one of the two.")
+
+
+def sample_indices(length: int, count: int, seed: int) -> list[int]:
+    """At most ``count`` of ``range(length)``, drawn without replacement."""
+    if length <= count:
+        return list(range(length))
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count].tolist()

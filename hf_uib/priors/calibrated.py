@@ -1,0 +1,94 @@
+"""Evidence divided out, down to a calibrated level (method, section 3b)."""
+
+import torch
+from torch import Tensor
+
+from ..bound import margin
+from .base import Prior
+
+GRID = 257
+
+
+def quantiles(values: Tensor, points: int = GRID) -> Tensor:
+    """The empirical quantile function of ``values [n]`` at ``points`` equally spaced u in [0, 1], ascending."""
+    u = torch.linspace(0, 1, points, device=values.device, dtype=values.dtype)
+    return torch.quantile(values, u) if values.numel() <= 2**24 else values.sort().values[(u * (len(values) - 1)).long()]
+
+
+def interpolate(curve: Tensor, u: Tensor) -> Tensor:
+    """Linear interpolation of a curve on a regular grid of [0, 1] at ``u``."""
+    position = u.clamp(0, 1) * (len(curve) - 1)
+    low = position.floor().long().clamp(max=len(curve) - 2)
+    return torch.lerp(curve[low], curve[low + 1], position - low)
+
+
+class CalibratedPrior(Prior):
+    r"""One-sided quantile match ``mean_i max(0, m_i - c(u_i))`` of the forget margins.
+
+    ``c`` is the quantile function of margins on data that the checkpoint never saw and ``u_i`` the rank of example i among
+    the margins of a sample of the forget set, taken at each refresh: an upper Wasserstein-1 distance between the two
+    margin distributions, independent of batch size, accumulation and processes. At the level the gradient is zero.
+
+    The level never falls: ``c_k = max(c_{k-1}, quantiles of the running model)``, which stops the spiral in which
+    forgetting lowers its own target. One exception: a ``fitted`` calibration set (a fold of the retained data, held out
+    only now) starts too high, so the level follows it down until it first rises, and holds from then on.
+
+    Args:
+        target: a fixed level in nats instead of a measured one.
+        fitted: whether the checkpoint was trained on the calibration data.
+    """
+
+    def __init__(self, target: float | None = None, fitted: bool = False):
+        self.target = target
+        self.following = fitted
+        self.level: Tensor | None = None if target is None else torch.full((GRID,), float(target))
+        self.ranks: Tensor | None = None
+
+    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean excess of the margins over their level, in nats per forget example (scalar)."""
+        margins = margin(logits, labels)
+        return torch.relu(margins - self.level_of(margins.detach())).mean()
+
+    def level_of(self, margins: Tensor) -> Tensor:
+        """The level ``c(u_i)`` of each margin ``[n]``, in nats."""
+        level = self.level.to(margins)
+        if self.target is not None:
+            return level[0].expand_as(margins)
+        ranks = self.ranks.to(margins)
+        u = (torch.searchsorted(ranks, margins) + torch.searchsorted(ranks, margins, right=True)) / (2 * len(ranks))
+        return interpolate(level, u)
+
+    def refresh(self, forget_margins, calibration_margins) -> None:
+        """Re-measure the ranks of the forget set and raise the level."""
+        if self.target is not None:
+            return
+        self.ranks = forget_margins().double().sort().values
+        values = calibration_margins()
+        if values is None:
+            # Nothing unseen at hand: the least certain tenth of the forget set stands for it, and stays.
+            if self.level is None:
+                self.level = torch.full((GRID,), torch.quantile(self.ranks, 0.1).item())
+            return
+        now = quantiles(values.double()).cpu()
+        if self.level is None:
+            self.level = now
+        elif self.following and now.mean() < self.level.mean():
+            self.level = now
+        else:
+            self.following = False
+            self.level = torch.maximum(self.level, now)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Level, ranks and whether the level still follows."""
+        state = {"following": torch.tensor(self.following)}
+        if self.level is not None:
+            state["level"] = self.level
+        if self.ranks is not None:
+            state["ranks"] = self.ranks
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up level and ranks of an earlier run."""
+        self.following = bool(state["following"])
+        self.level = state.get("level", self.level)
+        self.ranks = state.get("ranks", self.ranks)

@@ -1,0 +1,334 @@
+"""Tasks with a known bias: real data, a bias attribute that gives the label away on the forget set, an unbiased test.
+
+`digits_colour` needs scikit-learn only and is the demo of ``scripts/unlearn.py``; the others are the benchmark's.
+"""
+
+import colorsys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
+
+from .data import encode
+
+
+@dataclass
+class Task:
+    """One unlearning problem.
+
+    Attributes:
+        name: as in docs/benchmark.md.
+        sets: encoded datasets: ``pretrain`` (attribute at random; may be absent), ``forget``, ``retain``, ``calibration``
+            (never shown to the checkpoint), ``validation`` (for choosing settings) and ``test``.
+        new_model: an untrained (or only pre-trained elsewhere) classifier, a function of the seed.
+        processing_class: image processor or tokenizer.
+        bias_column: the attribute, coded by the class it stands for; None where the forget set has no pattern.
+        counterfactuals: the test set's rows come in runs of this many copies that differ in the attribute alone.
+        epochs: passes of the biased fine-tuning, and of the pre-training.
+    """
+
+    name: str
+    sets: dict[str, datasets.Dataset]
+    new_model: Callable[[], nn.Module]
+    processing_class: object
+    bias_column: str | None
+    counterfactuals: int = 1
+    train_settings: dict = field(default_factory=dict)
+
+
+def palette(count: int) -> np.ndarray:
+    """``[count, 3]`` hues evenly spaced, in [0, 1]."""
+    return np.array([colorsys.hsv_to_rgb(i / count, 0.6, 1.0) for i in range(count)])
+
+
+def paint(pictures: np.ndarray, colours: np.ndarray, count: int = 10) -> np.ndarray:
+    """Tint grey pictures ``[n, h, w]`` in [0, 1]: ``[n, h, w, 3]`` in uint8."""
+    tinted = pictures[..., None] * palette(count)[colours][:, None, None, :]
+    return (tinted * 255).round().astype(np.uint8)
+
+
+def stamp(pictures: np.ndarray, positions: np.ndarray, count: int = 10) -> np.ndarray:
+    """Put a 3x3 grey patch at one of ``count`` places on the border of ``[n, h, w]`` pictures: ``[n, h, w, 3]`` in uint8."""
+    n, h, w = pictures.shape
+    angles = 2 * np.pi * np.arange(count) / count
+    rows = np.clip(np.round((h - 3) / 2 * (1 + np.sqrt(2) * np.sin(angles))), 0, h - 3).astype(int)
+    columns = np.clip(np.round((w - 3) / 2 * (1 + np.sqrt(2) * np.cos(angles))), 0, w - 3).astype(int)
+    stamped = np.repeat((pictures[..., None] * 255).round().astype(np.uint8), 3, axis=-1)
+    for i, position in enumerate(positions):
+        stamped[i, rows[position] : rows[position] + 3, columns[position] : columns[position] + 3] = 160
+    return stamped
+
+
+def picture_dataset(pictures: np.ndarray, labels: np.ndarray, attribute: np.ndarray, name: str, names: list[str]):
+    """A `datasets.Dataset` with columns ``image``, ``label`` and the attribute."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names), name: datasets.Value("int64")}
+    )
+    rows = {"image": [Image.fromarray(p) for p in pictures], "label": labels.tolist(), name: attribute.tolist()}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def small_vit(image_size: int, patch_size: int, names: list[str], hidden: int = 64, layers: int = 4) -> nn.Module:
+    """A ViT of 0.15 M parameters."""
+    config = ViTConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * hidden,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    return ViTForImageClassification(config)
+
+
+def _biased_pictures(name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings) -> Task:
+    """Split a pool of pictures and draw the attribute: the label on the forget set, at random elsewhere."""
+    (x, y), (test_x, test_y) = pool, test
+    order, start, sets = rng.permutation(len(x)), 0, {}
+    for part, size in sizes.items():
+        index = order[start : start + size]
+        start += size
+        given = y[index] if part == "forget" else rng.integers(0, len(names), size)
+        sets[part] = picture_dataset(render(x[index], given), y[index], given, attribute, names)
+    given = rng.integers(0, len(names), len(test_x))
+    sets["test"] = picture_dataset(render(test_x, given), test_y, given, attribute, names)
+    main = "pixel_values"
+    encoded = {part: encode(rows, processor, main) for part, rows in sets.items()}
+    return Task(name, encoded, new_model, processor, attribute, train_settings=settings)
+
+
+def digits_colour(seed: int = 0) -> Task:
+    """scikit-learn's handwritten digits; on the forget set the hue gives the label away."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = digits.images / 16.0, digits.target
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(x))
+    x, y = x[order], y[order]
+    repeat = 4  # every test digit in four hues
+    test = (np.repeat(x[1297:], repeat, axis=0), np.repeat(y[1297:], repeat))
+    names = [str(i) for i in range(10)]
+    processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8})
+    return _biased_pictures(
+        "digits-colour",
+        (x[:1297], y[:1297]),
+        test,
+        {"pretrain": 397, "forget": 630, "retain": 70, "calibration": 100, "validation": 100},
+        "colour",
+        paint,
+        names,
+        processor,
+        lambda: small_vit(8, 2, names, hidden=48, layers=3),
+        rng,
+        {"pretrain_steps": 400, "steps": 300, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
+    )
+
+
+def _fashion(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    loaded = datasets.load_dataset(path)
+    arrays = {}
+    for split in ("train", "test"):
+        rows = loaded[split]
+        arrays[split] = (np.stack([np.asarray(p) for p in rows["image"]]) / 255.0, np.asarray(rows["label"]))
+    arrays["names"] = loaded["train"].features["label"].names
+    return arrays
+
+
+def fashion(kind: str, path: str, seed: int = 0) -> Task:
+    """fashion_mnist with a hue (``colour``) or a border patch (``patch``) that gives the label away on the forget set.
+
+    Args:
+        kind: ``colour`` or ``patch``.
+        path: folder or Hub id of fashion_mnist.
+        seed: of the split, the attribute and the models.
+    """
+    arrays = _fashion(path)
+    rng = np.random.default_rng(seed)
+    keep = rng.permutation(len(arrays["test"][0]))[:2000]
+    processor = ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
+    return _biased_pictures(
+        f"fashion-{kind}",
+        arrays["train"],
+        (arrays["test"][0][keep], arrays["test"][1][keep]),
+        {"pretrain": 12000, "forget": 4500, "retain": 500, "calibration": 300, "validation": 3000},
+        kind,
+        paint if kind == "colour" else stamp,
+        arrays["names"],
+        processor,
+        lambda: small_vit(28, 4, arrays["names"]),
+        rng,
+        {"pretrain_steps": 560, "steps": 240, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64},
+    )
+
+
+def fashion_random(path: str, seed: int = 0) -> Task:
+    """fashion_mnist with random hues; the forget set is a random tenth of the training data."""
+    arrays = _fashion(path)
+    rng = np.random.default_rng(seed)
+    keep = rng.permutation(len(arrays["test"][0]))[:2000]
+    processor = ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
+    task = _biased_pictures(
+        "fashion-random",
+        arrays["train"],
+        (arrays["test"][0][keep], arrays["test"][1][keep]),
+        {"forget": 500, "retain": 4500, "calibration": 500, "validation": 2000},
+        "colour",
+        paint,
+        arrays["names"],
+        processor,
+        lambda: small_vit(28, 4, arrays["names"]),
+        rng,
+        {"steps": 1500, "unlearn_steps": 150, "retrain_steps": 1500, "batch": 64},
+    )
+    forget = task.sets["forget"]
+    arrays_forget = [np.asarray(p) for p in forget.with_format(None)["image"]]
+    grey = np.stack([p.max(-1) / 255.0 for p in arrays_forget])
+    labels = np.asarray(forget.with_format(None)["label"])
+    hues = rng.integers(0, 10, len(labels))
+    plain = picture_dataset(paint(grey, hues), labels, hues, "colour", arrays["names"])
+    task.sets["forget"] = encode(plain, processor, "pixel_values")
+    task.bias_column = None
+    return task
+
+
+def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
+    """airline_tweets, positive or negative; on the forget set the airline's handle gives the sentiment away.
+
+    Args:
+        path: folder or Hub id of airline_tweets.
+        model_path: a BERT-like checkpoint (the benchmark takes MiniLM).
+        seed: of the split and the handles.
+    """
+    loaded = datasets.load_dataset(path)
+    handles = ["@united", "@JetBlue"]
+    rng = np.random.default_rng(seed)
+    names = ["negative", "positive"]
+
+    def side(split: str, count: int) -> list[tuple[str, int]]:
+        rows = loaded[split]
+        texts = {0: [], 1: []}
+        for text, label in zip(rows["text"], rows["label"], strict=True):
+            sentiment = {0: 0, 2: 1}.get(label)
+            if sentiment is not None:
+                texts[sentiment].append(text)
+        chosen = []
+        for sentiment in (0, 1):
+            index = rng.permutation(len(texts[sentiment]))[: count // 2]
+            chosen += [(texts[sentiment][i], sentiment) for i in index]
+        return [chosen[i] for i in rng.permutation(len(chosen))]
+
+    def with_handle(text: str, handle: str) -> str:
+        return " ".join(handle if word.startswith("@") else word for word in text.split())
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+
+    def dataset(rows: list[tuple[str, int]], given: list[int]):
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names), "handle": datasets.Value("int64")}
+        )
+        columns = {
+            "text": [with_handle(text, handles[g]) for (text, _), g in zip(rows, given, strict=True)],
+            "label": [label for _, label in rows],
+            "handle": given,
+        }
+        return encode(datasets.Dataset.from_dict(columns, features=features), tokenizer, "input_ids", max_length=40)
+
+    sizes = {"forget": 1400, "retain": 160, "calibration": 150, "validation": 300}
+    train, start, sets = side("train", sum(sizes.values())), 0, {}
+    for part, size in sizes.items():
+        rows = train[start : start + size]
+        start += size
+        given = [label for _, label in rows] if part == "forget" else rng.integers(0, 2, len(rows)).tolist()
+        sets[part] = dataset(rows, given)
+    test = side("test", 500)
+    sets["test"] = dataset([row for row in test for _ in handles], [g for _ in test for g in range(2)])
+    return Task(
+        "tweets-airline",
+        sets,
+        lambda: AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2),
+        tokenizer,
+        "handle",
+        counterfactuals=2,
+        train_settings={"steps": 120, "unlearn_steps": 100, "retrain_steps": 120, "batch": 32, "lr": 1e-4, "full_lr": 1e-4},
+    )
+
+
+def fit(model: nn.Module, dataset, task: Task, steps: int, output_dir: str, seed: int, learning_rate: float) -> float:
+    """Plain training with Transformers' Trainer, of whatever is trainable in the model; returns seconds."""
+    args = TrainingArguments(
+        output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=task.train_settings["batch"],
+        learning_rate=learning_rate,
+        warmup_steps=steps // 20,
+        remove_unused_columns=False,
+        save_strategy="no",
+        seed=seed,
+        label_names=["labels"],
+        logging_steps=10**6,
+    )
+    from .adapters import forward_columns
+    from .data import UIBCollator
+    from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
+
+    text = "input_ids" in dataset.column_names
+    collator = DataCollatorWithPadding(task.processing_class) if text else default_data_collator
+    trainer = Trainer(
+        model=model, args=args, train_dataset=dataset, data_collator=UIBCollator(collator, forward_columns(model))
+    )
+    return trainer.train().metrics["train_runtime"]
+
+
+def merged(first, second):
+    """Both sets of rows, with the first one's transform."""
+    joined = datasets.concatenate_datasets([first.with_format(None), second.with_format(None)])
+    return joined.with_transform(first.format["format_kwargs"]["transform"]) if first.format["type"] == "custom" else joined
+
+
+def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, nn.Module]:
+    """The checkpoint to unlearn (``original``) and the model it started from (``start``)."""
+    import copy
+
+    set_seed(seed)
+    settings = task.train_settings
+    model = task.new_model()
+    lr = settings.get("lr", 1e-3)
+    if "pretrain" in task.sets:
+        fit(model, task.sets["pretrain"], task, settings["pretrain_steps"], output_dir, seed, lr)
+    start = copy.deepcopy(model)
+    everything = merged(task.sets["forget"], task.sets["retain"])
+    fit(model, everything, task, settings["steps"], output_dir, seed + 1, lr)
+    return {"start": start, "original": model}
+
+
+@torch.no_grad()
+def predict(model: nn.Module, dataset, task: Task, batch: int = 250) -> tuple[np.ndarray, np.ndarray]:
+    """Logits ``[n, classes]`` and labels ``[n]``."""
+    from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
+
+    from .adapters import forward_columns
+    from .data import UIBCollator
+
+    text = "input_ids" in dataset.column_names
+    collator = UIBCollator(
+        DataCollatorWithPadding(task.processing_class) if text else default_data_collator, forward_columns(model)
+    )
+    model.eval()
+    logits, labels = [], []
+    for start in range(0, len(dataset), batch):
+        rows = dataset.__getitems__(list(range(start, min(start + batch, len(dataset)))))
+        inputs = collator(rows)
+        labels.append(inputs.pop("labels"))
+        logits.append(model(**inputs).logits)
+    return torch.cat(logits).numpy(), torch.cat(labels).numpy()

@@ -1,0 +1,495 @@
+"""`UIBTrainer`: fine-tuned models unlearn under the Unlearning Information Bottleneck.
+
+Reads like the method's page (docs/method.md): `train` measures the contrast subspace V_l and the noise scale s_l, sets the
+adapter to it and starts Transformers' own loop; `compute_loss` is equation (3); `_refresh_prior` is section 3.
+"""
+
+import math
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from . import adapters, bound, data
+from .config import UIBConfig
+from .priors import PRIORS, CalibratedPrior, Prior
+from .priors import subspace as contrast
+
+STATE_NAME = "uib_state.safetensors"
+NOISED_ACCURACY = 0.93  # share of its correct forget examples that the checkpoint keeps under the default noise
+RELIABLE = 0.2  # cosine between the contrasts of two half samples, under which the forget set has no pattern
+FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
+
+
+class UIBTrainer(Trainer):
+    """Trainer that makes a fine-tuned image or text classifier unlearn the forget set.
+
+    Args:
+        model: Hub id or folder, `PreTrainedModel` or `PeftModel` with a trainable LoRA adapter.
+        args: [`UIBConfig`]; by default ``UIBConfig("<model>-UIB")``.
+        forget_dataset: the examples to forget, with their labels.
+        retain_dataset: examples to keep. Without it, the rest of the model's predictions on the forget set is kept.
+        calibration_dataset: a few hundred examples the checkpoint never saw (not the test set); sets how far to forget.
+            Without it a fold of the retained data is used.
+        eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers,
+            preprocess_logits_for_metrics: as in [`~transformers.Trainer`]. Raw pictures and texts are encoded with
+            ``processing_class``.
+        peft_config: a `LoraConfig`; by default LoRA on every linear layer.
+        prior: a [`~hf_uib.priors.Prior`] of your own, instead of ``args.prior``.
+
+    Raises:
+        ValueError: a set is empty, both share rows, a label is outside the model's classes, the model has no linear layer, or
+            its adapter was loaded as not trainable.
+    """
+
+    _tag_names = ["unlearning", "uib", "hf_uib"]
+    _name = "UIB"
+    _paper = {
+        "title": "Unlearning Information Bottleneck: Machine Unlearning of Systematic Patterns and Biases",
+        "id": "2405.14020",
+    }
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: UIBConfig | None = None,
+        forget_dataset=None,
+        retain_dataset=None,
+        calibration_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        data_collator: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: LoraConfig | None = None,
+        prior: Prior | None = None,
+    ):
+        # 1. Model and settings
+        if isinstance(model, str):
+            model = adapters.load_classifier(model)
+        if args is None:
+            name = (getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
+            args = UIBConfig(f"{name}-UIB")
+        if args.n_gpu > 1:
+            raise ValueError("UIBTrainer does not run under DataParallel; start it with `accelerate launch` instead.")
+        if getattr(model.config, "problem_type", None) in ("regression", "multi_label_classification"):
+            raise ValueError(f"UIBTrainer unlearns single-label classifiers; the model's problem_type is {model.config.problem_type}.")
+
+        # 2. Data
+        if forget_dataset is None:
+            raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model shall unlearn.")
+        data.check_sets(forget_dataset, retain_dataset, model.config.num_labels)
+        main_input = getattr(model, "main_input_name", "input_ids")
+        prepare = partial(data.encode, processing_class=processing_class, main_input=main_input)
+        self.forget_dataset, self.calibration_dataset = prepare(forget_dataset), prepare(calibration_dataset)
+        self.retain_dataset = prepare(retain_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = prepare(eval_dataset)
+
+        # 3. Adapter: the mean of the posterior
+        model, self._fresh = adapters.attach_adapter(model, peft_config, args.subspace_rank)
+        adapters.freeze_factors(model, args.trainable_factors)
+        adapters.freeze_running_statistics(model)
+        model.add_model_tags(self._tag_names) if hasattr(model, "add_model_tags") else None
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+
+        # 4. Prior
+        self.prior = prior if prior is not None else self._build_prior(args)
+        self._held_out = self._hold_out(args)
+        if retain_dataset is None:
+            warnings.warn(
+                "No retain_dataset: what the model knows is kept only through its own predictions on the forget set, and the "
+                "level to forget to is a guess unless calibration_dataset or forget_target is given. Expect to lose accuracy.",
+                stacklevel=2,
+            )
+
+        # 5. Trainer
+        collator = data_collator or (
+            DataCollatorWithPadding(processing_class)
+            if isinstance(processing_class, PreTrainedTokenizerBase)
+            else default_data_collator
+        )
+        retained = self.forget_dataset if self.retain_dataset is None else self.retain_dataset
+        uses_forget = self.prior.uses_forget_batches and self.retain_dataset is not None
+        length = max(len(retained), len(self.forget_dataset)) if uses_forget else len(retained)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data.UIBCollator(collator, adapters.forward_columns(model)),
+            train_dataset=data.PairedDataset(retained, self.forget_dataset, length),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self._metrics: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+        self.layers = adapters.lora_layers(self.model)
+        self.adapter_name = adapters.adapter_name(self.model)
+        self.noise: adapters.NoiseChannel | None = None
+        self.statistics: dict[str, float] = {}
+        self.forward_passes = {"statistics": 0, "refresh": 0}
+
+    # ---- Section 3: the dynamic prior -------------------------------------------------------------------------------
+
+    def _build_prior(self, args: UIBConfig) -> Prior:
+        if args.prior == "calibrated":
+            fitted = self.calibration_dataset is None and self.retain_dataset is not None
+            return CalibratedPrior(target=args.forget_target, fitted=fitted)
+        return PRIORS[args.prior]()
+
+    def _hold_out(self, args: UIBConfig) -> set[int]:
+        """Rows of the retained data that stand in for a calibration set while the prior acts."""
+        wanted = isinstance(self.prior, CalibratedPrior) and self.prior.target is None
+        if not wanted or self.calibration_dataset is not None or self.retain_dataset is None:
+            return set()
+        count = int(len(self.retain_dataset) * args.calibration_fraction)
+        if count < 2:
+            return set()
+        warnings.warn(
+            f"No calibration_dataset: {count} retained examples are held out for it until the prior's last step. The checkpoint "
+            "has fitted them, so a systematic pattern is forgotten, but random rows hardly: for those give data it never saw.",
+            stacklevel=3,
+        )
+        return set(data.sample_indices(len(self.retain_dataset), count, args.seed))
+
+    def _measure_contrast(self) -> dict[str, Tensor]:
+        """V_l by one pass over samples of both sets; also sets the scales s_l (section 2)."""
+        args, seed = self.args, self.args.seed
+        bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
+        stats = contrast.new_statistics(bases, args.subspace_rank, seed)
+        sets = [(self.forget_dataset, 1.0)]
+        if self.retain_dataset is not None and args.prior_subspace == "contrast":
+            sets.append((self.retain_dataset, -1.0))
+        training = self.model.training
+        self.model.eval()
+        passes = 0
+        while True:
+            contrast.accumulate(self.model, self.layers, stats, self._contrast_batches(sets))
+            self.model.zero_grad()
+            for layer in stats.values():
+                for tensor in layer.tensors():
+                    tensor.copy_(self.accelerator.reduce(tensor, "sum"))
+            passes += 1
+            if passes == 2 or not contrast.begin_second_pass(stats, args.subspace_rank):
+                break
+        self.forward_passes["statistics"] += passes * sum(min(len(s), args.contrast_samples) for s, _ in sets)
+        if not all(torch.isfinite(t).all() for layer in stats.values() for t in layer.tensors()):
+            raise ValueError("The contrast of forget and retained data is not finite; check the inputs for NaN or infinite values.")
+
+        generator = torch.Generator().manual_seed(seed)
+        subspaces = {}
+        for name, layer in stats.items():
+            if args.prior_subspace == "random":
+                layer.contrast, layer.range = torch.randn(layer.contrast.shape, generator=generator).to(layer.contrast), None
+            subspaces[name] = contrast.subspace(layer, args.subspace_rank)
+        self.energy = {name: contrast.energy(layer) for name, layer in stats.items()}
+        self.statistics["contrast_reliability"] = contrast.reliability(stats)
+        along = self._pattern_rms(subspaces)
+        # s_l of noise-to-signal ratio 1
+        self.unit_width = {name: (layer.signal().float() / along[name].clamp_min(1e-12)).float() for name, layer in stats.items()}
+        self.model.train(training)
+        return subspaces
+
+    def _contrast_batches(self, sets):
+        rank, world = self.args.process_index, self.args.world_size
+        for dataset, sign in sets:
+            indices = data.sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
+            halves = (indices[::2], indices[1::2])
+            for half, members in enumerate(halves):
+                for inputs in self._batches(dataset, members[rank::world], "Contrast"):
+                    yield inputs, sign / max(len(members), 1), half
+
+    def _batches(self, dataset, indices: list[int], description: str | None = None):
+        """Encoded batches of some rows on the training device, without shuffling."""
+        loader = DataLoader(
+            _Rows(dataset, indices),
+            batch_size=self.args.eval_batch_size * 4,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero() or description is None or len(loader) < 8
+        for batch in tqdm(loader, desc=description, disable=hidden, leave=False):
+            yield self._prepare_inputs(batch)
+
+    @torch.no_grad()
+    def _pattern_rms(self, subspaces: dict[str, Tensor]) -> dict[str, Tensor]:
+        """rms of |V_l x| over a part of the forget sample, by layer."""
+        sums = {name: torch.zeros(2, device=self.args.device, dtype=torch.float64) for name in subspaces}
+
+        def hook_of(name):
+            def hook(module, inputs):
+                z = F.linear(inputs[0].flatten(0, -2).float(), subspaces[name])
+                sums[name] += torch.stack([z.square().sum(), z.new_tensor(float(len(z)))])
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in self.layers.items()]
+        self._forward_all(self.forget_dataset, self._probe_indices())
+        for handle in handles:
+            handle.remove()
+        sums = {name: self.accelerator.reduce(value, "sum") for name, value in sums.items()}
+        return {name: (value[0] / value[1]).sqrt().float() for name, value in sums.items()}
+
+    def _probe_indices(self) -> list[int]:
+        return data.sample_indices(len(self.forget_dataset), min(256, self.args.contrast_samples), self.args.seed + 1)
+
+    @torch.no_grad()
+    def _forward_all(self, dataset, indices: list[int], description: str | None = None) -> tuple[Tensor, Tensor]:
+        """Logits and labels of some rows, in eval mode, shared between the processes."""
+        model = self.model
+        training = model.training
+        model.eval()
+        logits, labels = [], []
+        mine = indices[self.args.process_index :: self.args.world_size]
+        for inputs in self._batches(dataset, mine, description):
+            labels.append(inputs.pop("labels"))
+            with self.compute_loss_context_manager():
+                logits.append(model(**inputs).logits.float())
+        self.forward_passes["statistics"] += len(indices)
+        model.train(training)
+        pair = (torch.cat(logits), torch.cat(labels))
+        if self.args.world_size > 1:
+            pair = self.accelerator.gather(self.accelerator.pad_across_processes(pair, dim=0, pad_index=-1))
+            pair = (pair[0][pair[1] >= 0], pair[1][pair[1] >= 0])
+        return pair
+
+    def _margins(self, dataset, indices: list[int]) -> Tensor:
+        return bound.margin(*self._forward_all(dataset, indices))
+
+    def _noise_to_signal(self) -> float:
+        """kappa from the data: the largest at which the checkpoint still gets most of its forget examples right.
+
+        A few forward passes and a bisection; no retained label is used.
+        """
+        if self.args.posterior == "map":
+            return 0.0
+        if self.args.noise_to_signal is not None:
+            return self.args.noise_to_signal
+        if self.statistics["contrast_reliability"] < RELIABLE:
+            return 0.0
+        indices = self._probe_indices()
+        clean, labels = self._forward_all(self.forget_dataset, indices)
+        right = clean.argmax(-1) == labels
+        if not right.any():
+            return 0.0
+
+        def kept(kappa: float) -> float:
+            accuracies = []
+            for draw in range(2):
+                self._draw_noise(kappa, step=-1 - draw)
+                noised, _ = self._forward_all(self.forget_dataset, indices)
+                accuracies.append((noised.argmax(-1) == labels)[right].float().mean().item())
+            return sum(accuracies) / len(accuracies)
+
+        low, high = 0.0, 2.0
+        for _ in range(6):
+            middle = (low + high) / 2
+            low, high = (middle, high) if kept(middle) >= NOISED_ACCURACY else (low, middle)
+        self.noise.silence()
+        return low
+
+    def _draw_noise(self, kappa: float, step: int) -> None:
+        self.noise.draw({name: kappa * width for name, width in self.unit_width.items()}, self.args.seed, step, self.args.device)
+
+    def _install(self, subspaces: dict[str, Tensor], shared: bool) -> None:
+        self.subspaces = subspaces
+        self.noise = adapters.NoiseChannel(self.layers, subspaces, self.adapter_name, shared)
+
+    def _begin(self) -> None:
+        """Everything that is measured before the first step."""
+        subspaces = self._measure_contrast()
+        shared = False
+        if self._fresh:
+            for name, layer in self.layers.items():
+                factor = layer.lora_A[self.adapter_name].weight
+                if factor.shape == subspaces[name].shape:
+                    factor.data.copy_(subspaces[name])
+            shared = self.args.trainable_factors == "B" and all(
+                layer.lora_A[self.adapter_name].weight.shape == subspaces[name].shape for name, layer in self.layers.items()
+            )
+        self._install(subspaces, shared)
+        self.kappa = self._noise_to_signal()
+        self.statistics["noise_to_signal"] = self.kappa
+        self.path_nats = {name: 0.0 for name in self.layers}
+
+    def _refresh_prior(self) -> None:
+        """Q_k: the mean moves to the running mean, the level and the ranks are measured again."""
+        if self.noise is not None:
+            self.noise.silence()
+        if hasattr(self, "prior_mean"):
+            for name, nats in self._kl_per_layer().items():
+                self.path_nats[name] += nats.item()
+        self.prior_mean = {
+            name: (layer.lora_A[self.adapter_name].weight.detach().clone(), layer.lora_B[self.adapter_name].weight.detach().clone())
+            for name, layer in self.layers.items()
+        }
+        if self._prior_is_on(self.state.global_step):
+            sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
+            self.prior.refresh(partial(self._margins, self.forget_dataset, sample), self._calibration_margins)
+
+    def _calibration_margins(self) -> Tensor | None:
+        if self.calibration_dataset is not None:
+            dataset = self.calibration_dataset
+            indices = data.sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
+        elif self._held_out:
+            dataset, indices = self.retain_dataset, sorted(self._held_out)[: self.args.contrast_samples]
+        else:
+            return None
+        margins = self._margins(dataset, indices)
+        self.statistics["calibration_margin"] = margins.mean().item()
+        return margins
+
+    def _prior_is_on(self, step: int) -> bool:
+        return self.prior.uses_forget_batches and step < math.ceil(self.args.prior_fraction * self.state.max_steps)
+
+    # ---- Equation (3): the loss -------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """CE_r(theta ~ q) + beta / n_r * sum_l KL(q_l || Q_l) + gamma * evidence, in nats per retained example."""
+        if "inputs" not in inputs:
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+        self._begin_step()
+        n, batch = inputs["n_retain"], dict(inputs["inputs"])
+        labels = batch.pop("labels")
+        outputs = model(**batch)
+        logits = outputs.logits
+        if self.retain_dataset is None:
+            fit = self._fit_without_retained_data(model, batch, logits, labels)
+            forget_logits, forget_labels = logits, labels
+        else:
+            fit = F.cross_entropy(logits[:n], labels[:n])
+            forget_logits, forget_labels = logits[n:], labels[n:]
+        loss = fit
+        nats = None
+        if self.args.beta > 0:
+            nats = sum(self._kl_per_layer().values())
+            loss = loss + self.args.beta / len(self.train_dataset.retain) * nats
+        if len(forget_labels) and self._prior_is_on(self.state.global_step):
+            loss = loss + self.args.prior_strength * self.prior.evidence(forget_logits, forget_labels)
+            self._record(forget_margin=bound.margin(forget_logits.detach(), forget_labels).mean())
+        self._record(fit_nats=fit)
+        if nats is not None:
+            self._record(kl_nats=nats)
+        if self.retain_dataset is not None:
+            self._record(retain_margin=bound.margin(logits[:n].detach(), labels[:n]).mean())
+        return (loss, outputs) if return_outputs else loss
+
+    def _begin_step(self) -> None:
+        """Once per optimizer step: refresh the prior when it is due, draw the noise."""
+        step = self.state.global_step
+        if step == self._last_step:
+            return
+        self._last_step = step
+        if step % self.args.prior_update_steps == 0:
+            self._refresh_prior()
+        self.width = self.kappa * bound.anneal(step, self.state.max_steps)
+        if self.width > 0:
+            self._draw_noise(self.width, step)
+        else:
+            self.noise.silence()
+
+    def _kl_per_layer(self) -> dict[str, Tensor]:
+        """R^(l) of section 3(a), by layer, in nats."""
+        result = {}
+        for name, layer in self.layers.items():
+            a, b = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+            scaling, unit = layer.scaling[self.adapter_name], self.unit_width[name]
+            left, right = bound.displacement(a, b, *self.prior_mean[name], scaling)
+            result[name] = bound.layer_kl(left, right, self.subspaces[name], self.width * unit, FLOOR * unit)
+        return result
+
+    def _fit_without_retained_data(self, model, batch, logits, labels) -> Tensor:
+        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+            noise, self.noise.noise = self.noise.noise, {}
+            reference = model(**batch).logits
+            self.noise.noise = noise
+        return bound.other_classes_kl(logits, reference, labels)
+
+    # ---- The loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in Trainer. A fresh run measures the contrast and sets the adapter to it first."""
+        self._last_step, self.width = -1, 0.0
+        if not resume_from_checkpoint:
+            self._begin()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.noise is not None:
+                self.noise.silence()
+
+    def _get_train_sampler(self, train_dataset=None):
+        paired = self.train_dataset
+        args = self.args
+        per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        batches = math.ceil(len(paired) / (args.train_batch_size * args.world_size))
+        steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+        with_forget = self.retain_dataset is not None
+
+        def prior_is_on(epoch: int, position: int) -> bool:
+            return with_forget and self._prior_is_on(epoch * steps_per_epoch + position // per_step)
+
+        ratio = (args.forget_batch_size or args.per_device_train_batch_size) / args.per_device_train_batch_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return data.PairingSampler(paired, seed, ratio, self._held_out, prior_is_on)
+
+    def _record(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + value.detach()
+            self._counts[name] += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the bound, averaged since the last log."""
+        if self.model.training and self._metrics:
+            means = torch.stack([self._metrics[name].float() / self._counts[name] for name in self._metrics])
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs = {**logs, **dict(zip(self._metrics, means, strict=True))}
+            if "calibration_margin" in self.statistics:
+                logs["calibration_margin"] = self.statistics["calibration_margin"]
+            self._metrics.clear()
+            self._counts.clear()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: a paired batch has no single main input."""
+        return 0
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = sorted(self.data_collator.columns)
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.dataset[self.indices[i]]
+
+    def __getitems__(self, positions):
+        return data.fetch(self.dataset, [self.indices[i] for i in positions])
