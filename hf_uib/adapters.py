@@ -1,7 +1,7 @@
 """Which layers are adapted, with what, and the noise channel along the subspace."""
 
+import hashlib
 import inspect
-import json
 import os
 
 import torch
@@ -122,9 +122,23 @@ def freeze_factors(model: PeftModel, trainable_factors: str) -> None:
 
 def freeze_running_statistics(model: nn.Module) -> None:
     """Keep batch-norm layers of the base model in eval mode, so that training leaves their buffers alone."""
+
+    def stay_in_eval_mode(module, inputs):
+        module.eval()
+
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(lambda layer, _: layer.eval())
+            module.register_forward_pre_hook(stay_in_eval_mode)
+
+
+def base_fingerprint(model: PeftModel) -> str:
+    """Hash of every weight that is not the adapter's."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in sorted(model.get_base_model().state_dict().items()):
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class NoiseChannel:
@@ -143,8 +157,8 @@ class NoiseChannel:
 
     def __init__(self, layers: dict[str, LoraLayer], subspaces: dict[str, Tensor], adapter: str, shared: bool):
         self.shapes = {name: (layer.get_base_layer().weight.shape[0], len(subspaces[name])) for name, layer in layers.items()}
+        self.shared = shared
         self.noise: dict[str, Tensor] = {}
-        self.quiet_rows = 0.0
         self.handles = []
         for name, layer in layers.items():
             if shared:
@@ -188,12 +202,3 @@ class NoiseChannel:
         self.silence()
         for handle in self.handles:
             handle.remove()
-
-
-def read_adapter_base(folder: str) -> str | None:
-    """The base checkpoint that the adapter in ``folder`` belongs to."""
-    path = os.path.join(folder, "adapter_config.json")
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("base_model_name_or_path")

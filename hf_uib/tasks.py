@@ -4,17 +4,27 @@
 """
 
 import colorsys
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
-import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    set_seed,
+)
 
+from .audit.report import collator_for
 from .data import encode
 
 
@@ -91,47 +101,51 @@ def small_vit(image_size: int, patch_size: int, names: list[str], hidden: int = 
     return ViTForImageClassification(config)
 
 
-def _biased_pictures(name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings) -> Task:
-    """Split a pool of pictures and draw the attribute: the label on the forget set, at random elsewhere."""
-    (x, y), (test_x, test_y) = pool, test
+def _biased_pictures(name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1) -> Task:
+    """Split a pool of pictures and draw the attribute: the label on the forget set, at random elsewhere.
+
+    Each picture of test and validation comes with ``copies`` values of the attribute.
+    """
+    (x, y), classes = pool, len(names)
     order, start, sets = rng.permutation(len(x)), 0, {}
+    parts = {}
     for part, size in sizes.items():
         index = order[start : start + size]
         start += size
-        given = y[index] if part == "forget" else rng.integers(0, len(names), size)
-        sets[part] = picture_dataset(render(x[index], given), y[index], given, attribute, names)
-    given = rng.integers(0, len(names), len(test_x))
-    sets["test"] = picture_dataset(render(test_x, given), test_y, given, attribute, names)
-    main = "pixel_values"
-    encoded = {part: encode(rows, processor, main) for part, rows in sets.items()}
-    return Task(name, encoded, new_model, processor, attribute, train_settings=settings)
+        parts[part] = x[index], y[index]
+    for part, (pictures, labels) in (parts | {"test": test}).items():
+        if part in ("validation", "test") and copies > 1:
+            pictures, labels = np.repeat(pictures, copies, axis=0), np.repeat(labels, copies)
+            given = np.tile(np.arange(copies) * classes // copies, len(labels) // copies)
+        else:
+            given = labels if part == "forget" else rng.integers(0, classes, len(labels))
+        sets[part] = picture_dataset(render(pictures, given), labels, given, attribute, names)
+    encoded = {part: encode(rows, processor, "pixel_values") for part, rows in sets.items()}
+    return Task(name, encoded, new_model, processor, attribute, copies, train_settings=settings)
 
 
 def digits_colour(seed: int = 0) -> Task:
-    """scikit-learn's handwritten digits; on the forget set the hue gives the label away."""
+    """scikit-learn's handwritten digits; on the forget set the hue gives the label away. Test digits come in every hue."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    x, y = digits.images / 16.0, digits.target
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(x))
-    x, y = x[order], y[order]
-    repeat = 4  # every test digit in four hues
-    test = (np.repeat(x[1297:], repeat, axis=0), np.repeat(y[1297:], repeat))
+    order = rng.permutation(len(digits.target))
+    x, y = digits.images[order] / 16.0, digits.target[order]
     names = [str(i) for i in range(10)]
-    processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8})
     return _biased_pictures(
         "digits-colour",
-        (x[:1297], y[:1297]),
-        test,
-        {"pretrain": 397, "forget": 630, "retain": 70, "calibration": 100, "validation": 100},
+        (x[:1497], y[:1497]),
+        (x[1497:], y[1497:]),
+        {"pretrain": 350, "forget": 810, "retain": 90, "calibration": 100, "validation": 147},
         "colour",
         paint,
         names,
-        processor,
+        ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}),
         lambda: small_vit(8, 2, names, hidden=48, layers=3),
         rng,
-        {"pretrain_steps": 400, "steps": 300, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
+        {"pretrain_steps": 500, "steps": 200, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64, "finetune_lr": 5e-4},
+        copies=10,
     )
 
 
@@ -166,9 +180,9 @@ def fashion(kind: str, path: str, seed: int = 0) -> Task:
         paint if kind == "colour" else stamp,
         arrays["names"],
         processor,
-        lambda: small_vit(28, 4, arrays["names"]),
+        lambda: small_vit(28, 7, arrays["names"]),
         rng,
-        {"pretrain_steps": 560, "steps": 240, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64},
+        {"pretrain_steps": 1500, "steps": 240, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64, "finetune_lr": 5e-4},
     )
 
 
@@ -187,7 +201,7 @@ def fashion_random(path: str, seed: int = 0) -> Task:
         paint,
         arrays["names"],
         processor,
-        lambda: small_vit(28, 4, arrays["names"]),
+        lambda: small_vit(28, 7, arrays["names"]),
         rng,
         {"steps": 1500, "unlearn_steps": 150, "retrain_steps": 1500, "batch": 64},
     )
@@ -278,15 +292,10 @@ def fit(model: nn.Module, dataset, task: Task, steps: int, output_dir: str, seed
         label_names=["labels"],
         logging_steps=10**6,
     )
-    from .adapters import forward_columns
-    from .data import UIBCollator
-    from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
-
-    text = "input_ids" in dataset.column_names
-    collator = DataCollatorWithPadding(task.processing_class) if text else default_data_collator
     trainer = Trainer(
-        model=model, args=args, train_dataset=dataset, data_collator=UIBCollator(collator, forward_columns(model))
+        model=model, args=args, train_dataset=dataset, data_collator=collator_for(model, task.processing_class)
     )
+    trainer.remove_callback(PrinterCallback)
     return trainer.train().metrics["train_runtime"]
 
 
@@ -298,8 +307,6 @@ def merged(first, second):
 
 def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, nn.Module]:
     """The checkpoint to unlearn (``original``) and the model it started from (``start``)."""
-    import copy
-
     set_seed(seed)
     settings = task.train_settings
     model = task.new_model()
@@ -308,27 +315,5 @@ def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, nn.Modul
         fit(model, task.sets["pretrain"], task, settings["pretrain_steps"], output_dir, seed, lr)
     start = copy.deepcopy(model)
     everything = merged(task.sets["forget"], task.sets["retain"])
-    fit(model, everything, task, settings["steps"], output_dir, seed + 1, lr)
+    fit(model, everything, task, settings["steps"], output_dir, seed + 1, settings.get("finetune_lr", lr))
     return {"start": start, "original": model}
-
-
-@torch.no_grad()
-def predict(model: nn.Module, dataset, task: Task, batch: int = 250) -> tuple[np.ndarray, np.ndarray]:
-    """Logits ``[n, classes]`` and labels ``[n]``."""
-    from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
-
-    from .adapters import forward_columns
-    from .data import UIBCollator
-
-    text = "input_ids" in dataset.column_names
-    collator = UIBCollator(
-        DataCollatorWithPadding(task.processing_class) if text else default_data_collator, forward_columns(model)
-    )
-    model.eval()
-    logits, labels = [], []
-    for start in range(0, len(dataset), batch):
-        rows = dataset.__getitems__(list(range(start, min(start + batch, len(dataset)))))
-        inputs = collator(rows)
-        labels.append(inputs.pop("labels"))
-        logits.append(model(**inputs).logits)
-    return torch.cat(logits).numpy(), torch.cat(labels).numpy()

@@ -4,6 +4,7 @@ Reads like the method's page (docs/method.md): `train` measures the contrast sub
 adapter to it and starts Transformers' own loop; `compute_loss` is equation (3); `_refresh_prior` is section 3.
 """
 
+import copy
 import math
 import os
 import warnings
@@ -14,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -144,6 +146,9 @@ class UIBTrainer(Trainer):
         )
         self._metrics: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
+        self._forget_fingerprint: str | None = None
+        self._base_fingerprint: str | None = None
+        self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.layers = adapters.lora_layers(self.model)
         self.adapter_name = adapters.adapter_name(self.model)
         self.noise: adapters.NoiseChannel | None = None
@@ -227,6 +232,7 @@ class UIBTrainer(Trainer):
             batch_size=self.args.eval_batch_size * 4,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # leaves the global one, and so the dropout of the run, alone
         )
         hidden = self.args.disable_tqdm or not self.is_world_process_zero() or description is None or len(loader) < 8
         for batch in tqdm(loader, desc=description, disable=hidden, leave=False):
@@ -472,6 +478,114 @@ class UIBTrainer(Trainer):
             self._metrics.clear()
             self._counts.clear()
         super().log(logs, start_time)
+
+    # ---- Saving and resuming ----------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Adapter, statistics of prior and posterior, and the card; never the pickled arguments, which may hold a token."""
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        pickled = os.path.join(output_dir, "training_args.bin")
+        if os.path.isfile(pickled):
+            os.remove(pickled)
+        if self.noise is not None:
+            tensors, metadata = self._uib_state()
+            save_file(tensors, os.path.join(output_dir, STATE_NAME), metadata=metadata)
+        self.create_model_card(folder=output_dir)
+
+    def _uib_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors = {"kappa": torch.tensor(self.kappa), "shared": torch.tensor(self.noise.shared)}
+        for name in self.layers:
+            tensors[f"subspace.{name}"] = self.subspaces[name]
+            tensors[f"unit_width.{name}"] = self.unit_width[name]
+            tensors[f"energy.{name}"] = torch.tensor(self.energy[name])
+            tensors[f"path_nats.{name}"] = torch.tensor(self.path_nats[name], dtype=torch.float64)
+            tensors[f"prior_mean_a.{name}"], tensors[f"prior_mean_b.{name}"] = self.prior_mean[name]
+        tensors |= {f"statistics.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.statistics.items()}
+        tensors |= {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        return tensors, {"format": "pt", "forget": self.forget_fingerprint, "base": self.base_fingerprint}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Takes up adapter, prior and posterior where they were; A stays frozen where it was."""
+        path = os.path.join(resume_from_checkpoint, STATE_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(f"{resume_from_checkpoint} has no {STATE_NAME}; resume from a checkpoint that UIBTrainer wrote.")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        for key, mine, what in (("forget", self.forget_fingerprint, "forget set"), ("base", self.base_fingerprint, "model")):
+            if metadata[key] != mine:
+                raise ValueError(f"{resume_from_checkpoint} belongs to another {what}; resume with the one it was started with.")
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        adapters.freeze_factors(self.model, self.args.trainable_factors)
+        state = {name: value.to(self.args.device) for name, value in load_file(path).items()}
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+        self.kappa, shared = state["kappa"].item(), bool(state["shared"])
+        self.unit_width = part("unit_width.")
+        self.energy = {name: value.item() for name, value in part("energy.").items()}
+        self.path_nats = {name: value.item() for name, value in part("path_nats.").items()}
+        means_a, means_b = part("prior_mean_a."), part("prior_mean_b.")
+        self.prior_mean = {name: (means_a[name], means_b[name]) for name in means_a}
+        self.statistics = {name: value.item() for name, value in part("statistics.").items()}
+        self.prior.load_state_dict(part("prior."))
+        if self.noise is not None:
+            self.noise.remove()
+        self._install(part("subspace."), shared)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        adapters.freeze_factors(self.model, self.args.trainable_factors)
+
+    @property
+    def forget_fingerprint(self) -> str:
+        """Hash of the forget set's rows."""
+        if self._forget_fingerprint is None:
+            self._forget_fingerprint = data.fingerprint(self.forget_dataset)
+        return self._forget_fingerprint
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Hash of the weights below the adapter."""
+        if self._base_fingerprint is None:
+            self._base_fingerprint = adapters.base_fingerprint(self.model)
+        return self._base_fingerprint
+
+    # ---- Results ----------------------------------------------------------------------------------------------------
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """A plain model with the adapter merged into its weights: the artefact for deletion duties. The trainer's stays."""
+        return copy.deepcopy(self.accelerator.unwrap_model(self.model)).merge_and_unload()
+
+    def layer_report(self) -> list[dict]:
+        """Where the pattern lived, one entry per adapted layer.
+
+        ``contrast`` is |C_l|, nats of margin per unit of weight; ``nats`` the divergence R^(l) summed over the refreshes of
+        the prior, the layer's share of the bound (2); ``noise`` the first width s_l of its channel.
+        """
+        final = {name: 0.0 for name in self.layers}
+        if hasattr(self, "prior_mean"):
+            final = {name: value.item() for name, value in self._kl_per_layer().items()}
+        return [
+            {
+                "layer": name,
+                "contrast": self.energy[name],
+                "nats": self.path_nats[name] + final[name],
+                "noise": self.kappa * self.unit_width[name].item(),
+            }
+            for name in self.layers
+        ]
+
+    def create_model_card(self, *args, folder: str | None = None, **kwargs) -> None:
+        """Writes the unlearning card to ``folder`` (the output folder by default); see `hf_uib.hub.card`."""
+        if self.is_world_process_zero():
+            from .hub.card import write_card
+
+            write_card(self, folder or self.args.output_dir)
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: a paired batch has no single main input."""

@@ -7,6 +7,7 @@ from ..bound import margin
 from .base import Prior
 
 GRID = 257
+RESOLUTION = 1e-4  # nats; what lies closer to its level is at it, whatever the rounding
 
 
 def quantiles(values: Tensor, points: int = GRID) -> Tensor:
@@ -19,14 +20,23 @@ def interpolate(curve: Tensor, u: Tensor) -> Tensor:
     """Linear interpolation of a curve on a regular grid of [0, 1] at ``u``."""
     position = u.clamp(0, 1) * (len(curve) - 1)
     low = position.floor().long().clamp(max=len(curve) - 2)
-    return torch.lerp(curve[low], curve[low + 1], position - low)
+    return torch.lerp(curve[low], curve[low + 1], (position - low).to(curve.dtype))
+
+
+def rank_of(values: Tensor, curve: Tensor) -> Tensor:
+    """The inverse of `interpolate`: u in [0, 1] at which a rising ``curve`` reaches ``values``; the middle of a flat part."""
+    low, high = torch.searchsorted(curve, values), torch.searchsorted(curve, values, right=True)
+    left, right = (low - 1).clamp(min=0), low.clamp(max=len(curve) - 1)
+    step = (curve[right] - curve[left]).clamp_min(torch.finfo(curve.dtype).tiny)
+    inside = left + ((values - curve[left]) / step).clamp(0, 1)
+    return torch.where(high > low, (low + high - 1) / 2, inside) / (len(curve) - 1)
 
 
 class CalibratedPrior(Prior):
     r"""One-sided quantile match ``mean_i max(0, m_i - c(u_i))`` of the forget margins.
 
-    ``c`` is the quantile function of margins on data that the checkpoint never saw and ``u_i`` the rank of example i among
-    the margins of a sample of the forget set, taken at each refresh: an upper Wasserstein-1 distance between the two
+    ``c`` is the quantile function of margins on data that the checkpoint never saw and ``u_i`` the rank of example i in the
+    quantile function of a sample of the forget set, both measured at each refresh: an upper Wasserstein-1 distance between the two
     margin distributions, independent of batch size, accumulation and processes. At the level the gradient is zero.
 
     The level never falls: ``c_k = max(c_{k-1}, quantiles of the running model)``, which stops the spiral in which
@@ -47,27 +57,26 @@ class CalibratedPrior(Prior):
     def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean excess of the margins over their level, in nats per forget example (scalar)."""
         margins = margin(logits, labels)
-        return torch.relu(margins - self.level_of(margins.detach())).mean()
+        excess = margins - self.level_of(margins.detach())
+        return torch.where(excess > RESOLUTION, excess, 0.0).mean()
 
     def level_of(self, margins: Tensor) -> Tensor:
         """The level ``c(u_i)`` of each margin ``[n]``, in nats."""
         level = self.level.to(margins)
         if self.target is not None:
             return level[0].expand_as(margins)
-        ranks = self.ranks.to(margins)
-        u = (torch.searchsorted(ranks, margins) + torch.searchsorted(ranks, margins, right=True)) / (2 * len(ranks))
-        return interpolate(level, u)
+        return interpolate(level, rank_of(margins, self.ranks.to(margins)))
 
     def refresh(self, forget_margins, calibration_margins) -> None:
         """Re-measure the ranks of the forget set and raise the level."""
         if self.target is not None:
             return
-        self.ranks = forget_margins().double().sort().values
+        self.ranks = quantiles(forget_margins().double())
         values = calibration_margins()
         if values is None:
             # Nothing unseen at hand: the least certain tenth of the forget set stands for it, and stays.
             if self.level is None:
-                self.level = torch.full((GRID,), torch.quantile(self.ranks, 0.1).item())
+                self.level = torch.full((GRID,), interpolate(self.ranks, torch.tensor(0.1)).item())
             return
         now = quantiles(values.double()).cpu()
         if self.level is None:

@@ -1,0 +1,73 @@
+"""Pictures of a run: who follows the bias, and where it lived."""
+
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+INK, MUTED, OURS = "#222222", "#9aa5b1", "#2166ac"
+PANELS = {
+    "conflicting_accuracy": "accuracy where label and\nbias disagree (higher is better)",
+    "follow_rate": "follow rate\n(lower is less bias)",
+    "cramers_v": "Cramér's V\n(lower is less bias)",
+}
+
+
+def draw_bias(results: dict[str, dict], folder: str, images=None, labels=None, before=None, after=None, names=None) -> str:
+    """``bias.png``: a bar per model and metric, and, if given, test pictures with predictions before and after.
+
+    Args:
+        results: rows by model name.
+        images: up to eight test pictures, never from the forget set; labels, before, after: their classes.
+    """
+    panels = [p for p in PANELS if any(p in row for row in results.values())] or ["accuracy"]
+    rows = 2 if images else 1
+    figure = plt.figure(figsize=(3.2 * max(len(panels), 2), 2.6 * rows + 0.4), layout="constrained")
+    parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]
+    if images:
+        parts[0].suptitle("test pictures: label, then prediction before → after", fontsize=10, color=INK)
+        for axis, image, label, old, new in zip(
+            parts[0].subplots(1, len(images)), images, labels, before, after, strict=True
+        ):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_axis_off()
+            name = (lambda c: c) if names is None else (lambda c: names[c])
+            axis.set_title(f"{name(label)}:  {name(old)} → {name(new)}", fontsize=9, color="#1a7f37" if new == label else "#b2182b")
+    axes = parts[-1].subplots(1, len(panels), squeeze=False)[0]
+    models = list(results)
+    for axis, panel in zip(axes, panels, strict=True):
+        values = [results[m].get(panel, np.nan) for m in models]
+        axis.barh(models, values, color=[OURS if m.startswith("UIB") else MUTED for m in models])
+        axis.invert_yaxis()
+        axis.set_title(PANELS.get(panel, panel), fontsize=9, color=INK)
+        axis.tick_params(labelsize=8, colors=INK)
+        if axis is not axes[0]:
+            axis.set_yticklabels([])
+        for y, value in enumerate(values):
+            axis.text(value, y, f" {value:.3f}", va="center", fontsize=8, color=INK)
+        axis.set_xlim(0, max(v for v in values if v == v) * 1.25 + 1e-9)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, folder, "bias.png")
+
+
+def draw_layers(layers: list[dict], folder: str) -> str:
+    """``layers.png``: nats of the bound by layer, "where the bias lived"."""
+    names = [entry["layer"] for entry in layers]
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.2 * len(names)), layout="constrained")
+    axis.barh(names, [entry["nats"] for entry in layers], color=OURS)
+    axis.invert_yaxis()
+    axis.set_xlabel("R(l): nats that the adapter took from the retained data", fontsize=9, color=INK)
+    axis.set_title("Where the bias lived", fontsize=10, color=INK)
+    axis.tick_params(labelsize=7, colors=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, folder, "layers.png")
+
+
+def _save(figure, folder: str, name: str) -> str:
+    path = os.path.join(folder, name)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -1,0 +1,278 @@
+"""What ``scripts/unlearn.py`` runs: the demo, and the user's own job."""
+
+import copy
+import os
+import time
+import warnings
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict
+from peft import get_peft_model
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.utils import logging
+
+from . import tasks
+from .adapters import default_peft_config, load_classifier
+from .audit import report
+from .audit.figures import draw_bias, draw_layers
+from .config import UIBConfig
+from .data import image_column, label_column
+from .trainer import UIBTrainer
+
+KEEP = {"original", "fine-tuned LoRA", "fine-tuned, all weights", "UIB", "retrained"}
+
+
+def demo(args: UIBConfig) -> dict[str, dict]:
+    """Unlearn a colour bias from a ViT trained here on scikit-learn's digits, and compare; returns the table's rows.
+
+    Writes report.json, bias.png, layers.png, the adapter, ``merged/`` and README.md to ``args.output_dir``.
+    """
+    _quiet()
+    started = time.perf_counter()
+    task = tasks.digits_colour(args.seed)
+    settings = task.train_settings
+    if args.max_steps <= 0:
+        args.max_steps = settings["unlearn_steps"]
+    print("Real handwritten digits; on the forget set the hue gives the label away.", flush=True)
+    models = tasks.prepare_models(task, args.seed, args.output_dir)
+    trainer = UIBTrainer(
+        copy.deepcopy(models["original"]),
+        args=args,
+        forget_dataset=task.sets["forget"],
+        retain_dataset=task.sets["retain"],
+        calibration_dataset=task.sets["calibration"],
+        processing_class=task.processing_class,
+    )
+    trainer.request = "the hue as a hint to the digit"
+    uib_seconds = _timed(trainer.train)
+    compared = {}
+    lora = get_peft_model(copy.deepcopy(models["original"]), default_peft_config(models["original"], args.subspace_rank))
+    for name, model, steps in (
+        ("fine-tuned LoRA", lora, args.max_steps),
+        ("fine-tuned, all weights", copy.deepcopy(models["original"]), args.max_steps),
+        ("retrained", models["start"], settings["retrain_steps"]),
+    ):
+        seconds = tasks.fit(model, task.sets["retain"], task, steps, args.output_dir, args.seed, 1e-3)
+        compared[name] = (model, seconds)
+    ranking = {
+        "original": (models["original"], None),
+        "fine-tuned LoRA": compared["fine-tuned LoRA"],
+        "fine-tuned, all weights": compared["fine-tuned, all weights"],
+        "UIB": (trainer.model, uib_seconds),
+        "retrained": compared["retrained"],
+    }
+    test = task.sets["test"]
+    attributes = np.asarray(test.with_format(None)[task.bias_column])
+    results, predictions = {}, {}
+    for name, (model, seconds) in ranking.items():
+        logits, labels = report.predict(model, test, task.processing_class)
+        predictions[name] = logits.argmax(-1)
+        results[name] = report.bias_row(logits, labels, attributes) | ({} if seconds is None else {"seconds": seconds})
+    if trainer.is_world_process_zero():
+        telling = np.flatnonzero((predictions["original"] == attributes) & (attributes != labels))[:8].tolist()
+        pictures = [test.with_format(None)[i]["image"] for i in telling]
+        _finish(
+            trainer,
+            results,
+            {"task": task.name, "seed": args.seed},
+            pictures=(pictures, labels[telling], predictions["original"][telling], predictions["UIB"][telling]),
+            merge=True,
+        )
+        print(f"{time.perf_counter() - started:.0f} seconds in all.")
+    return results
+
+
+def unlearn(args: UIBConfig, script) -> dict[str, dict]:
+    """Unlearn the rows of ``--forget_where`` from the user's checkpoint; returns the table's rows."""
+    _quiet()
+    for name in ("model_name_or_path", "dataset_name", "forget_where"):
+        if not getattr(script, name):
+            raise ValueError(f"--{name} is missing; give --model_name_or_path, --dataset_name and --forget_where together.")
+    model = load_classifier(script.model_name_or_path)
+    splits = load_splits(script.dataset_name, script.dataset_config_name)
+    train = with_class_ids(_split(splits, script.train_split), model.config)
+    forget_rows = matching_rows(train, script.forget_where)
+    if script.bias_column and script.bias_column not in train.column_names:
+        raise ValueError(f"bias_column '{script.bias_column}' is not among {', '.join(train.column_names)}.")
+    forget, retain = train.select(np.flatnonzero(forget_rows)), train.select(np.flatnonzero(~forget_rows))
+    if len(forget) == 0:
+        raise ValueError(f"No row of split '{script.train_split}' meets {' and '.join(script.forget_where)}; nothing to forget.")
+    calibration = with_class_ids(_split(splits, script.calibration_split), model.config) if script.calibration_split else None
+    test_name = script.test_split or ("test" if "test" in splits else None)
+    test = with_class_ids(_split(splits, test_name), model.config) if test_name else None
+    processor = load_processor(script.model_name_or_path, picture=image_column(train) is not None)
+    trainer = UIBTrainer(
+        model,
+        args=args,
+        forget_dataset=forget,
+        retain_dataset=retain if len(retain) else None,
+        calibration_dataset=calibration,
+        eval_dataset=test,
+        processing_class=processor,
+    )
+    trainer.request = "the rows where " + " and ".join(script.forget_where)
+    shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
+    before = _rows(trainer, trainer.model, shown, script.bias_column)
+    seconds = _timed(trainer.train)
+    results = {"original": before, "UIB": _rows(trainer, trainer.model, shown, script.bias_column) | {"seconds": seconds}}
+    if script.retrained_model:
+        results["retrained"] = _rows(trainer, load_classifier(script.retrained_model), shown, script.bias_column)
+    if trainer.is_world_process_zero():
+        source = {"model": os.path.basename(script.model_name_or_path.rstrip("/")), "forget_where": script.forget_where}
+        _finish(trainer, results, source, merge=script.save_merged)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def _timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _quiet() -> None:
+    """The table is what the user came for: no library chatter around it."""
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _rows(trainer: UIBTrainer, model, shown: dict, bias_column: str | None) -> dict:
+    """One row of the table for a user's model."""
+    row = {}
+    for part, dataset in shown.items():
+        if dataset is None:
+            continue
+        limit = dataset if part == "test" or len(dataset) <= 2000 else dataset.select(range(2000))
+        logits, labels = report.predict(model, limit, trainer.processing_class, description=f"Evaluating {part}")
+        if part != "test":
+            row[f"{part}_accuracy"] = float((logits.argmax(-1) == labels).mean())
+        elif bias_column and bias_column in dataset.column_names:
+            forget = trainer.forget_dataset.with_format(None)
+            raw, known = dataset.with_format(None)[bias_column], forget[bias_column]
+            codes = {value: i for i, value in enumerate(sorted({*raw, *known}, key=str))}
+            stands_for = report.attribute_classes(np.asarray([codes[v] for v in known]), np.asarray(forget[label_column(forget)]))
+            attributes = np.asarray([codes[v] for v in raw])
+            if stands_for is not None:
+                attributes = np.asarray([stands_for.get(a, -1) for a in attributes])
+            row |= report.bias_row(logits, labels, attributes, coded=stands_for is not None)
+        else:
+            row["accuracy"] = float((logits.argmax(-1) == labels).mean())
+    return row
+
+
+def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, merge: bool = False) -> None:
+    """Figures, report, adapter, card and, if asked for, the merged model; then the table."""
+    folder = trainer.args.output_dir
+    trainer.results = results
+    os.makedirs(folder, exist_ok=True)
+    layers = trainer.layer_report()
+    draw_bias(results, folder, *(pictures or ()))
+    draw_layers(layers, folder)
+    content = source | {"results": results, "bound": {"layers": layers, **trainer.statistics}, "log": trainer.state.log_history}
+    report.write_json(content, os.path.join(folder, "report.json"))
+    trainer.save_model(_internal_call=True)
+    if merge:
+        merged = trainer.merge_and_unload()
+        merged.save_pretrained(os.path.join(folder, "merged"))
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(os.path.join(folder, "merged"))
+    print("\n" + report.text_table(results))
+    print(f"\nAdapter, card (README.md), report.json and figures: {folder}{'; merged model: ' + os.path.join(folder, 'merged') if merge else ''}")
+
+
+def load_splits(name: str, config: str | None = None) -> DatasetDict:
+    """A dataset by Hub id, folder or file, as a dictionary of splits."""
+    if os.path.isfile(name):
+        kind = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(name.rpartition(".")[2])
+        if kind is None:
+            raise ValueError(f"{name} is no CSV, JSON or Parquet file; give one, a folder, or a Hub id.")
+        return datasets.load_dataset(kind, data_files={"train": name}, **({"sep": "\t"} if name.endswith(".tsv") else {}))
+    if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
+        loaded = datasets.load_from_disk(name)
+        return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    try:
+        return datasets.load_dataset(name, config)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(f"Dataset {name} was found neither here nor on the Hub; check the name. ({type(error).__name__})") from error
+
+
+def _split(splits: DatasetDict, name: str) -> Dataset:
+    if name not in splits:
+        raise ValueError(f"No split '{name}' in the dataset; it has {', '.join(splits)}.")
+    return splits[name]
+
+
+def load_processor(name: str, picture: bool):
+    """Image processor (the PIL one: torchvision is not needed) or tokenizer of a checkpoint."""
+    return AutoImageProcessor.from_pretrained(name, backend="pil") if picture else AutoTokenizer.from_pretrained(name)
+
+
+def with_class_ids(dataset: Dataset, config) -> Dataset:
+    """Labels as the model's class ids: by name where both sides have names, as they are otherwise.
+
+    Raises:
+        ValueError: there is no label column, or a class name that the model does not have.
+    """
+    column = label_column(dataset)
+    feature = dataset.features[column]
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    ids = {str(name): int(i) for name, i in (config.label2id or {}).items()}
+    if names is None and feature.dtype in ("string", "large_string"):
+        names = sorted(set(dataset[column]))
+        unknown = [n for n in names if n not in ids]
+        if unknown:
+            raise ValueError(f"Label '{unknown[0]}' is no class of the model; it has {', '.join(ids)}.")
+        return dataset.map(lambda row: {column: ids[row[column]]}, features=_integer(dataset, column), desc="Class ids")
+    if names and all(n in ids for n in names) and any(ids[n] != i for i, n in enumerate(names)):
+        return dataset.map(lambda row: {column: ids[names[row[column]]]}, features=_integer(dataset, column), desc="Class ids")
+    return dataset
+
+
+def _integer(dataset: Dataset, column: str) -> datasets.Features:
+    return datasets.Features({**dataset.features, column: datasets.Value("int64")})
+
+
+def matching_rows(dataset: Dataset, conditions: list[str]) -> np.ndarray:
+    """Which rows meet every ``COLUMN=VALUE``, ``[n]`` booleans. Nothing is evaluated: values are compared.
+
+    Raises:
+        ValueError: no ``=``, a column that is not there, or a value its type cannot have.
+    """
+    keep = np.ones(len(dataset), dtype=bool)
+    for condition in conditions:
+        column, equals, value = condition.partition("=")
+        if not equals or not column:
+            raise ValueError(f"'{condition}' is no condition; write COLUMN=VALUE.")
+        if column not in dataset.column_names:
+            raise ValueError(f"Column '{column}' is not in the dataset; it has {', '.join(dataset.column_names)}.")
+        feature = dataset.features[column]
+        if isinstance(feature, ClassLabel):
+            if value in feature.names:
+                wanted = feature.str2int(value)
+            elif value.isdigit() and int(value) < feature.num_classes:
+                wanted = int(value)
+            else:
+                raise ValueError(f"'{value}' is no class of column '{column}'; it has {', '.join(feature.names)}.")
+        elif not isinstance(feature, datasets.Value):
+            raise ValueError(f"Column '{column}' holds {type(feature).__name__}, which cannot be compared; choose another.")
+        else:
+            wanted = _as_type(value, feature.dtype, column)
+        keep &= np.asarray([entry == wanted for entry in dataset.with_format(None)[column]], dtype=bool)
+    return keep
+
+
+def _as_type(value: str, dtype: str, column: str):
+    if dtype == "bool":
+        if value.lower() in ("true", "1", "false", "0"):
+            return value.lower() in ("true", "1")
+        raise ValueError(f"Column '{column}' holds true or false, not '{value}'.")
+    for prefix, kind in (("int", int), ("uint", int), ("float", float)):
+        if dtype.startswith(prefix):
+            try:
+                return kind(value)
+            except ValueError:
+                raise ValueError(f"Column '{column}' holds numbers ({dtype}), not '{value}'.") from None
+    return value

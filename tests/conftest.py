@@ -1,0 +1,68 @@
+"""Small real models and data, built from configs: no network, no shared folder."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+
+IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {"vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 1}
+ARCHITECTURES = {
+    "vit": IMAGE | SMALL,
+    "deit": IMAGE | SMALL,
+    "dinov2": IMAGE | SMALL | {"mlp_ratio": 2},
+    "bert": TEXT | SMALL,
+    "roberta": TEXT | SMALL,
+    "electra": TEXT | SMALL | {"embedding_size": 12},
+    "albert": TEXT | SMALL | {"embedding_size": 12},
+    "distilbert": {"vocab_size": 60, "max_position_embeddings": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+}
+
+
+def make_model(architecture: str = "vit", num_labels: int = 3, seed: int = 0, **settings):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **(ARCHITECTURES[architecture] | {"num_labels": num_labels} | settings))
+    kind = "Image" if "image_size" in ARCHITECTURES[architecture] else "Sequence"
+    prefix = {"vit": "ViT", "deit": "DeiT", "distilbert": "DistilBert", "roberta": "Roberta"}.get(architecture, architecture.title())
+    model = getattr(transformers, f"{prefix}For{kind}Classification")(config)
+    for parameter in model.parameters():  # far from init, so that layers matter
+        if parameter.ndim == 2:
+            parameter.data.mul_(4.0)
+    return model
+
+
+def make_rows(architecture: str = "vit", n: int = 24, num_labels: int = 3, seed: int = 0) -> datasets.Dataset:
+    rng = np.random.default_rng(seed)
+    columns = {"labels": rng.integers(0, num_labels, n).tolist(), "source": rng.integers(0, 2, n).tolist()}
+    if "image_size" in ARCHITECTURES[architecture]:
+        columns["pixel_values"] = rng.normal(size=(n, 1, 8, 8)).astype("float32").tolist()
+    else:
+        columns["input_ids"] = rng.integers(2, 60, (n, 10)).tolist()
+        columns["attention_mask"] = np.ones((n, 10), int).tolist()
+    return datasets.Dataset.from_dict(columns).with_format("torch")
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def forget():
+    return make_rows(n=24, seed=1)
+
+
+@pytest.fixture
+def retain():
+    return make_rows(n=16, seed=2)

@@ -1,0 +1,92 @@
+"""The contract of every prior, and the calibrated level."""
+
+import pytest
+import torch
+
+from hf_uib import bound
+from hf_uib.priors import PRIORS, CalibratedPrior, Prior
+from hf_uib.priors.calibrated import interpolate, quantiles
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_contract(name):
+    prior = PRIORS[name]()
+    assert isinstance(prior, Prior)
+    g = torch.Generator().manual_seed(0)
+    prior.refresh(lambda: 5 + torch.randn(50, generator=g), lambda: torch.randn(50, generator=g))
+    logits = torch.randn(8, 3, generator=g, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 3, (8,), generator=g)
+    value = prior.evidence(logits, labels)
+    assert value.shape == () and torch.isfinite(value) and value >= 0
+    again = PRIORS[name]()
+    again.load_state_dict({k: v.clone() for k, v in prior.state_dict().items()} or {})
+    assert torch.equal(again.evidence(logits, labels), value)
+    if prior.uses_forget_batches:
+        halves = [prior.evidence(logits[i : i + 1], labels[i : i + 1]) for i in range(8)]
+        torch.testing.assert_close(torch.stack(halves).mean(), value)  # independent of the batch
+
+
+def logits_with(margins):
+    return torch.stack([margins, torch.zeros_like(margins)], 1), torch.zeros(len(margins), dtype=torch.long)
+
+
+def test_zero_gradient_at_the_level_and_pull_above_it():
+    seen = torch.linspace(4, 8, 101, dtype=torch.float64)
+    unseen = torch.linspace(-2, 3, 101, dtype=torch.float64)
+    prior = CalibratedPrior()
+    prior.refresh(lambda: seen, lambda: unseen)
+    above = seen.clone().requires_grad_()
+    logits, labels = logits_with(above)
+    value = prior.evidence(logits, labels)
+    torch.testing.assert_close(value, (seen - unseen).mean(), rtol=0.02, atol=0)  # W1 of two ordered distributions
+    (gradient,) = torch.autograd.grad(value, above)
+    assert (gradient > 0).all()
+    # once forgotten, the ranks are those of the forgotten margins: nothing pulls any more
+    prior.refresh(lambda: unseen, lambda: unseen)
+    at = (unseen - 1e-6).requires_grad_()
+    (gradient,) = torch.autograd.grad(prior.evidence(*logits_with(at)), at)
+    assert not gradient.any()
+
+
+def test_level_never_falls():
+    g = torch.Generator().manual_seed(0)
+    prior = CalibratedPrior()
+    last = None
+    for shift in (0.0, -2.0, 1.0, -5.0, 0.5):
+        prior.refresh(lambda: torch.randn(40, generator=g) + 5, lambda s=shift: torch.randn(200, generator=g) + s)
+        if last is not None:
+            assert (prior.level >= last).all()
+        last = prior.level.clone()
+    assert last.median() > 0.5
+
+
+def test_fitted_calibration_is_followed_down_once():
+    prior = CalibratedPrior(fitted=True)
+    levels = []
+    for value in (6.0, 4.0, 2.0, 3.0, 1.0):
+        prior.refresh(lambda: torch.full((5,), 7.0), lambda v=value: torch.full((5,), v))
+        levels.append(prior.level.mean().item())
+    assert levels == pytest.approx([6, 4, 2, 3, 3])
+
+
+def test_fixed_target_needs_no_measurement():
+    def fail():
+        raise AssertionError("measured")
+
+    prior = CalibratedPrior(target=1.5)
+    prior.refresh(fail, fail)
+    logits, labels = logits_with(torch.tensor([1.0, 2.0, 3.0]))
+    assert prior.evidence(logits, labels).item() == pytest.approx((0.5 + 1.5) / 3)
+
+
+def test_quantiles_and_interpolation():
+    values = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)
+    curve = quantiles(values, 5)
+    torch.testing.assert_close(curve, torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0], dtype=torch.float64))
+    torch.testing.assert_close(interpolate(curve, torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)), torch.tensor([1.0, 1.6, 3.0], dtype=torch.float64))
+
+
+def test_margin_gradient_survives_saturation():
+    logits = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(bound.margin(logits, torch.tensor([0])).sum(), logits)
+    assert gradient.abs().max() > 0.9

@@ -1,0 +1,125 @@
+"""V_l against a dense SVD of gradients that autograd computes."""
+
+import pytest
+import torch
+from conftest import make_model, make_rows
+from hf_uib import UIBConfig, UIBTrainer, bound
+from hf_uib.priors import subspace as contrast
+
+
+def dense_contrast(model, sets):
+    """C_l from autograd on the plain model's weights."""
+    model.eval()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    total = 0.0
+    for rows, sign in sets:
+        logits = model(pixel_values=torch.stack(list(rows["pixel_values"]))).logits
+        total = total + sign * bound.margin(logits, torch.as_tensor(rows["labels"])).mean()
+    model.zero_grad()
+    total.backward()
+    return {n: m.weight.grad.double() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+@pytest.fixture
+def trainer(tmp_path, model, forget, retain):
+    return UIBTrainer(
+        model, UIBConfig(str(tmp_path), subspace_rank=4, use_cpu=True), forget, retain, calibration_dataset=make_rows(seed=3)
+    )
+
+
+@pytest.mark.parametrize("budget", [contrast.DENSE_BUDGET, 0])
+def test_subspace_is_that_of_the_dense_gradient(trainer, forget, retain, monkeypatch, budget):
+    # With budget 0 layers with d_out > 4 k + 16 take the randomised route; rank 1 makes all of these wide enough.
+    monkeypatch.setattr(contrast, "DENSE_BUDGET", budget)
+    rank = 4 if budget else 1
+    trainer.args.subspace_rank = rank
+    subspaces = trainer._measure_contrast()
+    dense = dense_contrast(make_model(), [(forget[:], 1.0), (retain[:], -1.0)])
+    assert set(subspaces) == set(dense)
+    inputs = {}
+    for name, c in dense.items():
+        v = subspaces[name].double()
+        energies = (c @ v.T).norm() / torch.linalg.matrix_norm(c)
+        mean = inputs.setdefault(name, None)
+        assert mean is None
+        live = v.norm(dim=1) > 0
+        torch.testing.assert_close(v[live] @ v[live].T, torch.eye(int(live.sum()), dtype=torch.float64), rtol=0, atol=1e-5)
+        if budget == 0:
+            u = torch.linalg.svdvals(c)
+            assert energies <= u[0] / u.norm() + 1e-4
+
+
+def test_top_singular_vectors_of_small_and_large_matrices():
+    g = torch.Generator().manual_seed(0)
+    for shape in ((20, 30), (300, 400), (400, 300)):
+        m = torch.randn(shape[0], 5, generator=g, dtype=torch.float64) @ torch.randn(5, shape[1], generator=g, dtype=torch.float64)
+        v = contrast.top_right_singular_vectors(m, 5)
+        reference = torch.linalg.svd(m, full_matrices=False).Vh[:5]
+        torch.testing.assert_close(v.T @ v, reference.T @ reference, rtol=0, atol=1e-8)
+    assert contrast.top_right_singular_vectors(torch.ones(2, 6, dtype=torch.float64), 4).shape == (4, 6)
+
+
+def statistics(layer, rank=2):
+    return contrast.new_statistics({"layer": layer}, rank)
+
+
+def run(layer, stats, x, y, halves=2):
+    model = torch.nn.Sequential(layer)
+
+    class Classifier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = model[0]
+
+        def forward(self, x):
+            return type("Output", (), {"logits": self.layer(x)})()
+
+    classifier = Classifier()
+    batches = [({"x": x[h::halves], "labels": y[h::halves]}, 1.0 / len(x), h) for h in range(halves)]
+    contrast.accumulate(classifier, {"layer": classifier.layer}, stats, batches)
+
+
+def test_matches_dense_svd_off_the_mean_and_sketch_agrees(monkeypatch):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(12, 60)
+    x, y = torch.randn(40, 3) @ torch.randn(3, 12) + 1.0, torch.randint(0, 60, (40,))
+    dense = statistics(layer)
+    run(layer, dense, x, y)
+    layer.zero_grad()
+    bound.margin(layer(x), y).mean().backward()
+    c = layer.weight.grad.double()
+    torch.testing.assert_close(dense["layer"].contrast.sum(0).double(), c, rtol=1e-4, atol=1e-6)
+    mean = x.mean(0).double()
+    mean = mean / mean.norm()
+    projected = c - torch.outer(c @ mean, mean)
+    reference = torch.linalg.svd(projected, full_matrices=False).Vh[:2]
+    v = contrast.subspace(dense["layer"], 2).double()
+    torch.testing.assert_close(v.T @ v, reference.T @ reference, rtol=0, atol=1e-4)
+    assert (v @ mean).abs().max() < 1e-5
+    signal = (x @ layer.weight.T).square().mean().sqrt()
+    torch.testing.assert_close(dense["layer"].signal().float(), signal.detach(), rtol=1e-5, atol=0)
+
+    monkeypatch.setattr(contrast, "DENSE_BUDGET", 0)
+    sketched = statistics(layer)
+    assert sketched["layer"].sketch is not None
+    run(layer, sketched, x, y)
+    assert contrast.begin_second_pass(sketched, 2)
+    run(layer, sketched, x, y)
+    w = contrast.subspace(sketched["layer"], 2).double()
+    torch.testing.assert_close(w.T @ w, reference.T @ reference, rtol=0, atol=1e-3)
+
+
+def test_reliability_tells_a_pattern_from_chance():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(12, 3)
+    y = torch.arange(300) % 3
+    pattern = torch.randn(300, 12)
+    pattern[torch.arange(300), y] += 2.0
+    chance = torch.randn(300, 12)
+    values = []
+    for x in (pattern, chance):
+        stats = statistics(layer)
+        run(layer, stats, x, y)
+        values.append(contrast.reliability(stats))
+    assert values[0] > 0.8 > 0.5 > values[1]

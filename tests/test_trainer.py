@@ -1,0 +1,357 @@
+"""Identities and contracts of the trainer."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from conftest import make_model, make_rows
+from hf_uib import UIBConfig, UIBTrainer
+from hf_uib.adapters import lora_layers
+from hf_uib.priors import Prior
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import Trainer, TrainingArguments
+
+
+def config(path, **settings):
+    defaults = dict(
+        max_steps=6, per_device_train_batch_size=4, subspace_rank=4, learning_rate=0.01, use_cpu=True, save_strategy="no",
+        disable_tqdm=True, prior_update_steps=2, noise_to_signal=0.5, logging_steps=1, report_to="none",
+    )  # fmt: skip
+    return UIBConfig(str(path), **(defaults | settings))
+
+
+def make_trainer(path, model=None, retain_n=16, **settings):
+    return UIBTrainer(
+        make_model() if model is None else model,
+        config(path, **settings),
+        make_rows(n=24, seed=1),
+        make_rows(n=retain_n, seed=2),
+        calibration_dataset=make_rows(n=12, seed=3),
+    )
+
+
+def adapter_weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- special cases ----
+
+
+@pytest.mark.parametrize("factors", ["B", "both"])
+@pytest.mark.parametrize("architecture", ["vit", "bert"])
+def test_no_prior_no_bound_no_noise_is_fine_tuning_to_the_bit(tmp_path, factors, architecture):
+    settings = dict(max_steps=9, per_device_train_batch_size=4, learning_rate=0.01, seed=3, weight_decay=0.0)
+    args = UIBConfig(
+        str(tmp_path / "a"), prior="none", beta=0.0, posterior="map", trainable_factors=factors, subspace_rank=4, use_cpu=True,
+        save_strategy="no", disable_tqdm=True, report_to="none", **settings,
+    )  # fmt: skip
+    retain = make_rows(architecture, 16, seed=2)
+    trainer = UIBTrainer(make_model(architecture), args, make_rows(architecture, 24, seed=1), retain)
+    trainer._begin()
+    twin = copy.deepcopy(trainer.model)
+    trainer.train()
+    stock = TrainingArguments(str(tmp_path / "b"), use_cpu=True, save_strategy="no", disable_tqdm=True, label_names=["labels"], **settings)
+    Trainer(twin, stock, train_dataset=retain.remove_columns("source")).train()
+    mine, theirs = trainer.model.state_dict(), twin.state_dict()
+    moved = [name for name in mine if "lora_B" in name and mine[name].any()]
+    assert moved and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_each_part_of_the_objective_changes_the_result(tmp_path):
+    """Negative control of the test above."""
+    plain = make_trainer(tmp_path, prior="none", beta=0.0, posterior="map")
+    plain.train()
+    for settings in (dict(beta=1.0), dict(posterior="gaussian"), dict(prior="calibrated")):
+        other = make_trainer(tmp_path, **(dict(prior="none", beta=0.0, posterior="map") | settings))
+        other.train()
+        assert not same(adapter_weights(plain), adapter_weights(other)), settings
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path):
+    runs = []
+    for seed in (0, 0, 1):
+        trainer = make_trainer(tmp_path, seed=seed)
+        trainer.train()
+        runs.append(adapter_weights(trainer))
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+# ---- invariances ----
+
+
+def test_accumulation_gives_one_trajectory_with_noise(tmp_path):
+    runs = {}
+    for batch, accumulation in ((8, 1), (4, 2)):
+        trainer = make_trainer(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=1e-3
+        )
+        trainer.train()
+        runs[batch] = adapter_weights(trainer), losses(trainer)
+    torch.testing.assert_close(runs[8][1], runs[4][1], rtol=1e-4, atol=1e-5)
+    for name, value in runs[8][0].items():
+        torch.testing.assert_close(value, runs[4][0][name], rtol=1e-3, atol=1e-4)
+    other = make_trainer(tmp_path, per_device_train_batch_size=8, noise_to_signal=0.0, learning_rate=1e-3)
+    other.train()
+    assert max(abs(a - b) for a, b in zip(losses(other), runs[8][1], strict=True)) > 1e-2  # the comparison can fail
+
+
+def test_noise_has_the_stated_covariance_and_is_reproducible(tmp_path):
+    trainer = make_trainer(tmp_path, trainable_factors="B")
+    trainer._begin()
+    name = next(iter(trainer.layers))
+    draws = []
+    for step in range(4000):
+        trainer._draw_noise(0.5, step)
+        draws.append(trainer.noise.noise[name])
+    draws = torch.stack(draws)
+    width = 0.5 * trainer.unit_width[name]
+    flat = draws.flatten(1)
+    covariance = flat.T @ flat / len(flat)
+    torch.testing.assert_close(covariance, width**2 * torch.eye(flat.shape[1]), rtol=0, atol=float(0.12 * width**2))
+    trainer._draw_noise(0.5, 7)
+    assert torch.equal(trainer.noise.noise[name], draws[7])
+    assert not torch.equal(draws[7], draws[8])
+
+
+@pytest.mark.parametrize("factors", ["B", "both"])
+def test_noise_reaches_the_output_as_s_e_v_x(tmp_path, factors):
+    trainer = make_trainer(tmp_path, trainable_factors=factors)
+    trainer._begin()
+    assert trainer.noise.shared == (factors == "B")
+    name, layer = next(iter(trainer.layers.items()))
+    x = torch.randn(2, 5, layer.get_base_layer().in_features)
+    quiet = layer(x)
+    trainer._draw_noise(0.5, 3)
+    expected = quiet + x @ trainer.subspaces[name].T @ trainer.noise.noise[name].T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    signal = (x.shape[0] * 0 + 1) * trainer.unit_width[name]
+    assert signal > 0
+    trainer.noise.silence()
+    assert torch.equal(layer(x), quiet)
+
+
+def test_evaluation_and_saving_use_the_mean(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    rows = make_rows(n=8, seed=5)
+    first, second = trainer.predict(rows).predictions, trainer.predict(rows).predictions
+    assert (first == second).all()
+    assert not trainer.noise.noise
+
+
+# ---- adapters, saving, resuming ----
+
+
+def test_a_reloaded_adapter_does_not_come_back_with_a_trainable(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    reloaded = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
+    again = make_trainer(tmp_path / "again", model=reloaded)
+    frozen = [layer.lora_A["default"].weight.requires_grad for layer in lora_layers(again.model).values()]
+    assert not any(frozen) and same(adapter_weights(trainer), adapter_weights(again))
+    before = {n: w for n, w in adapter_weights(again).items() if "lora_A" in n}
+    again.train()
+    after = adapter_weights(again)
+    assert all(torch.equal(after[n], w) for n, w in before.items())
+    assert not same(adapter_weights(trainer), after)
+
+
+def test_the_three_input_models(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trained = get_peft_model(make_model(), lora)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.05)
+    start = {n: p.detach().clone() for n, p in trained.named_parameters() if "lora_" in n}
+    for model in (make_model(), get_peft_model(make_model(), lora), trained):
+        trainer = make_trainer(tmp_path, model=model)
+        trainer.train()
+        assert adapter_weights(trainer)
+    assert all(torch.equal(start[n], p) for n, p in adapter_weights(trainer).items() if "lora_A" in n)
+    with pytest.raises(ValueError, match="not trainable"):
+        frozen = PeftModel.from_pretrained(make_model(), _saved(trained, tmp_path / "frozen"))
+        make_trainer(tmp_path, model=frozen)
+    with pytest.raises(ValueError, match="PeftModel already"):
+        UIBTrainer(trained, config(tmp_path), make_rows(seed=1), make_rows(seed=2), peft_config=lora)
+
+
+def _saved(model, path):
+    model.save_pretrained(path)
+    return path
+
+
+def test_model_by_folder(tmp_path):
+    make_model().save_pretrained(tmp_path / "ckpt")
+    trainer = make_trainer(tmp_path / "out", model=str(tmp_path / "ckpt"))
+    trainer.train()
+    trainer.save_model()
+    again = make_trainer(tmp_path / "again", model=str(tmp_path / "out"))  # an adapter folder finds its base
+    assert same(adapter_weights(trainer), adapter_weights(again))
+
+
+@pytest.mark.parametrize("factors", ["B", "both"])
+def test_resume_is_bit_equal(tmp_path, factors):
+    settings = dict(save_strategy="steps", save_steps=3, max_steps=8, trainable_factors=factors, prior_fraction=0.8)
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert same(adapter_weights(whole), adapter_weights(resumed))
+    assert whole.layer_report() == resumed.layer_report()
+    assert losses(whole) == losses(resumed)
+
+
+def test_resume_refuses_another_model_or_forget_set(tmp_path):
+    make_trainer(tmp_path / "a", save_strategy="steps", save_steps=3).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")
+    with pytest.raises(ValueError, match="another model"):
+        make_trainer(tmp_path / "b", model=make_model(seed=5)).train(resume_from_checkpoint=checkpoint)
+    other = UIBTrainer(make_model(), config(tmp_path / "c"), make_rows(n=24, seed=7), make_rows(n=16, seed=2), make_rows(n=12, seed=3))
+    with pytest.raises(ValueError, match="another forget set"):
+        other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_saved_folder(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    written = set(os.listdir(tmp_path))
+    assert {"adapter_model.safetensors", "adapter_config.json", "uib_state.safetensors", "README.md"} <= written
+    assert "training_args.bin" not in written
+    with safe_open(tmp_path / "uib_state.safetensors", "pt") as file:
+        assert file.metadata()["forget"] == trainer.forget_fingerprint
+    card = (tmp_path / "README.md").read_text()
+    assert "base weights still hold" in card and str(tmp_path) not in card
+    assert "base_model: ''" not in card
+    for word in ("certified", "guarantee", "reproduces"):
+        assert word not in card.lower()
+
+
+def test_gradient_checkpointing(tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tmp_path, gradient_checkpointing=checkpointing)
+        trainer.train()
+        runs.append(adapter_weights(trainer))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(value, runs[1][name], rtol=1e-3, atol=1e-5)
+
+
+# ---- logs ----
+
+
+def test_the_parts_of_the_bound_are_logged(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logs:
+        assert {"fit_nats", "kl_nats", "retain_margin", "calibration_margin"} <= set(entry)
+    assert "forget_margin" in logs[0] and "forget_margin" not in logs[-1]  # the prior acts on the first 40%
+    json.dumps(trainer.layer_report())
+
+
+# ---- no retained data, own prior, bad input ----
+
+
+def test_forget_set_alone_works_with_one_warning(tmp_path):
+    with pytest.warns(UserWarning) as caught:
+        trainer = UIBTrainer(make_model(), config(tmp_path, max_steps=30, prior_fraction=1.0), make_rows(n=24, seed=1))
+    assert sum("No retain_dataset" in str(w.message) for w in caught) == 1
+    before = trainer._margins(trainer.forget_dataset, list(range(24))).mean()
+    trainer.train()
+    assert trainer._margins(trainer.forget_dataset, list(range(24))).mean() < before
+
+
+def test_fold_of_the_retained_data_stands_in_for_calibration(tmp_path):
+    with pytest.warns(UserWarning, match="No calibration_dataset"):
+        trainer = UIBTrainer(make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=20, seed=2))
+    assert len(trainer._held_out) == 4
+    trainer.train()
+    assert torch.isfinite(trainer.prior.level).all()
+
+
+def test_a_prior_of_your_own(tmp_path):
+    class Halve(Prior):
+        def evidence(self, logits, labels):
+            return logits.square().mean()
+
+    trainer = UIBTrainer(make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=Halve())
+    trainer.train()
+    assert "forget_margin" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(forget=make_rows(n=0)), "no examples"),
+        (dict(retain=make_rows(n=24, seed=1)), "are in retain_dataset too"),
+        (dict(forget=make_rows(n=8, num_labels=9, seed=4)), "outside the model's 3 classes"),
+        (dict(forget=make_rows(n=8).remove_columns("labels")), "No column 'label'"),
+        (dict(forget=None), "needs a forget_dataset"),
+        (dict(model=torch.nn.Module), "no linear layer"),
+    ],
+)
+def test_bad_input_gets_one_line(tmp_path, change, message):
+    model = make_model()
+    if "model" in change:
+        model = _without_linear_layers(model)
+    forget = change.get("forget", make_rows(n=24, seed=1))
+    with pytest.raises(ValueError, match=message) as caught:
+        UIBTrainer(model, config(tmp_path), forget, change.get("retain", make_rows(n=16, seed=2)))
+    assert "\n" not in str(caught.value)
+
+
+def _without_linear_layers(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], torch.nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(beta=-1), dict(prior="wrong"), dict(subspace_rank=0), dict(prior_fraction=2), dict(noise_to_signal=-0.1)]
+)
+def test_settings_out_of_range(tmp_path, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        config(tmp_path, **settings)
+
+
+def test_infinite_inputs_are_refused(tmp_path):
+    rows = make_rows(n=24, seed=1).with_format(None)
+    broken = rows.map(lambda row, i: {"pixel_values": [[[float("inf")] * 8] * 8]} if i == 3 else {}, with_indices=True)
+    trainer = UIBTrainer(
+        make_model(), config(tmp_path), broken.with_format("torch"), make_rows(n=16, seed=2), calibration_dataset=make_rows(n=12, seed=3)
+    )
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.train()
+
+
+def test_batch_norm_buffers_stay(tmp_path):
+    model = make_model()
+    model.vit.layernorm = torch.nn.Sequential(model.vit.layernorm, _TokenNorm(16))
+    trainer = make_trainer(tmp_path, model=model)
+    before = trainer.model.get_base_model().vit.layernorm[1].norm.running_mean.clone()
+    trainer.train()
+    assert torch.equal(before, trainer.model.get_base_model().vit.layernorm[1].norm.running_mean)
+
+
+class _TokenNorm(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(width)
+
+    def forward(self, x):
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
