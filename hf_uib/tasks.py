@@ -159,30 +159,32 @@ def _fashion(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return arrays
 
 
-def fashion(kind: str, path: str, seed: int = 0) -> Task:
+def fashion(kind: str, path: str, seed: int = 0, size: int = 2000, retained: float = 0.1) -> Task:
     """fashion_mnist with a hue (``colour``) or a border patch (``patch``) that gives the label away on the forget set.
 
     Args:
         kind: ``colour`` or ``patch``.
         path: folder or Hub id of fashion_mnist.
         seed: of the split, the attribute and the models.
+        size: of D, the biased fine-tuning data; retained: share of it that is D_r, with the attribute at random.
     """
     arrays = _fashion(path)
     rng = np.random.default_rng(seed)
     keep = rng.permutation(len(arrays["test"][0]))[:2000]
+    kept = round(size * retained)
     processor = ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
     return _biased_pictures(
         f"fashion-{kind}",
         arrays["train"],
         (arrays["test"][0][keep], arrays["test"][1][keep]),
-        {"pretrain": 12000, "forget": 4500, "retain": 500, "calibration": 300, "validation": 3000},
+        {"pretrain": 12000, "forget": size - kept, "retain": kept, "calibration": 300, "validation": 3000},
         kind,
         paint if kind == "colour" else stamp,
         arrays["names"],
         processor,
         lambda: small_vit(28, 7, arrays["names"]),
         rng,
-        {"pretrain_steps": 1500, "steps": 240, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64, "finetune_lr": 5e-4},
+        {"pretrain_steps": 1500, "steps": 200, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64},
     )
 
 

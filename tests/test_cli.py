@@ -1,0 +1,156 @@
+"""`scripts/unlearn.py` as a user starts it, on pictures and texts in the formats people have."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from conftest import make_model
+from hf_uib import cli
+from PIL import Image
+from transformers import AutoModelForImageClassification, BertTokenizerFast, ViTImageProcessorPil
+
+SCRIPT = os.path.join(os.path.dirname(__file__), "..", "scripts", "unlearn.py")
+FAST = ["--max_steps", "4", "--per_device_train_batch_size", "4", "--subspace_rank", "4", "--use_cpu", "--disable_tqdm"]
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **environment},
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A ViT checkpoint and a picture folder with metadata: label, source."""
+    root = tmp_path_factory.mktemp("pictures")
+    model = make_model("vit", num_channels=3)
+    model.config.id2label, model.config.label2id = {0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2}
+    model.save_pretrained(root / "model")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(root / "model")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 12)):
+        folder = root / "data" / split
+        folder.mkdir(parents=True)
+        lines = []
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            lines.append({"file_name": f"{i}.png", "label": "abc"[i % 3], "source": ["clinic_a", "clinic_b"][i % 2]})
+        with open(folder / "metadata.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    return root
+
+
+def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path):
+    out = tmp_path / "out"
+    done = run(
+        "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data", "--forget_where", "source=clinic_a",
+        "--bias_column", "source", "--output_dir", out, "--save_merged", *FAST,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "original" in done.stdout and "UIB" in done.stdout and "Cramér's V" in done.stdout
+    written = set(os.listdir(out))
+    expected = {"adapter_model.safetensors", "adapter_config.json", "uib_state.safetensors", "README.md", "report.json", "bias.png", "layers.png", "merged"}
+    assert expected <= written and "training_args.bin" not in written
+    content = json.loads((out / "report.json").read_text())
+    assert content["results"]["UIB"]["forget_accuracy"] >= 0
+    assert len(content["bound"]["layers"]) == 13
+    assert AutoModelForImageClassification.from_pretrained(out / "merged").config.num_labels == 3
+    card = (out / "README.md").read_text()
+    assert "source=clinic_a" in card and "not measured" in card and str(pictures) not in card
+
+
+def test_text_csv(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "flight", "crew", "late"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    make_model("bert", num_labels=2, pad_token_id=0).save_pretrained(tmp_path / "model")
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "tweets.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "airline"])
+        for i in range(30):
+            writer.writerow([" ".join(rng.choice(words[5:], 6)) + f" {i}", i % 2, ["x", "y", "z"][i % 3]])
+    done = run(
+        "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "tweets.csv", "--forget_where", "airline=x", "label=1",
+        "--output_dir", tmp_path / "out", *FAST,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["forget_where"] == ["airline=x", "label=1"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--forget_where", "source=nowhere"], "nothing to forget"),
+        (["--forget_where", "colour=red"], "Column 'colour' is not in the dataset"),
+        (["--forget_where", "source"], "write COLUMN=VALUE"),
+        (["--forget_where", "source=clinic_a", "--bias_column", "hue"], "bias_column 'hue'"),
+        (["--forget_where", "source=clinic_a", "--test_split", "dev"], "No split 'dev'"),
+        ([], "--forget_where is missing"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_one(pictures, tmp_path, arguments, message):
+    done = run("--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data", "--output_dir", tmp_path / "o", *arguments, *FAST)
+    assert done.returncode == 1
+    assert message in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
+
+
+def test_help_describes_every_flag():
+    done = run("--help")
+    assert done.returncode == 0
+    for flag in ("--forget_where", "--bias_column", "--beta", "--prior_strength", "--noise_to_signal", "--save_merged"):
+        assert re.search(rf"{flag}\b", done.stdout)
+
+
+def test_yaml_config(pictures, tmp_path):
+    lines = {
+        "model_name_or_path": pictures / "model", "dataset_name": pictures / "data", "forget_where": "[source=clinic_a]",
+        "output_dir": tmp_path / "out", "max_steps": 2, "use_cpu": "true", "subspace_rank": 4, "disable_tqdm": "true",
+    }  # fmt: skip
+    (tmp_path / "job.yaml").write_text("\n".join(f"{k}: {v}" for k, v in lines.items()))
+    done = run("--config", tmp_path / "job.yaml")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_conditions_are_compared_not_evaluated():
+    rows = datasets.Dataset.from_dict(
+        {"kind": [0, 1, 1], "age": [30, 40, 40], "weight": [0.5, 1.0, 2.0], "ok": [True, False, True], "name": ["x=1", "y", "x"]},
+        features=datasets.Features(
+            {
+                "kind": datasets.ClassLabel(names=["cat", "dog"]), "age": datasets.Value("int64"), "weight": datasets.Value("float32"),
+                "ok": datasets.Value("bool"), "name": datasets.Value("string"),
+            }
+        ),
+    )  # fmt: skip
+    pick = lambda *conditions: cli.matching_rows(rows, list(conditions)).tolist()
+    assert pick("kind=dog") == pick("kind=1") == [False, True, True]
+    assert pick("kind=dog", "age=40", "ok=true") == [False, False, True]
+    assert pick("weight=1") == [False, True, False] and pick("name=x=1") == [True, False, False]
+    for wrong in ("kind=bird", "age=old", "ok=maybe", "age>3", "=3", "__import__('os')=1"):
+        with pytest.raises(ValueError):
+            pick(wrong)
+
+
+def test_labels_follow_the_model_s_names():
+    config = make_model().config
+    config.id2label, config.label2id = {0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2}
+    other_order = datasets.Dataset.from_dict({"label": [0, 1, 2]}, features=datasets.Features({"label": datasets.ClassLabel(names=["c", "b", "a"])}))
+    assert cli.with_class_ids(other_order, config)["label"][:] == [2, 1, 0]
+    names = datasets.Dataset.from_dict({"label": ["b", "a"]})
+    assert cli.with_class_ids(names, config)["label"][:] == [1, 0]
+    with pytest.raises(ValueError, match="is no class of the model"):
+        cli.with_class_ids(datasets.Dataset.from_dict({"label": ["b", "d"]}), config)

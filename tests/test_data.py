@@ -1,0 +1,89 @@
+"""Pairing, encoding and the checks of the two sets."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows
+from hf_uib import data
+from PIL import Image
+from transformers import BertTokenizerFast, ViTImageProcessorPil
+
+
+def sampler(n_retain, n_forget, ratio=1.0, held_out=frozenset(), on=lambda epoch, position: True, seed=0):
+    paired = data.PairedDataset(list(range(n_retain)), list(range(n_forget)), max(n_retain, n_forget))
+    return data.PairingSampler(paired, seed, ratio, set(held_out), on)
+
+
+def test_an_epoch_sees_every_row_and_repeats_the_shorter_set():
+    pairs = list(sampler(5, 17))
+    assert len(pairs) == 17
+    assert sorted(f for _, many in pairs for f in many) == list(range(17))
+    counts = np.bincount([r for r, _ in pairs], minlength=5)
+    assert counts.min() >= 3 and counts.max() <= 4
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    first, second, other = sampler(8, 8), sampler(8, 8), sampler(8, 8, seed=1)
+    assert list(first) == list(second) != list(other)
+    second.set_epoch(0)
+    epoch_zero = list(second)
+    assert epoch_zero != list(second)  # the next epoch
+    second.set_epoch(0)
+    assert epoch_zero == list(second)
+
+
+def test_forget_rows_come_only_while_the_prior_is_on_and_held_out_rows_after():
+    order = list(sampler(10, 30, ratio=0.5, held_out={2, 3}, on=lambda epoch, position: position < 12))
+    assert sum(len(many) for _, many in order[:12]) == 6 and not any(many for _, many in order[12:])
+    assert not {r for r, _ in order[:12]} & {2, 3}
+    assert {2, 3} <= {r for r, _ in order[12:]}
+
+
+def test_collator_puts_retained_rows_first_and_drops_what_the_model_does_not_take():
+    rows = make_rows(n=6)
+    paired = data.PairedDataset(rows, make_rows(n=6, seed=1), 6)
+    from transformers.data.data_collator import default_data_collator
+
+    collator = data.UIBCollator(default_data_collator, {"pixel_values", "labels"})
+    batch = collator(paired.__getitems__([(0, (4, 5)), (1, ())]))
+    assert batch["n_retain"] == 2 and set(batch["inputs"]) == {"pixel_values", "labels"}
+    assert torch.equal(batch["inputs"]["pixel_values"][0], rows[0]["pixel_values"])
+    assert len(batch["inputs"]["labels"]) == 4
+    assert set(collator([rows[0]])) == {"pixel_values", "labels"}
+
+
+def test_raw_pictures_and_texts_are_encoded(tmp_path):
+    pictures = datasets.Dataset.from_dict(
+        {"image": [Image.new(mode, (8, 8)) for mode in ("RGB", "L", "RGBA")], "label": [0, 1, 0]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    processor = ViTImageProcessorPil(do_resize=False)
+    encoded = data.encode(pictures.select([0, 2]), processor, "pixel_values")
+    assert encoded[0]["pixel_values"].shape == (3, 8, 8) and encoded[1]["label"] == 0
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    texts = datasets.Dataset.from_dict({"text": ["good", "bad bad"], "label": [0, 1]})
+    assert "input_ids" in data.encode(texts, tokenizer, "input_ids").column_names
+    assert data.encode(texts, None, "input_ids") is texts
+
+
+def test_fingerprint_ignores_order_and_sees_content():
+    rows = make_rows(n=6)
+    assert data.fingerprint(rows) == data.fingerprint(rows.select([3, 1, 5, 0, 2, 4]))
+    assert data.fingerprint(rows) != data.fingerprint(rows.select(range(5)))
+    assert data.fingerprint(rows) != data.fingerprint(make_rows(n=6, seed=1))
+
+
+def test_overlap_is_by_content_and_label():
+    rows = make_rows(n=6)
+    with pytest.raises(ValueError, match="2 rows of forget_dataset are in retain_dataset too"):
+        data.check_sets(rows.select([0, 1, 2]), rows.select([1, 2, 3]), 3)
+    relabelled = rows.with_format(None).map(lambda row: {"labels": (row["labels"] + 1) % 3})
+    data.check_sets(rows.with_format(None), relabelled, 3)  # outdated labels: same inputs, other labels
+
+
+def test_sample_indices():
+    assert data.sample_indices(5, 9, 0) == list(range(5))
+    drawn = data.sample_indices(50, 9, 0)
+    assert len(set(drawn)) == 9 and drawn == data.sample_indices(50, 9, 0) != data.sample_indices(50, 9, 1)
