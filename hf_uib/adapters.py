@@ -44,8 +44,15 @@ def load_classifier(name_or_path: str, **kwargs) -> nn.Module:
     )
 
 
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer, or a convolution that is one on patches: its windows do not overlap (a ViT's patch embedding)."""
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == module.stride and module.groups == 1 and module.padding == (0, 0)
+    return isinstance(module, nn.Linear)
+
+
 def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
-    """LoRA on every linear layer, the head included, so that the head can unlearn and detaching stays exact.
+    """LoRA on every linear layer, head and patch embedding included: both can unlearn, and detaching stays exact.
 
     The names are read off the model (architectures name their layers differently, and rename them between versions) and
     shortened to their last parts where those name linear layers only.
@@ -55,7 +62,7 @@ def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
     """
     linear, other = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             linear.setdefault(name.rpartition(".")[2], []).append(name)
         else:
             other.add(name.rpartition(".")[2])
@@ -108,7 +115,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), (nn.Linear, nn.Conv2d))
     }
 
 
@@ -141,6 +148,16 @@ def base_fingerprint(model: PeftModel) -> str:
     return digest.hexdigest()
 
 
+def _apply(like: nn.Module | None, weight: Tensor, x: Tensor) -> Tensor:
+    """``weight [rows, columns]`` applied the way the layer ``like`` applies its own: to vectors, or to patches."""
+    weight = weight.to(x.dtype)
+    if x.ndim != 4:
+        return F.linear(x, weight)
+    if like is None:
+        return F.conv2d(x, weight[:, :, None, None])
+    return F.conv2d(x, weight.view(len(weight), *like.weight.shape[1:]), None, like.stride, like.padding, like.dilation)
+
+
 class NoiseChannel:
     """One draw per step of ``s_l E_l V_l`` for every adapted layer, added to its output as ``s_l E_l (V_l x)``.
 
@@ -156,7 +173,9 @@ class NoiseChannel:
     """
 
     def __init__(self, layers: dict[str, LoraLayer], subspaces: dict[str, Tensor], adapter: str, shared: bool):
-        self.shapes = {name: (layer.get_base_layer().weight.shape[0], len(subspaces[name])) for name, layer in layers.items()}
+        self.shapes = {
+            name: (layer.get_base_layer().weight.shape[0], len(subspaces[name])) for name, layer in layers.items()
+        }
         self.shared = shared
         self.noise: dict[str, Tensor] = {}
         self.handles = []
@@ -170,7 +189,7 @@ class NoiseChannel:
     def _on_factor(self, name: str, scaling: float):
         def hook(module, inputs, output):
             noise = self.noise.get(name)
-            return None if noise is None else output + F.linear(inputs[0], noise.to(output.dtype) / scaling)
+            return None if noise is None else output + _apply(module, noise / scaling, inputs[0])
 
         return hook
 
@@ -179,7 +198,7 @@ class NoiseChannel:
             noise = self.noise.get(name)
             if noise is None:
                 return None
-            return output + F.linear(F.linear(inputs[0], subspace.to(inputs[0].dtype)), noise.to(output.dtype))
+            return output + _apply(None, noise, _apply(module.get_base_layer(), subspace, inputs[0]))
 
         return hook
 

@@ -208,6 +208,7 @@ class UIBTrainer(Trainer):
             if args.prior_subspace == "random":
                 layer.contrast, layer.range = torch.randn(layer.contrast.shape, generator=generator).to(layer.contrast), None
             subspaces[name] = contrast.subspace(layer, args.subspace_rank)
+        self.mean_inputs = {name: layer.mean_input().float() for name, layer in stats.items()}
         self.energy = {name: contrast.energy(layer) for name, layer in stats.items()}
         self.statistics["contrast_reliability"] = contrast.reliability(stats)
         along = self._pattern_rms(subspaces)
@@ -245,7 +246,7 @@ class UIBTrainer(Trainer):
 
         def hook_of(name):
             def hook(module, inputs):
-                z = F.linear(inputs[0].flatten(0, -2).float(), subspaces[name])
+                z = F.linear(contrast.input_rows(module, inputs[0]).float(), subspaces[name])
                 sums[name] += torch.stack([z.square().sum(), z.new_tensor(float(len(z)))])
 
             return hook
@@ -329,10 +330,11 @@ class UIBTrainer(Trainer):
         if self._fresh:
             for name, layer in self.layers.items():
                 factor = layer.lora_A[self.adapter_name].weight
-                if factor.shape == subspaces[name].shape:
-                    factor.data.copy_(subspaces[name])
+                if factor.flatten(1).shape == subspaces[name].shape:
+                    factor.data.copy_(subspaces[name].view_as(factor))
             shared = self.args.trainable_factors == "B" and all(
-                layer.lora_A[self.adapter_name].weight.shape == subspaces[name].shape for name, layer in self.layers.items()
+                layer.lora_A[self.adapter_name].weight.flatten(1).shape == subspaces[name].shape
+                for name, layer in self.layers.items()
             )
         self._install(subspaces, shared)
         self.kappa = self._noise_to_signal()
@@ -346,10 +348,7 @@ class UIBTrainer(Trainer):
         if hasattr(self, "prior_mean"):
             for name, nats in self._kl_per_layer().items():
                 self.path_nats[name] += nats.item()
-        self.prior_mean = {
-            name: (layer.lora_A[self.adapter_name].weight.detach().clone(), layer.lora_B[self.adapter_name].weight.detach().clone())
-            for name, layer in self.layers.items()
-        }
+        self.prior_mean = {name: tuple(w.detach().clone() for w in self._factors(name)) for name in self.layers}
         if self._prior_is_on(self.state.global_step):
             sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
             self.prior.refresh(partial(self._margins, self.forget_dataset, sample), self._calibration_margins)
@@ -417,13 +416,17 @@ class UIBTrainer(Trainer):
         else:
             self.noise.silence()
 
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A ``[r, d_in]`` and B ``[d_out, r]`` of a layer; a convolution's kernel counts as inputs."""
+        layer = self.layers[name]
+        return layer.lora_A[self.adapter_name].weight.flatten(1), layer.lora_B[self.adapter_name].weight.flatten(1)
+
     def _kl_per_layer(self) -> dict[str, Tensor]:
         """R^(l) of section 3(a), by layer, in nats."""
         result = {}
         for name, layer in self.layers.items():
-            a, b = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
             scaling, unit = layer.scaling[self.adapter_name], self.unit_width[name]
-            left, right = bound.displacement(a, b, *self.prior_mean[name], scaling)
+            left, right = bound.displacement(*self._factors(name), *self.prior_mean[name], scaling)
             result[name] = bound.layer_kl(left, right, self.subspaces[name], self.width * unit, FLOOR * unit)
         return result
 

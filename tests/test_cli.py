@@ -11,12 +11,15 @@ import datasets
 import numpy as np
 import pytest
 from conftest import make_model
-from hf_uib import cli
+from hf_uib import UIBConfig, cli
 from PIL import Image
 from transformers import AutoModelForImageClassification, BertTokenizerFast, ViTImageProcessorPil
 
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "scripts"))
+from unlearn import ScriptArguments  # noqa: E402
+
 SCRIPT = os.path.join(os.path.dirname(__file__), "..", "scripts", "unlearn.py")
-FAST = ["--max_steps", "4", "--per_device_train_batch_size", "4", "--subspace_rank", "4", "--use_cpu", "--disable_tqdm"]
+FAST = ["--max_steps", "4", "--per_device_train_batch_size", "4", "--subspace_rank", "4", "--use_cpu", "--disable_tqdm", "true"]
 
 
 def run(*arguments, **environment):
@@ -65,7 +68,7 @@ def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path):
     assert expected <= written and "training_args.bin" not in written
     content = json.loads((out / "report.json").read_text())
     assert content["results"]["UIB"]["forget_accuracy"] >= 0
-    assert len(content["bound"]["layers"]) == 13
+    assert len(content["bound"]["layers"]) == 14
     assert AutoModelForImageClassification.from_pretrained(out / "merged").config.num_labels == 3
     card = (out / "README.md").read_text()
     assert "source=clinic_a" in card and "not measured" in card and str(pictures) not in card
@@ -90,22 +93,33 @@ def test_text_csv(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["forget_where"] == ["airline=x", "label=1"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--forget_where", "source=nowhere"], "nothing to forget"),
-        (["--forget_where", "colour=red"], "Column 'colour' is not in the dataset"),
-        (["--forget_where", "source"], "write COLUMN=VALUE"),
-        (["--forget_where", "source=clinic_a", "--bias_column", "hue"], "bias_column 'hue'"),
-        (["--forget_where", "source=clinic_a", "--test_split", "dev"], "No split 'dev'"),
-        ([], "--forget_where is missing"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_one(pictures, tmp_path, arguments, message):
-    done = run("--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data", "--output_dir", tmp_path / "o", *arguments, *FAST)
-    assert done.returncode == 1
-    assert message in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+BAD = [
+    (["source=nowhere"], {}, "nothing to forget"),
+    (["colour=red"], {}, "Column 'colour' is not in the dataset"),
+    (["source"], {}, "write COLUMN=VALUE"),
+    (["source=clinic_a"], {"bias_column": "hue"}, "bias_column 'hue'"),
+    (["source=clinic_a"], {"test_split": "dev"}, "No split 'dev'"),
+    ([], {}, "--forget_where is missing"),
+    (["source=clinic_a"], {"dataset_name": "no/such"}, "neither here nor on the Hub"),
+]
+
+
+@pytest.mark.parametrize("conditions, changes, message", BAD)
+def test_bad_input_is_one_line(pictures, tmp_path, conditions, changes, message):
+    names = ScriptArguments(str(pictures / "model"), str(pictures / "data"), forget_where=conditions)
+    for name, value in changes.items():
+        setattr(names, name, value)
+    args = UIBConfig(str(tmp_path / "o"), max_steps=1, use_cpu=True, disable_tqdm=True)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        cli.unlearn(args, names)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
+
+
+def test_bad_input_exits_with_one(pictures, tmp_path):
+    done = run("--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data", "--forget_where", "hue=3", "--output_dir", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "error: Column 'hue' is not in the dataset; it has image, label, source."
 
 
 def test_help_describes_every_flag():

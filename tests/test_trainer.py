@@ -129,16 +129,19 @@ def test_noise_reaches_the_output_as_s_e_v_x(tmp_path, factors):
     trainer = make_trainer(tmp_path, trainable_factors=factors)
     trainer._begin()
     assert trainer.noise.shared == (factors == "B")
-    name, layer = next(iter(trainer.layers.items()))
-    x = torch.randn(2, 5, layer.get_base_layer().in_features)
-    quiet = layer(x)
-    trainer._draw_noise(0.5, 3)
-    expected = quiet + x @ trainer.subspaces[name].T @ trainer.noise.noise[name].T
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-    signal = (x.shape[0] * 0 + 1) * trainer.unit_width[name]
-    assert signal > 0
-    trainer.noise.silence()
-    assert torch.equal(layer(x), quiet)
+    for name in ("vit.layers.1.mlp.fc1", "vit.embeddings.patch_embeddings.projection"):
+        layer = trainer.layers[name]
+        base = layer.get_base_layer()
+        x = torch.randn(2, 1, 8, 8) if base.weight.ndim == 4 else torch.randn(2, 5, base.in_features)
+        trainer.noise.silence()
+        quiet = layer(x)
+        trainer._draw_noise(0.5, 3)
+        noise = (trainer.noise.noise[name] @ trainer.subspaces[name]).view_as(base.weight)
+        moved = torch.nn.functional.conv2d(x, noise, stride=4) if base.weight.ndim == 4 else x @ noise.T
+        torch.testing.assert_close(layer(x), quiet + moved, rtol=1e-4, atol=1e-5)
+        assert moved.abs().max() > 0.01
+        trainer.noise.silence()
+        assert torch.equal(layer(x), quiet)
 
 
 def test_evaluation_and_saving_use_the_mean(tmp_path):

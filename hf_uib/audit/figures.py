@@ -13,6 +13,9 @@ PANELS = {
     "conflicting_accuracy": "accuracy where label and\nbias disagree (higher is better)",
     "follow_rate": "follow rate\n(lower is less bias)",
     "cramers_v": "Cramér's V\n(lower is less bias)",
+    "accuracy": "accuracy",
+    "forget_accuracy": "accuracy, forget set",
+    "retain_accuracy": "accuracy, retained set",
 }
 
 
@@ -23,7 +26,7 @@ def draw_bias(results: dict[str, dict], folder: str, images=None, labels=None, b
         results: rows by model name.
         images: up to eight test pictures, never from the forget set; labels, before, after: their classes.
     """
-    panels = [p for p in PANELS if any(p in row for row in results.values())] or ["accuracy"]
+    panels = [p for p in PANELS if any(p in row for row in results.values())][:3]
     rows = 2 if images else 1
     figure = plt.figure(figsize=(3.2 * max(len(panels), 2), 2.6 * rows + 0.4), layout="constrained")
     parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bound import margin
@@ -56,7 +57,7 @@ def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> di
     entries = sum(2 * layer.weight.numel() for layer in layers.values())
     statistics = {}
     for index, (name, layer) in enumerate(layers.items()):
-        d_out, d_in = layer.weight.shape
+        d_out, d_in = layer.weight.flatten(1).shape
         device, rows, sketch = layer.weight.device, d_out, None
         if entries > DENSE_BUDGET and d_out > 4 * rank + 16:
             rows = 2 * rank + 8
@@ -74,14 +75,27 @@ def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> di
     return statistics
 
 
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """The inputs of a linear layer, or of a convolution seen as a linear layer on patches, one a row: ``[tokens, d_in]``."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if isinstance(base, nn.Conv2d):
+        return F.unfold(x, base.kernel_size, base.dilation, base.padding, base.stride).transpose(1, 2).flatten(0, 1)
+    return x.flatten(0, -2)
+
+
+def output_rows(y: Tensor) -> Tensor:
+    """Outputs or their gradients, one a row: ``[tokens, d_out]``. Four dimensions are a convolution's channels and places."""
+    return y.flatten(2).transpose(1, 2).flatten(0, 1) if y.ndim == 4 else y.flatten(0, -2)
+
+
 @contextmanager
-def _recording(model: nn.Module, modules: dict[str, nn.Module], statistics: dict[str, LayerStatistics], weight, half):
+def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatistics], weight: float, half: int):
     """Hooks that add ``weight * sum_t g_t x_t'`` of a backward pass to the statistics of each module."""
 
     def hook_of(stats: LayerStatistics):
         def hook(module, inputs, output):
-            x = inputs[0].detach().flatten(0, -2).float()
-            signal = output.detach().flatten(0, -2).float()
+            x = input_rows(module, inputs[0].detach()).float()
+            signal = output_rows(output.detach()).float()
             if stats.bias is not None:
                 signal = signal - stats.bias.detach().float()
             if stats.basis is None:
@@ -90,7 +104,7 @@ def _recording(model: nn.Module, modules: dict[str, nn.Module], statistics: dict
                 stats.tokens += len(x)
 
             def on_gradient(gradient):
-                g = gradient.flatten(0, -2).float()
+                g = output_rows(gradient).float()
                 if stats.basis is not None:
                     stats.range += weight * (g.T @ (x @ stats.basis))
                 else:
@@ -125,7 +139,7 @@ def accumulate(
             example, ``half`` (0 or 1) the half of the sample it belongs to.
     """
     for inputs, weight, half in batches:
-        with _recording(model, modules, statistics, weight, half):
+        with _recording(modules, statistics, weight, half):
             labels = inputs["labels"]
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             torch.autograd.backward(margin(logits, labels).sum(), inputs=_leaves(model))
