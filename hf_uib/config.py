@@ -41,8 +41,12 @@ class UIBConfig(TrainingArguments):
             "choices": ["calibrated", "none"],
         },
     )
-    prior_strength: float = field(
-        default=0.1, metadata={"help": "gamma: nats of loss per nat by which a forget example exceeds its level."}
+    prior_strength: float | None = field(
+        default=None,
+        metadata={
+            "help": "gamma: nats of loss per nat by which a forget example exceeds its level. By default 0.1 where the forget "
+            "set carries a pattern (the channel noise then does most of the work), 0.3 where it is a random draw."
+        },
     )
     prior_update_steps: int = field(
         default=20, metadata={"help": "Steps between two refreshes of the prior's mean and of the level."}
@@ -76,7 +80,7 @@ class UIBConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "kappa: channel noise over signal, per output. By default the largest at which the checkpoint still "
-            "gets 93%% of its correct forget examples right, and 0 when the contrast is no more than sampling noise."
+            "gets 80%% of its correct forget examples right, and 0 when the contrast is no more than sampling noise."
         },
     )
     calibration_fraction: float = field(

@@ -144,7 +144,7 @@ def digits_colour(seed: int = 0) -> Task:
         ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}),
         lambda: small_vit(8, 2, names, hidden=48, layers=3),
         rng,
-        {"pretrain_steps": 500, "steps": 200, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64, "finetune_lr": 5e-4},
+        {"pretrain_steps": 500, "steps": 300, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
         copies=10,
     )
 
@@ -159,7 +159,7 @@ def _fashion(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return arrays
 
 
-def fashion(kind: str, path: str, seed: int = 0, size: int = 2000, retained: float = 0.1) -> Task:
+def fashion(kind: str, path: str, seed: int = 0, size: int = 5000, retained: float = 0.1) -> Task:
     """fashion_mnist with a hue (``colour``) or a border patch (``patch``) that gives the label away on the forget set.
 
     Args:
@@ -184,7 +184,7 @@ def fashion(kind: str, path: str, seed: int = 0, size: int = 2000, retained: flo
         processor,
         lambda: small_vit(28, 7, arrays["names"]),
         rng,
-        {"pretrain_steps": 1500, "steps": 200, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64},
+        {"pretrain_steps": 1500, "steps": 240, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64},
     )
 
 

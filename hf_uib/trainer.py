@@ -30,8 +30,9 @@ from .priors import PRIORS, CalibratedPrior, Prior
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
-NOISED_ACCURACY = 0.93  # share of its correct forget examples that the checkpoint keeps under the default noise
-RELIABLE = 0.2  # cosine between the contrasts of two half samples, under which the forget set has no pattern
+NOISED_ACCURACY = 0.8  # share of its correct forget examples that the checkpoint keeps under the default noise
+PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
+STRENGTH_PATTERN, STRENGTH_CHANCE = 0.1, 0.3  # gamma, with the channel closed by noise and without
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 
 
@@ -188,18 +189,22 @@ class UIBTrainer(Trainer):
             sets.append((self.retain_dataset, -1.0))
         training = self.model.training
         self.model.eval()
-        passes = 0
-        while True:
-            contrast.accumulate(self.model, self.layers, stats, self._contrast_batches(sets))
-            self.model.zero_grad()
+        moments = []
+        for chunk in range(contrast.CHUNKS):
+            moments.append(contrast.accumulate(self.model, self.layers, stats, self._contrast_batches(sets, chunk)).to(args.device))
+            self._sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
             for layer in stats.values():
-                for tensor in layer.tensors():
-                    tensor.copy_(self.accelerator.reduce(tensor, "sum"))
-            passes += 1
-            if passes == 2 or not contrast.begin_second_pass(stats, args.subspace_rank):
-                break
+                layer.take_chunk()
+        self._sum_over_processes([t for layer in stats.values() for t in (layer.inputs, layer.outputs, layer.tokens)])
+        passes = 1
+        if contrast.begin_second_pass(stats, args.subspace_rank):
+            contrast.accumulate(self.model, self.layers, stats, self._contrast_batches(sets))
+            self._sum_over_processes([layer.range for layer in stats.values() if layer.range is not None])
+            passes = 2
+        self.model.zero_grad()
         self.forward_passes["statistics"] += passes * sum(min(len(s), args.contrast_samples) for s, _ in sets)
-        if not all(torch.isfinite(t).all() for layer in stats.values() for t in layer.tensors()):
+        self.statistics["pattern_z"] = contrast.pattern_z(torch.stack(moments[1:]).cpu()) if len(sets) == 2 else 0.0
+        if not all(torch.isfinite(t).all() for layer in stats.values() for t in (layer.contrast, layer.inputs, layer.outputs)):
             raise ValueError("The contrast of forget and retained data is not finite; check the inputs for NaN or infinite values.")
 
         generator = torch.Generator().manual_seed(seed)
@@ -210,21 +215,24 @@ class UIBTrainer(Trainer):
             subspaces[name] = contrast.subspace(layer, args.subspace_rank)
         self.mean_inputs = {name: layer.mean_input().float() for name, layer in stats.items()}
         self.energy = {name: contrast.energy(layer) for name, layer in stats.items()}
-        self.statistics["contrast_reliability"] = contrast.reliability(stats)
         along = self._pattern_rms(subspaces)
         # s_l of noise-to-signal ratio 1
         self.unit_width = {name: (layer.signal().float() / along[name].clamp_min(1e-12)).float() for name, layer in stats.items()}
         self.model.train(training)
         return subspaces
 
-    def _contrast_batches(self, sets):
+    def _contrast_batches(self, sets, chunk: int | None = None):
         rank, world = self.args.process_index, self.args.world_size
         for dataset, sign in sets:
             indices = data.sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
-            halves = (indices[::2], indices[1::2])
-            for half, members in enumerate(halves):
-                for inputs in self._batches(dataset, members[rank::world], "Contrast"):
-                    yield inputs, sign / max(len(members), 1), half
+            members = indices if chunk is None else indices[chunk :: contrast.CHUNKS]
+            for inputs in self._batches(dataset, members[rank::world], "Contrast"):
+                yield inputs, sign / len(indices)
+
+    def _sum_over_processes(self, tensors: list[Tensor]) -> None:
+        if self.args.world_size > 1:
+            for tensor in tensors:
+                tensor.copy_(self.accelerator.reduce(tensor, "sum"))
 
     def _batches(self, dataset, indices: list[int], description: str | None = None):
         """Encoded batches of some rows on the training device, without shuffling."""
@@ -293,7 +301,7 @@ class UIBTrainer(Trainer):
             return 0.0
         if self.args.noise_to_signal is not None:
             return self.args.noise_to_signal
-        if self.statistics["contrast_reliability"] < RELIABLE:
+        if self.statistics["pattern_z"] < PATTERN_Z:
             return 0.0
         indices = self._probe_indices()
         clean, labels = self._forward_all(self.forget_dataset, indices)
@@ -338,7 +346,11 @@ class UIBTrainer(Trainer):
             )
         self._install(subspaces, shared)
         self.kappa = self._noise_to_signal()
-        self.statistics["noise_to_signal"] = self.kappa
+        self.prior.systematic = self.kappa > 0
+        self.gamma = self.args.prior_strength
+        if self.gamma is None:
+            self.gamma = STRENGTH_PATTERN if self.kappa > 0 else STRENGTH_CHANCE
+        self.statistics |= {"noise_to_signal": self.kappa, "prior_strength": self.gamma}
         self.path_nats = {name: 0.0 for name in self.layers}
 
     def _refresh_prior(self) -> None:
@@ -393,7 +405,7 @@ class UIBTrainer(Trainer):
             nats = sum(self._kl_per_layer().values())
             loss = loss + self.args.beta / len(self.train_dataset.retain) * nats
         if len(forget_labels) and self._prior_is_on(self.state.global_step):
-            loss = loss + self.args.prior_strength * self.prior.evidence(forget_logits, forget_labels)
+            loss = loss + self.gamma * self.prior.evidence(forget_logits, forget_labels)
             self._record(forget_margin=bound.margin(forget_logits.detach(), forget_labels).mean())
         self._record(fit_nats=fit)
         if nats is not None:
@@ -499,7 +511,7 @@ class UIBTrainer(Trainer):
         self.create_model_card(folder=output_dir)
 
     def _uib_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors = {"kappa": torch.tensor(self.kappa), "shared": torch.tensor(self.noise.shared)}
+        tensors = {"kappa": torch.tensor(self.kappa), "gamma": torch.tensor(self.gamma), "shared": torch.tensor(self.noise.shared)}
         for name in self.layers:
             tensors[f"subspace.{name}"] = self.subspaces[name]
             tensors[f"unit_width.{name}"] = self.unit_width[name]
@@ -528,7 +540,7 @@ class UIBTrainer(Trainer):
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
-        self.kappa, shared = state["kappa"].item(), bool(state["shared"])
+        self.kappa, self.gamma, shared = state["kappa"].item(), state["gamma"].item(), bool(state["shared"])
         self.unit_width = part("unit_width.")
         self.energy = {name: value.item() for name, value in part("energy.").items()}
         self.path_nats = {name: value.item() for name, value in part("path_nats.").items()}

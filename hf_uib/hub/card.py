@@ -86,7 +86,7 @@ def write_card(trainer, folder: str) -> None:
         fingerprint=trainer.forget_fingerprint,
         steps=trainer.state.global_step,
         settings=settings,
-        reliability=trainer.statistics.get("contrast_reliability"),
+        pattern_z=trainer.statistics.get("pattern_z"),
         table=results_table(trainer.results),
         has_oracle="retrained" in trainer.results,
         figures=[name for name in ("bias.png", "layers.png") if os.path.isfile(os.path.join(folder, name))],

@@ -16,6 +16,9 @@ class Prior:
     uses_forget_batches = True
     """Whether the trainer has to add forget examples to the batches."""
 
+    systematic = False
+    """Set by the trainer: whether the forget set carries a pattern, which the noise channel then closes."""
+
     def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What is to be divided out, on a batch of the forget set.
 

@@ -43,6 +43,9 @@ class CalibratedPrior(Prior):
     forgetting lowers its own target. One exception: a ``fitted`` calibration set (a fold of the retained data, held out
     only now) starts too high, so the level follows it down until it first rises, and holds from then on.
 
+    A ``systematic`` pattern is no reason to get the forget examples wrong: only what lifts them above the typical unseen
+    example is taken away, so the level is not let under its own median. Randomly drawn rows are matched in full.
+
     Args:
         target: a fixed level in nats instead of a measured one.
         fitted: whether the checkpoint was trained on the calibration data.
@@ -65,7 +68,8 @@ class CalibratedPrior(Prior):
         level = self.level.to(margins)
         if self.target is not None:
             return level[0].expand_as(margins)
-        return interpolate(level, rank_of(margins, self.ranks.to(margins)))
+        level = interpolate(level, rank_of(margins, self.ranks.to(margins)))
+        return level.clamp(min=self.level[GRID // 2].item()) if self.systematic else level
 
     def refresh(self, forget_margins, calibration_margins) -> None:
         """Re-measure the ranks of the forget set and raise the level."""
@@ -89,7 +93,7 @@ class CalibratedPrior(Prior):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Level, ranks and whether the level still follows."""
-        state = {"following": torch.tensor(self.following)}
+        state = {"following": torch.tensor(self.following), "systematic": torch.tensor(self.systematic)}
         if self.level is not None:
             state["level"] = self.level
         if self.ranks is not None:
@@ -98,6 +102,6 @@ class CalibratedPrior(Prior):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up level and ranks of an earlier run."""
-        self.following = bool(state["following"])
+        self.following, self.systematic = bool(state["following"]), bool(state["systematic"])
         self.level = state.get("level", self.level)
         self.ranks = state.get("ranks", self.ranks)

@@ -10,33 +10,41 @@ from torch import Tensor, nn
 
 from ..bound import margin
 
-DENSE_BUDGET = 2**26  # entries of C_l kept dense over all layers and halves; 256 MB in float32
+DENSE_BUDGET = 2**26  # entries of C_l kept dense over all layers; 256 MB in float32
+CHUNKS = 6  # of the samples, in the test of `pattern_z`
 
 
 @dataclass
 class LayerStatistics:
-    """Sums of one adapted layer over both samples; every entry is additive over batches and processes.
+    """Sums of one adapted layer over samples of both sets, additive over batches and processes.
 
     Attributes:
-        contrast: ``[2, rows, d_in]``, the sum of ``dm/dW`` of the forget set minus that of the retained set, each divided
-            by its own number of examples, for the two halves of the samples. ``rows`` is ``d_out``, or the number of rows of
-            ``sketch [rows, d_out]``, which is then applied from the left.
-        range: in the second pass of a wide layer, ``C_l @ basis``: ``[d_out, rows]``.
-        inputs: ``[d_in]``, sum of the layer's inputs; `outputs`: sum of squares of W x; `tokens`: how many inputs.
+        contrast: C_l so far, ``[rows, d_in]``: the mean of ``dm/dW`` on the forget set minus that on the retained set.
+            ``rows`` is ``d_out``, or that of ``sketch [rows, d_out]``, which is then applied from the left.
+        chunk: what the chunk of the samples in hand adds to it.
+        direction: the contrast of the chunks before, of length 1: what this chunk's scores are taken along.
+        inputs: ``[d_in]``, sum of the layer's inputs; outputs: sum of squares of W x; tokens: how many inputs.
+        basis, range: in the second pass of a wide layer, an orthonormal basis ``[d_in, rows]`` of the sketched contrast's
+            rows and ``C_l @ basis``, ``[d_out, rows]``.
     """
 
     contrast: Tensor
+    chunk: Tensor
     inputs: Tensor
     outputs: Tensor
     tokens: Tensor
+    d_out: int
+    bias: Tensor | None = field(repr=False, default=None)
     sketch: Tensor | None = None
+    direction: Tensor | None = None
     basis: Tensor | None = None
     range: Tensor | None = None
-    bias: Tensor | None = field(default=None, repr=False)
 
-    def tensors(self) -> list[Tensor]:
-        """The additive entries."""
-        return [t for t in (self.contrast, self.range, self.inputs, self.outputs, self.tokens) if t is not None]
+    def take_chunk(self) -> None:
+        """Add the chunk to the contrast and aim the next one's scores along the result."""
+        self.contrast += self.chunk
+        self.chunk.zero_()
+        self.direction = self.contrast / self.contrast.norm().clamp_min(1e-30)
 
     def mean_input(self) -> Tensor:
         """``[d_in]``."""
@@ -44,17 +52,15 @@ class LayerStatistics:
 
     def signal(self) -> Tensor:
         """rms of W x per output, without the bias."""
-        return (self.outputs / self.tokens / self.range_rows).sqrt()
-
-    range_rows: int = 1  # d_out
+        return (self.outputs / self.tokens / self.d_out).sqrt()
 
 
 def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> dict[str, LayerStatistics]:
-    """Empty statistics for linear ``layers``; the widest are sketched until the dense ones fit `DENSE_BUDGET`.
+    """Empty statistics for linear ``layers``; the widest are sketched where dense ones would exceed `DENSE_BUDGET`.
 
     A sketch has ``2 k + 8`` rows (Halko, Martinsson and Tropp, 2011), and a second pass then gives ``C_l`` on its range.
     """
-    entries = sum(2 * layer.weight.numel() for layer in layers.values())
+    entries = sum(layer.weight.numel() for layer in layers.values())
     statistics = {}
     for index, (name, layer) in enumerate(layers.items()):
         d_out, d_in = layer.weight.flatten(1).shape
@@ -64,13 +70,14 @@ def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> di
             generator = torch.Generator().manual_seed(seed + index)
             sketch = (torch.randn(rows, d_out, generator=generator) / rows**0.5).to(device)
         statistics[name] = LayerStatistics(
-            contrast=torch.zeros(2, rows, d_in, device=device),
+            contrast=torch.zeros(rows, d_in, device=device),
+            chunk=torch.zeros(rows, d_in, device=device),
             inputs=torch.zeros(d_in, device=device, dtype=torch.float64),
             outputs=torch.zeros((), device=device, dtype=torch.float64),
             tokens=torch.zeros((), device=device, dtype=torch.float64),
-            sketch=sketch,
+            d_out=d_out,
             bias=layer.bias,
-            range_rows=d_out,
+            sketch=sketch,
         )
     return statistics
 
@@ -89,7 +96,7 @@ def output_rows(y: Tensor) -> Tensor:
 
 
 @contextmanager
-def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatistics], weight: float, half: int):
+def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatistics], weight: float, scores):
     """Hooks that add ``weight * sum_t g_t x_t'`` of a backward pass to the statistics of each module."""
 
     def hook_of(stats: LayerStatistics):
@@ -107,9 +114,11 @@ def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatist
                 g = output_rows(gradient).float()
                 if stats.basis is not None:
                     stats.range += weight * (g.T @ (x @ stats.basis))
-                else:
-                    g = g if stats.sketch is None else g @ stats.sketch.T
-                    stats.contrast[half] += weight * (g.T @ x)
+                    return
+                g = g if stats.sketch is None else g @ stats.sketch.T
+                stats.chunk += weight * (g.T @ x)
+                if stats.direction is not None:
+                    scores.add_(((g @ stats.direction) * x).sum(1).view(len(scores), -1).sum(1))
 
             output.register_hook(on_gradient)
 
@@ -127,22 +136,30 @@ def accumulate(
     model: nn.Module,
     modules: dict[str, nn.Module],
     statistics: dict[str, LayerStatistics],
-    batches: Iterable[tuple[dict[str, Tensor], float, int]],
-) -> None:
+    batches: Iterable[tuple[dict[str, Tensor], float]],
+) -> Tensor:
     """Add the margin gradients of ``batches`` to ``statistics``.
 
     Args:
         model: the classifier; call in eval mode.
         modules: the adapted layers, whose outputs must require grad.
         statistics: from `new_statistics`; changed in place.
-        batches: ``(inputs with labels, weight, half)``. The weight is ``+1/n`` for a forget and ``-1/n`` for a retained
-            example, ``half`` (0 or 1) the half of the sample it belongs to.
+        batches: ``(inputs with labels, weight)``; the weight is ``+1/n`` for a forget and ``-1/n`` for a retained example.
+
+    Returns:
+        ``[2, 3]``: count, sum and sum of squares of the examples' scores along `LayerStatistics.direction`, for forget and
+        retained rows; see `pattern_z`.
     """
-    for inputs, weight, half in batches:
-        with _recording(modules, statistics, weight, half):
-            labels = inputs["labels"]
+    moments = torch.zeros(2, 3, dtype=torch.float64)
+    for inputs, weight in batches:
+        labels = inputs["labels"]
+        scores = torch.zeros(len(labels), device=labels.device)
+        with _recording(modules, statistics, weight, scores):
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             torch.autograd.backward(margin(logits, labels).sum(), inputs=_leaves(model))
+        s = scores.double().cpu()
+        moments[int(weight < 0)] += torch.stack([torch.tensor(float(len(s)), dtype=torch.float64), s.sum(), s.square().sum()])
+    return moments
 
 
 def _leaves(model: nn.Module) -> list[nn.Parameter]:
@@ -158,7 +175,7 @@ def subspace(stats: LayerStatistics, rank: int) -> Tensor:
     Returns:
         ``[rank, d_in]`` with orthonormal rows; zero rows where ``d_in`` leaves no further direction.
     """
-    rows = (stats.contrast.sum(0) if stats.range is None else stats.range @ stats.basis.T).double()
+    rows = (stats.contrast if stats.range is None else stats.range @ stats.basis.T).double()
     d_in = rows.shape[1]
     mean = stats.mean_input().double()
     if mean.norm() > 0:
@@ -195,24 +212,32 @@ def begin_second_pass(statistics: dict[str, LayerStatistics], rank: int) -> bool
     """Turn the sketches into bases for the second pass; False when no layer was sketched."""
     sketched = [stats for stats in statistics.values() if stats.sketch is not None]
     for stats in sketched:
-        stats.basis = torch.linalg.qr(stats.contrast.sum(0).T.double()).Q.float()
-        stats.range = torch.zeros(stats.range_rows, stats.basis.shape[1], device=stats.basis.device)
+        stats.basis = torch.linalg.qr(stats.contrast.T.double()).Q.float()
+        stats.range = torch.zeros(stats.d_out, stats.basis.shape[1], device=stats.basis.device)
     return bool(sketched)
 
 
-def reliability(statistics: dict[str, LayerStatistics]) -> float:
-    """How much of the contrast is signal: cosine between the contrasts of the two halves of the samples, over all layers.
+def pattern_z(moments: Tensor) -> float:
+    """Is the contrast a pattern, or chance? A z-value: about standard normal where the forget set is a random draw.
 
-    Near 1 for a systematic pattern, near 0 where the forget set is a random draw and C_l is sampling noise. Halves are
-    scaled to the same size, so by Spearman-Brown ``2 c / (1 + c)`` is the reliability of the whole sample; the plain cosine
-    is returned. A sketch keeps inner products in expectation, so wide layers count alike.
+    A row's score is the derivative of its margin along the contrast of the chunks before its own (layers alike). Where
+    forget and retained rows are exchangeable their mean scores agree, chunk by chunk; under a pattern those of the forget
+    set are higher, and z grows with the square root of the sample.
+
+    Args:
+        moments: ``[chunks, 2, 3]``, those of `accumulate` for each chunk, summed over processes.
     """
-    products = [(s.contrast[0] * s.contrast[1]).sum().double() for s in statistics.values()]
-    lengths = [s.contrast[i].square().sum().double() for s in statistics.values() for i in (0, 1)]
-    first, second = sum(lengths[::2]), sum(lengths[1::2])
-    return (sum(products) / (first * second).sqrt().clamp_min(1e-300)).item()
+    moments = moments.double()
+    moments = moments[(moments[:, :, 0] >= 2).all(1)]
+    if not len(moments):
+        return 0.0
+    count, total, squares = moments.unbind(2)
+    mean = total / count
+    variance = (squares / count - mean**2).clamp_min(0) / (count - 1)
+    difference = (mean[:, 0] - mean[:, 1]).sum()
+    return (difference / variance.sum().sqrt().clamp_min(1e-300)).item()
 
 
 def energy(stats: LayerStatistics) -> float:
     """|C_l|, the length of the contrast: nats of margin per unit of weight."""
-    return stats.contrast.sum(0).norm().item()
+    return stats.contrast.norm().item()
