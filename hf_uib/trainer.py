@@ -154,7 +154,7 @@ class UIBTrainer(Trainer):
         self.adapter_name = adapters.adapter_name(self.model)
         self.noise: adapters.NoiseChannel | None = None
         self.statistics: dict[str, float] = {}
-        self.forward_passes = {"statistics": 0, "refresh": 0}
+        self.measured_examples = 0  # forward passes of the statistics and refreshes, in examples
 
     # ---- Section 3: the dynamic prior -------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class UIBTrainer(Trainer):
             self._sum_over_processes([layer.range for layer in stats.values() if layer.range is not None])
             passes = 2
         self.model.zero_grad()
-        self.forward_passes["statistics"] += passes * sum(min(len(s), args.contrast_samples) for s, _ in sets)
+        self.measured_examples += passes * sum(min(len(s), args.contrast_samples) for s, _ in sets)
         self.statistics["pattern_z"] = contrast.pattern_z(torch.stack(moments[1:]).cpu()) if len(sets) == 2 else 0.0
         if not all(torch.isfinite(t).all() for layer in stats.values() for t in (layer.contrast, layer.inputs, layer.outputs)):
             raise ValueError("The contrast of forget and retained data is not finite; check the inputs for NaN or infinite values.")
@@ -281,7 +281,7 @@ class UIBTrainer(Trainer):
             labels.append(inputs.pop("labels"))
             with self.compute_loss_context_manager():
                 logits.append(model(**inputs).logits.float())
-        self.forward_passes["statistics"] += len(indices)
+        self.measured_examples += len(indices)
         model.train(training)
         pair = (torch.cat(logits), torch.cat(labels))
         if self.args.world_size > 1:
@@ -437,9 +437,14 @@ class UIBTrainer(Trainer):
         """R^(l) of section 3(a), by layer, in nats."""
         result = {}
         for name, layer in self.layers.items():
+            (a, b), (prior_a, prior_b) = self._factors(name), self.prior_mean[name]
             scaling, unit = layer.scaling[self.adapter_name], self.unit_width[name]
-            left, right = bound.displacement(*self._factors(name), *self.prior_mean[name], scaling)
-            result[name] = bound.layer_kl(left, right, self.subspaces[name], self.width * unit, FLOOR * unit)
+            width, floor = self.width * unit, FLOOR * unit
+            if self.noise.shared:  # A is V_l: every move is along the pattern, |D|^2 = |B - B_0|^2
+                result[name] = scaling**2 * (b - prior_b).square().sum() / (2 * (width**2 + floor**2))
+            else:
+                left, right = bound.displacement(a, b, prior_a, prior_b, scaling)
+                result[name] = bound.layer_kl(left, right, self.subspaces[name], width, floor)
         return result
 
     def _fit_without_retained_data(self, model, batch, logits, labels) -> Tensor:

@@ -90,3 +90,14 @@ def test_margin_gradient_survives_saturation():
     logits = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
     (gradient,) = torch.autograd.grad(bound.margin(logits, torch.tensor([0])).sum(), logits)
     assert gradient.abs().max() > 0.9
+
+
+def test_under_a_pattern_the_level_keeps_the_labels():
+    seen, unseen = torch.linspace(4, 8, 101), torch.linspace(-2, 3, 101)
+    prior = CalibratedPrior()
+    prior.refresh(lambda: seen, lambda: unseen)
+    chance = prior.level_of(seen)
+    prior.systematic = True
+    pattern = prior.level_of(seen)
+    assert chance.min() < 0 and pattern.min() == pytest.approx(0.5, abs=0.02)
+    torch.testing.assert_close(pattern[51:], chance[51:])

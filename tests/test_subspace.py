@@ -67,20 +67,23 @@ def statistics(layer, rank=2):
     return contrast.new_statistics({"layer": layer}, rank)
 
 
-def run(layer, stats, x, y, halves=2):
-    model = torch.nn.Sequential(layer)
+class Classifier(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
 
-    class Classifier(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = model[0]
+    def forward(self, x):
+        return type("Output", (), {"logits": self.layer(x)})()
 
-        def forward(self, x):
-            return type("Output", (), {"logits": self.layer(x)})()
 
-    classifier = Classifier()
-    batches = [({"x": x[h::halves], "labels": y[h::halves]}, 1.0 / len(x), h) for h in range(halves)]
-    contrast.accumulate(classifier, {"layer": classifier.layer}, stats, batches)
+def run(layer, stats, x, y, sign=1.0):
+    moments = contrast.accumulate(
+        Classifier(layer), {"layer": layer}, stats, [({"x": x, "labels": y}, sign / len(x))]
+    )
+    for s in stats.values():
+        if s.basis is None:
+            s.take_chunk()
+    return moments
 
 
 def test_matches_dense_svd_off_the_mean_and_sketch_agrees(monkeypatch):
@@ -92,7 +95,7 @@ def test_matches_dense_svd_off_the_mean_and_sketch_agrees(monkeypatch):
     layer.zero_grad()
     bound.margin(layer(x), y).mean().backward()
     c = layer.weight.grad.double()
-    torch.testing.assert_close(dense["layer"].contrast.sum(0).double(), c, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dense["layer"].contrast.double(), c, rtol=1e-4, atol=1e-6)
     mean = x.mean(0).double()
     mean = mean / mean.norm()
     projected = c - torch.outer(c @ mean, mean)
@@ -113,16 +116,30 @@ def test_matches_dense_svd_off_the_mean_and_sketch_agrees(monkeypatch):
     torch.testing.assert_close(w.T @ w, reference.T @ reference, rtol=0, atol=1e-3)
 
 
-def test_reliability_tells_a_pattern_from_chance():
-    torch.manual_seed(0)
+def z_of(forget, retain, chunks=6):
     layer = torch.nn.Linear(12, 3)
-    y = torch.arange(300) % 3
-    pattern = torch.randn(300, 12)
-    pattern[torch.arange(300), y] += 2.0
-    chance = torch.randn(300, 12)
-    values = []
-    for x in (pattern, chance):
-        stats = statistics(layer)
-        run(layer, stats, x, y)
-        values.append(contrast.reliability(stats))
-    assert values[0] > 0.8 > 0.5 > values[1]
+    stats, moments = statistics(layer), []
+    for chunk in range(chunks):
+        batches = [({"x": x[chunk::chunks], "labels": y[chunk::chunks]}, sign / len(x)) for (x, y), sign in ((forget, 1.0), (retain, -1.0))]
+        moments.append(contrast.accumulate(Classifier(layer), {"layer": layer}, stats, batches))
+        stats["layer"].take_chunk()
+    return contrast.pattern_z(torch.stack(moments[1:]))
+
+
+def rows(n, strength):
+    y = torch.randint(0, 3, (n,))
+    x = torch.randn(n, 12)
+    x[torch.arange(n), y] += strength
+    return x, y
+
+
+def test_z_tells_a_pattern_from_chance():
+    torch.manual_seed(0)
+    chance = [z_of(rows(120, 0.0), rows(60, 0.0)) for _ in range(200)]
+    pattern = [z_of(rows(120, 2.0), rows(60, 0.0)) for _ in range(20)]
+    assert abs(sum(chance) / 200) < 0.3 and sum(z > 2 for z in chance) <= 14  # about standard normal
+    assert sum(z > 2 for z in pattern) >= 18
+
+
+def test_z_needs_two_rows_of_each_set():
+    assert contrast.pattern_z(torch.zeros(5, 2, 3)) == 0.0

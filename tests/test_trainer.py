@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_model, make_rows
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.adapters import lora_layers
+from hf_uib.adapters import is_linear, lora_layers
 from hf_uib.priors import Prior
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -318,7 +318,7 @@ def test_bad_input_gets_one_line(tmp_path, change, message):
 
 def _without_linear_layers(model):
     for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear):
+        if is_linear(module):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], torch.nn.Identity())
     return model
@@ -358,3 +358,15 @@ class _TokenNorm(torch.nn.Module):
 
     def forward(self, x):
         return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_the_thin_form_for_a_frozen_to_v_is_the_general_one(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.train()
+    trainer.width = 0.4
+    thin = trainer._kl_per_layer()
+    trainer.noise.shared = False
+    general = trainer._kl_per_layer()
+    assert sum(thin.values()) > 0
+    for name, value in thin.items():
+        torch.testing.assert_close(value, general[name], rtol=1e-3, atol=1e-5)
