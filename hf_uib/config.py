@@ -79,8 +79,8 @@ class UIBConfig(TrainingArguments):
     noise_to_signal: float | None = field(
         default=None,
         metadata={
-            "help": "kappa: channel noise over signal, per output. By default the largest at which the checkpoint still "
-            "gets 80%% of its correct forget examples right, and 0 when the contrast is no more than sampling noise."
+            "help": "kappa: channel noise over signal, per output. By default the noise that halves what the checkpoint gets "
+            "right on the forget set, above chance; 0 where the contrast is no more than sampling noise."
         },
     )
     calibration_fraction: float = field(
@@ -94,7 +94,7 @@ class UIBConfig(TrainingArguments):
         default=None, metadata={"help": "Forget examples per device and step. Default: per_device_train_batch_size."}
     )
     contrast_samples: int = field(
-        default=1024, metadata={"help": "Examples of each set in the statistics passes (subspace, scales, levels)."}
+        default=512, metadata={"help": "Examples of each set in the statistics passes (subspace, scales, levels)."}
     )
 
     def __post_init__(self):

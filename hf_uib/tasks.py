@@ -276,7 +276,7 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
         tokenizer,
         "handle",
         counterfactuals=2,
-        train_settings={"steps": 120, "unlearn_steps": 100, "retrain_steps": 120, "batch": 32, "lr": 1e-4, "full_lr": 1e-4},
+        train_settings={"steps": 120, "unlearn_steps": 100, "retrain_steps": 120, "batch": 16, "lr": 1e-4, "full_lr": 1e-4},
     )
 
 
