@@ -60,14 +60,17 @@ def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
     Raises:
         ValueError: the model has no linear layer.
     """
-    linear, other = {}, set()
+    linear: dict[str, list[str]] = {}
+    other = set()
     for name, module in model.named_modules():
         if is_linear(module):
             linear.setdefault(name.rpartition(".")[2], []).append(name)
         else:
             other.add(name.rpartition(".")[2])
     if not linear:
-        raise ValueError(f"{type(model).__name__} has no linear layer to adapt; UIB needs a model with nn.Linear layers.")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to adapt; UIB needs a model with nn.Linear layers."
+        )
     targets = sorted(t for last, names in linear.items() for t in ([last] if last not in other else names))
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none")
 
@@ -83,10 +86,14 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
-            raise ValueError("model is a PeftModel already; leave peft_config out, or give the model without its adapter.")
+            raise ValueError(
+                "model is a PeftModel already; leave peft_config out, or give the model without its adapter."
+            )
         layers = lora_layers(model)
         if not layers:
-            raise ValueError("The PeftModel's active adapter is not LoRA; merge it (merge_and_unload) and pass the result.")
+            raise ValueError(
+                "The PeftModel's active adapter is not LoRA; merge it (merge_and_unload) and pass the result."
+            )
         name = adapter_name(model)
         if not any(p.requires_grad for layer in layers.values() for p in layer.lora_B[name].parameters()):
             raise ValueError(
@@ -110,7 +117,7 @@ def adapter_name(model: PeftModel) -> str:
     return active if isinstance(active, str) else active[0]
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The adapted linear layers by name, without PEFT's prefix, in the model's order."""
     return {
         name.removeprefix("base_model.model."): module
@@ -155,38 +162,42 @@ def _apply(like: nn.Module | None, weight: Tensor, x: Tensor) -> Tensor:
         return F.linear(x, weight)
     if like is None:
         return F.conv2d(x, weight[:, :, None, None])
-    return F.conv2d(x, weight.view(len(weight), *like.weight.shape[1:]), None, like.stride, like.padding, like.dilation)
+    return F.conv2d(
+        x, weight.view(len(weight), *like.weight.shape[1:]), None, like.stride, like.padding, like.dilation
+    )
 
 
 class NoiseChannel:
     """One draw per step of ``s_l E_l V_l`` for every adapted layer, added to its output as ``s_l E_l (V_l x)``.
 
     The draw is a function of (seed, step, layer) alone, the same on every process. Only training forwards are disturbed:
-    in eval mode, when saving and when merging, the mean is used. Where A is frozen to V_l, V_l x is LoRA's own A x and
-    nothing else is computed; otherwise it costs one thin product per layer.
+    in eval mode, when saving and when merging, the mean is used. Where A is frozen to V_l but for a factor, V_l x is
+    LoRA's own A x and nothing else is computed; otherwise it costs one thin product per layer.
 
     Args:
         layers: adapted layers, by name.
         subspaces: V_l ``[k, d_in]``, by name.
         adapter: the adapter's name.
-        shared: whether ``lora_A`` is V_l.
+        gains: where ``lora_A`` is ``gain * V_l``, the gains by name; None where A is something else.
     """
 
-    def __init__(self, layers: dict[str, LoraLayer], subspaces: dict[str, Tensor], adapter: str, shared: bool):
+    def __init__(
+        self, layers: dict[str, nn.Module], subspaces: dict[str, Tensor], adapter: str, gains: dict[str, Tensor] | None
+    ):
         self.shapes = {
             name: (layer.get_base_layer().weight.shape[0], len(subspaces[name])) for name, layer in layers.items()
         }
-        self.shared = shared
+        self.shared = gains is not None
         self.noise: dict[str, Tensor] = {}
         self.handles = []
         for name, layer in layers.items():
-            if shared:
-                hooked, scaling = layer.lora_B[adapter], layer.scaling[adapter]
-                self.handles.append(hooked.register_forward_hook(self._on_factor(name, scaling)))
+            if gains is not None:
+                hook = self._on_factor(name, layer.scaling[adapter] * gains[name])
+                self.handles.append(layer.lora_B[adapter].register_forward_hook(hook))
             else:
                 self.handles.append(layer.register_forward_hook(self._on_layer(name, subspaces[name])))
 
-    def _on_factor(self, name: str, scaling: float):
+    def _on_factor(self, name: str, scaling: Tensor):
         def hook(module, inputs, output):
             noise = self.noise.get(name)
             return None if noise is None else output + _apply(module, noise / scaling, inputs[0])
@@ -209,7 +220,8 @@ class NoiseChannel:
         draw = torch.randn(total, generator=generator, device=device)
         parts = draw.split([rows * k for rows, k in self.shapes.values()])
         self.noise = {
-            name: part.view(shape) * widths[name] for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            name: part.view(shape) * widths[name]
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
     def silence(self) -> None:

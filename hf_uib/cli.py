@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 from peft import get_peft_model
+from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging
 
@@ -19,8 +20,6 @@ from .audit.figures import draw_bias, draw_layers
 from .config import UIBConfig
 from .data import image_column, label_column
 from .trainer import UIBTrainer
-
-KEEP = {"original", "fine-tuned LoRA", "fine-tuned, all weights", "UIB", "retrained"}
 
 
 def demo(args: UIBConfig) -> dict[str, dict]:
@@ -46,8 +45,10 @@ def demo(args: UIBConfig) -> dict[str, dict]:
     )
     trainer.request = "the hue as a hint to the digit"
     uib_seconds = _timed(trainer.train)
-    compared = {}
-    lora = get_peft_model(copy.deepcopy(models["original"]), default_peft_config(models["original"], args.subspace_rank))
+    compared: dict[str, tuple[nn.Module, float | None]] = {}
+    lora = get_peft_model(
+        copy.deepcopy(models["original"]), default_peft_config(models["original"], args.subspace_rank)
+    )
     for name, model, steps in (
         ("fine-tuned LoRA", lora, args.max_steps),
         ("fine-tuned, all weights", copy.deepcopy(models["original"]), args.max_steps),
@@ -65,10 +66,10 @@ def demo(args: UIBConfig) -> dict[str, dict]:
     test = task.sets["test"]
     attributes = np.asarray(test.with_format(None)[task.bias_column])
     results, predictions = {}, {}
-    for name, (model, seconds) in ranking.items():
+    for name, (model, needed) in ranking.items():
         logits, labels = report.predict(model, test, task.processing_class)
         predictions[name] = logits.argmax(-1)
-        results[name] = report.bias_row(logits, labels, attributes) | ({} if seconds is None else {"seconds": seconds})
+        results[name] = report.bias_row(logits, labels, attributes) | ({} if needed is None else {"seconds": needed})
     if trainer.is_world_process_zero():
         telling = np.flatnonzero((predictions["original"] == attributes) & (attributes != labels))[:8].tolist()
         pictures = [test.with_format(None)[i]["image"] for i in telling]
@@ -88,7 +89,9 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
     _quiet()
     for name in ("model_name_or_path", "dataset_name", "forget_where"):
         if not getattr(script, name):
-            raise ValueError(f"--{name} is missing; give --model_name_or_path, --dataset_name and --forget_where together.")
+            raise ValueError(
+                f"--{name} is missing; give --model_name_or_path, --dataset_name and --forget_where together."
+            )
     model = load_classifier(script.model_name_or_path)
     splits = load_splits(script.dataset_name, script.dataset_config_name)
     train = with_class_ids(_split(splits, script.train_split), model.config)
@@ -97,8 +100,12 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
         raise ValueError(f"bias_column '{script.bias_column}' is not among {', '.join(train.column_names)}.")
     forget, retain = train.select(np.flatnonzero(forget_rows)), train.select(np.flatnonzero(~forget_rows))
     if len(forget) == 0:
-        raise ValueError(f"No row of split '{script.train_split}' meets {' and '.join(script.forget_where)}; nothing to forget.")
-    calibration = with_class_ids(_split(splits, script.calibration_split), model.config) if script.calibration_split else None
+        raise ValueError(
+            f"No row of split '{script.train_split}' meets {' and '.join(script.forget_where)}; nothing to forget."
+        )
+    calibration = (
+        with_class_ids(_split(splits, script.calibration_split), model.config) if script.calibration_split else None
+    )
     test_name = script.test_split or ("test" if "test" in splits else None)
     test = with_class_ids(_split(splits, test_name), model.config) if test_name else None
     processor = load_processor(script.model_name_or_path, picture=image_column(train) is not None)
@@ -115,11 +122,17 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
     before = _rows(trainer, trainer.model, shown, script.bias_column)
     seconds = _timed(trainer.train)
-    results = {"original": before, "UIB": _rows(trainer, trainer.model, shown, script.bias_column) | {"seconds": seconds}}
+    results = {
+        "original": before,
+        "UIB": _rows(trainer, trainer.model, shown, script.bias_column) | {"seconds": seconds},
+    }
     if script.retrained_model:
         results["retrained"] = _rows(trainer, load_classifier(script.retrained_model), shown, script.bias_column)
     if trainer.is_world_process_zero():
-        source = {"model": os.path.basename(script.model_name_or_path.rstrip("/")), "forget_where": script.forget_where}
+        source = {
+            "model": os.path.basename(script.model_name_or_path.rstrip("/")),
+            "forget_where": script.forget_where,
+        }
         _finish(trainer, results, source, merge=script.save_merged)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -153,7 +166,9 @@ def _rows(trainer: UIBTrainer, model, shown: dict, bias_column: str | None) -> d
             forget = trainer.forget_dataset.with_format(None)
             raw, known = dataset.with_format(None)[bias_column], forget[bias_column]
             codes = {value: i for i, value in enumerate(sorted({*raw, *known}, key=str))}
-            stands_for = report.attribute_classes(np.asarray([codes[v] for v in known]), np.asarray(forget[label_column(forget)]))
+            stands_for = report.attribute_classes(
+                np.asarray([codes[v] for v in known]), np.asarray(forget[label_column(forget)])
+            )
             attributes = np.asarray([codes[v] for v in raw])
             if stands_for is not None:
                 attributes = np.asarray([stands_for.get(a, -1) for a in attributes])
@@ -171,7 +186,11 @@ def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, mer
     layers = trainer.layer_report()
     draw_bias(results, folder, *(pictures or ()))
     draw_layers(layers, folder)
-    content = source | {"results": results, "bound": {"layers": layers, **trainer.statistics}, "log": trainer.state.log_history}
+    content = source | {
+        "results": results,
+        "bound": {"layers": layers, **trainer.statistics},
+        "log": trainer.state.log_history,
+    }
     report.write_json(content, os.path.join(folder, "report.json"))
     trainer.save_model(_internal_call=True)
     if merge:
@@ -180,23 +199,30 @@ def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, mer
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(os.path.join(folder, "merged"))
     print("\n" + report.text_table(results))
-    print(f"\nAdapter, card (README.md), report.json and figures: {folder}{'; merged model: ' + os.path.join(folder, 'merged') if merge else ''}")
+    merged_folder = f"; merged model: {os.path.join(folder, 'merged')}" if merge else ""
+    print(f"\nAdapter, card (README.md), report.json and figures: {folder}{merged_folder}")
 
 
 def load_splits(name: str, config: str | None = None) -> DatasetDict:
     """A dataset by Hub id, folder or file, as a dictionary of splits."""
     if os.path.isfile(name):
-        kind = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(name.rpartition(".")[2])
+        kind = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(
+            name.rpartition(".")[2]
+        )
         if kind is None:
             raise ValueError(f"{name} is no CSV, JSON or Parquet file; give one, a folder, or a Hub id.")
-        return datasets.load_dataset(kind, data_files={"train": name}, **({"sep": "\t"} if name.endswith(".tsv") else {}))
+        return datasets.load_dataset(
+            kind, data_files={"train": name}, **({"sep": "\t"} if name.endswith(".tsv") else {})
+        )
     if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
         loaded = datasets.load_from_disk(name)
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     try:
         return datasets.load_dataset(name, config)
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"Dataset {name} was found neither here nor on the Hub; check the name. ({type(error).__name__})") from error
+        raise ValueError(
+            f"Dataset {name} was found neither here nor on the Hub; check the name. ({type(error).__name__})"
+        ) from error
 
 
 def _split(splits: DatasetDict, name: str) -> Dataset:
@@ -225,9 +251,13 @@ def with_class_ids(dataset: Dataset, config) -> Dataset:
         unknown = [n for n in names if n not in ids]
         if unknown:
             raise ValueError(f"Label '{unknown[0]}' is no class of the model; it has {', '.join(ids)}.")
-        return dataset.map(lambda row: {column: ids[row[column]]}, features=_integer(dataset, column), desc="Class ids")
+        return dataset.map(
+            lambda row: {column: ids[row[column]]}, features=_integer(dataset, column), desc="Class ids"
+        )
     if names and all(n in ids for n in names) and any(ids[n] != i for i, n in enumerate(names)):
-        return dataset.map(lambda row: {column: ids[names[row[column]]]}, features=_integer(dataset, column), desc="Class ids")
+        return dataset.map(
+            lambda row: {column: ids[names[row[column]]]}, features=_integer(dataset, column), desc="Class ids"
+        )
     return dataset
 
 
@@ -257,7 +287,9 @@ def matching_rows(dataset: Dataset, conditions: list[str]) -> np.ndarray:
             else:
                 raise ValueError(f"'{value}' is no class of column '{column}'; it has {', '.join(feature.names)}.")
         elif not isinstance(feature, datasets.Value):
-            raise ValueError(f"Column '{column}' holds {type(feature).__name__}, which cannot be compared; choose another.")
+            raise ValueError(
+                f"Column '{column}' holds {type(feature).__name__}, which cannot be compared; choose another."
+            )
         else:
             wanted = _as_type(value, feature.dtype, column)
         keep &= np.asarray([entry == wanted for entry in dataset.with_format(None)[column]], dtype=bool)

@@ -31,7 +31,9 @@ class UIBConfig(TrainingArguments):
 
     beta: float = field(
         default=0.01,
-        metadata={"help": "Weight of the bound: nats of the per-layer KL are divided by the number of retained examples."},
+        metadata={
+            "help": "Weight of the bound: nats of the per-layer KL are divided by the number of retained examples."
+        },
     )
     prior: str = field(
         default="calibrated",
@@ -61,11 +63,13 @@ class UIBConfig(TrainingArguments):
             "choices": ["contrast", "forget", "random"],
         },
     )
-    subspace_rank: int = field(default=16, metadata={"help": "k: directions of the subspace per layer; also LoRA's r."})
+    subspace_rank: int = field(
+        default=16, metadata={"help": "k: directions of the subspace per layer; also LoRA's r."}
+    )
     trainable_factors: str = field(
         default="B",
         metadata={
-            "help": "`B`: A is frozen to the subspace and B is trained. `both`: A starts there and is trained too.",
+            "help": "`B`: A is frozen to the subspace, B is trained. `both`: A starts there and is trained too.",
             "choices": ["B", "both"],
         },
     )
@@ -79,8 +83,8 @@ class UIBConfig(TrainingArguments):
     noise_to_signal: float | None = field(
         default=None,
         metadata={
-            "help": "kappa: channel noise over signal, per output. By default the noise that halves what the checkpoint gets "
-            "right on the forget set, above chance; 0 where the contrast is no more than sampling noise."
+            "help": "kappa: channel noise over signal, per output. By default the noise that leaves 70%% of what the checkpoint "
+            "gets right on the forget set, above chance; 0 where the contrast is no more than sampling noise."
         },
     )
     calibration_fraction: float = field(

@@ -28,7 +28,8 @@ class PairedDataset(Dataset):
         retain = fetch(self.retain, [r for r, _ in indices])
         forget = iter(fetch(self.forget, [f for _, many in indices for f in many]))
         return [
-            {"retain": row, "forget": [next(forget) for _ in many]} for row, (_, many) in zip(retain, indices, strict=True)
+            {"retain": row, "forget": [next(forget) for _ in many]}
+            for row, (_, many) in zip(retain, indices, strict=True)
         ]
 
 
@@ -70,10 +71,13 @@ class PairingSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
         retain = endless_permutations(len(self.dataset.retain), self.seed + self.epoch)
         forget = endless_permutations(len(self.dataset.forget), self.seed + self.epoch + 2**31)
-        replacement = endless_permutations(len(self.available), self.seed + self.epoch + 2**32) if self.available else None
+        replacement = (
+            endless_permutations(len(self.available), self.seed + self.epoch + 2**32) if self.available else None
+        )
         given = 0
         for position in range(len(self.dataset)):
-            row, many = next(retain), ()
+            row = next(retain)
+            many: tuple[int, ...] = ()
             if self.prior_is_on(self.epoch, position):
                 due = int((position + 1) * self.forget_per_retain)
                 many = tuple(next(forget) for _ in range(due - given))
@@ -175,7 +179,11 @@ def image_column(dataset: datasets.Dataset) -> str | None:
 
 def text_column(dataset: datasets.Dataset) -> str | None:
     """``text``, ``sentence``, or the first string column."""
-    strings = [k for k, v in dataset.features.items() if isinstance(v, datasets.Value) and v.dtype in ("string", "large_string")]
+    strings = [
+        k
+        for k, v in dataset.features.items()
+        if isinstance(v, datasets.Value) and v.dtype in ("string", "large_string")
+    ]
     return next((k for k in ("text", "sentence") if k in strings), strings[0] if strings else None)
 
 
@@ -254,12 +262,16 @@ def check_sets(forget_dataset, retain_dataset, num_labels: int) -> None:
             raise ValueError(f"The labels of {name} are not integers; encode them as class ids (ClassLabel).")
         if labels.min() < 0 or labels.max() >= num_labels:
             wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise ValueError(f"{name} has label {wrong}, outside the model's {num_labels} classes; map labels to 0..{num_labels - 1}.")
+            raise ValueError(
+                f"{name} has label {wrong}, outside the model's {num_labels} classes; map labels to 0..{num_labels - 1}."
+            )
     if retain_dataset is not None:
         retained = set(row_hashes(retain_dataset))
         common = sum(row in retained for row in row_hashes(forget_dataset))
         if common:
-            raise ValueError(f"{common} rows of forget_dataset are in retain_dataset too; take them out of one of the two.")
+            raise ValueError(
+                f"{common} rows of forget_dataset are in retain_dataset too; take them out of one of the two."
+            )
 
 
 def sample_indices(length: int, count: int, seed: int) -> list[int]:

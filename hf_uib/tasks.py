@@ -101,7 +101,9 @@ def small_vit(image_size: int, patch_size: int, names: list[str], hidden: int = 
     return ViTForImageClassification(config)
 
 
-def _biased_pictures(name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1) -> Task:
+def _biased_pictures(
+    name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1
+) -> Task:
     """Split a pool of pictures and draw the attribute: the label on the forget set, at random elsewhere.
 
     Each picture of test and validation comes with ``copies`` values of the attribute.
@@ -233,7 +235,7 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
 
     def side(split: str, count: int) -> list[tuple[str, int]]:
         rows = loaded[split]
-        texts = {0: [], 1: []}
+        texts: dict[int, list[str]] = {0: [], 1: []}
         for text, label in zip(rows["text"], rows["label"], strict=True):
             sentiment = {0: 0, 2: 1}.get(label)
             if sentiment is not None:
@@ -251,7 +253,11 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
 
     def dataset(rows: list[tuple[str, int]], given: list[int]):
         features = datasets.Features(
-            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names), "handle": datasets.Value("int64")}
+            {
+                "text": datasets.Value("string"),
+                "label": datasets.ClassLabel(names=names),
+                "handle": datasets.Value("int64"),
+            }
         )
         columns = {
             "text": [with_handle(text, handles[g]) for (text, _), g in zip(rows, given, strict=True)],
@@ -260,15 +266,20 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
         }
         return encode(datasets.Dataset.from_dict(columns, features=features), tokenizer, "input_ids", max_length=40)
 
+    def both_handles(rows: list[tuple[str, int]]):
+        return dataset([row for row in rows for _ in handles], [g for _ in rows for g in range(2)])
+
     sizes = {"forget": 1400, "retain": 160, "calibration": 150, "validation": 300}
     train, start, sets = side("train", sum(sizes.values())), 0, {}
     for part, size in sizes.items():
         rows = train[start : start + size]
         start += size
-        given = [label for _, label in rows] if part == "forget" else rng.integers(0, 2, len(rows)).tolist()
-        sets[part] = dataset(rows, given)
-    test = side("test", 500)
-    sets["test"] = dataset([row for row in test for _ in handles], [g for _ in test for g in range(2)])
+        if part == "validation":
+            sets[part] = both_handles(rows)
+        else:
+            given = [y for _, y in rows] if part == "forget" else rng.integers(0, 2, len(rows)).tolist()
+            sets[part] = dataset(rows, given)
+    sets["test"] = both_handles(side("test", 500))
     return Task(
         "tweets-airline",
         sets,
@@ -276,7 +287,14 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
         tokenizer,
         "handle",
         counterfactuals=2,
-        train_settings={"steps": 120, "unlearn_steps": 100, "retrain_steps": 120, "batch": 16, "lr": 1e-4, "full_lr": 1e-4},
+        train_settings={
+            "steps": 120,
+            "unlearn_steps": 100,
+            "retrain_steps": 120,
+            "batch": 16,
+            "lr": 1e-4,
+            "full_lr": 1e-4,
+        },
     )
 
 
@@ -304,7 +322,11 @@ def fit(model: nn.Module, dataset, task: Task, steps: int, output_dir: str, seed
 def merged(first, second):
     """Both sets of rows, with the first one's transform."""
     joined = datasets.concatenate_datasets([first.with_format(None), second.with_format(None)])
-    return joined.with_transform(first.format["format_kwargs"]["transform"]) if first.format["type"] == "custom" else joined
+    return (
+        joined.with_transform(first.format["format_kwargs"]["transform"])
+        if first.format["type"] == "custom"
+        else joined
+    )
 
 
 def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, nn.Module]:

@@ -30,10 +30,11 @@ from .priors import PRIORS, CalibratedPrior, Prior
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
-NOISED_SHARE = 0.5  # of what the checkpoint gets right on the forget set, above chance, under the default noise
+NOISED_SHARE = 0.7  # of what the checkpoint gets right on the forget set, above chance, under the default noise
 PROBE_ROWS, PROBE_DRAWS = 64, 6  # a draw moves every row alike, so draws count for more than rows
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 STRENGTH_PATTERN, STRENGTH_CHANCE = 0.1, 0.3  # gamma, with the channel closed by noise and without
+UNIT = 0.075  # A starts as V_l s_l / UNIT: B is counted in units of the channel, and one learning rate fits all layers
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 
 
@@ -66,9 +67,14 @@ class UIBTrainer(Trainer):
     }
     loss_is_scaled_for_ga = False
 
+    args: UIBConfig
+    model: PeftModel
+    data_collator: data.UIBCollator
+    train_dataset: data.PairedDataset
+
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | nn.Module,
         args: UIBConfig | None = None,
         forget_dataset=None,
         retain_dataset=None,
@@ -92,7 +98,9 @@ class UIBTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("UIBTrainer does not run under DataParallel; start it with `accelerate launch` instead.")
         if getattr(model.config, "problem_type", None) in ("regression", "multi_label_classification"):
-            raise ValueError(f"UIBTrainer unlearns single-label classifiers; the model's problem_type is {model.config.problem_type}.")
+            raise ValueError(
+                f"UIBTrainer unlearns single-label classifiers; the model's problem_type is {model.config.problem_type}."
+            )
 
         # 2. Data
         if forget_dataset is None:
@@ -150,6 +158,8 @@ class UIBTrainer(Trainer):
         self._counts: dict[str, int] = defaultdict(int)
         self._forget_fingerprint: str | None = None
         self._base_fingerprint: str | None = None
+        self.request = "the examples of the forget set"  # in words, for the card
+        self._last_step = -1
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.layers = adapters.lora_layers(self.model)
         self.adapter_name = adapters.adapter_name(self.model)
@@ -192,7 +202,11 @@ class UIBTrainer(Trainer):
         self.model.eval()
         moments = []
         for chunk in range(contrast.CHUNKS):
-            moments.append(contrast.accumulate(self.model, self.layers, stats, self._contrast_batches(sets, chunk)).to(args.device))
+            moments.append(
+                contrast.accumulate(self.model, self.layers, stats, self._contrast_batches(sets, chunk)).to(
+                    args.device
+                )
+            )
             self._sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
             for layer in stats.values():
                 layer.take_chunk()
@@ -205,20 +219,29 @@ class UIBTrainer(Trainer):
         self.model.zero_grad()
         self.measured_examples += passes * sum(min(len(s), args.contrast_samples) for s, _ in sets)
         self.statistics["pattern_z"] = contrast.pattern_z(torch.stack(moments[1:]).cpu()) if len(sets) == 2 else 0.0
-        if not all(torch.isfinite(t).all() for layer in stats.values() for t in (layer.contrast, layer.inputs, layer.outputs)):
-            raise ValueError("The contrast of forget and retained data is not finite; check the inputs for NaN or infinite values.")
+        if not all(
+            torch.isfinite(t).all() for layer in stats.values() for t in (layer.contrast, layer.inputs, layer.outputs)
+        ):
+            raise ValueError(
+                "The contrast of forget and retained data is not finite; check the inputs for NaN or infinite values."
+            )
 
         generator = torch.Generator().manual_seed(seed)
         subspaces = {}
         for name, layer in stats.items():
             if args.prior_subspace == "random":
-                layer.contrast, layer.range = torch.randn(layer.contrast.shape, generator=generator).to(layer.contrast), None
+                layer.contrast, layer.range = (
+                    torch.randn(layer.contrast.shape, generator=generator).to(layer.contrast),
+                    None,
+                )
             subspaces[name] = contrast.subspace(layer, args.subspace_rank)
         self.mean_inputs = {name: layer.mean_input().float() for name, layer in stats.items()}
         self.energy = {name: contrast.energy(layer) for name, layer in stats.items()}
         along = self._pattern_rms(subspaces)
         # s_l of noise-to-signal ratio 1
-        self.unit_width = {name: (layer.signal().float() / along[name].clamp_min(1e-12)).float() for name, layer in stats.items()}
+        self.unit_width = {
+            name: (layer.signal().float() / along[name].clamp_min(1e-12)).float() for name, layer in stats.items()
+        }
         self.model.train(training)
         return subspaces
 
@@ -294,7 +317,7 @@ class UIBTrainer(Trainer):
         return bound.margin(*self._forward_all(dataset, indices))
 
     def _noise_to_signal(self) -> float:
-        """kappa from the data: the noise that halves what the checkpoint gets right on the forget set, above chance.
+        """kappa from the data: the noise that leaves most of what the checkpoint gets right on the forget set, above chance.
 
         A few forward passes and a bisection; no retained label is used.
         """
@@ -330,11 +353,17 @@ class UIBTrainer(Trainer):
         return low
 
     def _draw_noise(self, kappa: float, step: int) -> None:
-        self.noise.draw({name: kappa * width for name, width in self.unit_width.items()}, self.args.seed, step, self.args.device)
+        self.noise.draw(
+            {name: kappa * width for name, width in self.unit_width.items()}, self.args.seed, step, self.args.device
+        )
 
     def _install(self, subspaces: dict[str, Tensor], shared: bool) -> None:
         self.subspaces = subspaces
-        self.noise = adapters.NoiseChannel(self.layers, subspaces, self.adapter_name, shared)
+        gains = {name: self._gain(name) for name in self.layers} if shared else None
+        self.noise = adapters.NoiseChannel(self.layers, subspaces, self.adapter_name, gains)
+
+    def _gain(self, name: str) -> Tensor:
+        return self.unit_width[name] / UNIT
 
     def _begin(self) -> None:
         """Everything that is measured before the first step."""
@@ -344,7 +373,7 @@ class UIBTrainer(Trainer):
             for name, layer in self.layers.items():
                 factor = layer.lora_A[self.adapter_name].weight
                 if factor.flatten(1).shape == subspaces[name].shape:
-                    factor.data.copy_(subspaces[name].view_as(factor))
+                    factor.data.copy_((subspaces[name] * self._gain(name)).view_as(factor))
             shared = self.args.trainable_factors == "B" and all(
                 layer.lora_A[self.adapter_name].weight.flatten(1).shape == subspaces[name].shape
                 for name, layer in self.layers.items()
@@ -356,7 +385,7 @@ class UIBTrainer(Trainer):
         if self.gamma is None:
             self.gamma = STRENGTH_PATTERN if self.kappa > 0 else STRENGTH_CHANCE
         self.statistics |= {"noise_to_signal": self.kappa, "prior_strength": self.gamma}
-        self.path_nats = {name: 0.0 for name in self.layers}
+        self.path_nats = dict.fromkeys(self.layers, 0.0)
 
     def _refresh_prior(self) -> None:
         """Q_k: the mean moves to the running mean, the level and the ranks are measured again."""
@@ -445,8 +474,9 @@ class UIBTrainer(Trainer):
             (a, b), (prior_a, prior_b) = self._factors(name), self.prior_mean[name]
             scaling, unit = layer.scaling[self.adapter_name], self.unit_width[name]
             width, floor = self.width * unit, FLOOR * unit
-            if self.noise.shared:  # A is V_l: every move is along the pattern, |D|^2 = |B - B_0|^2
-                result[name] = scaling**2 * (b - prior_b).square().sum() / (2 * (width**2 + floor**2))
+            if self.noise.shared:  # A is V_l but for a factor: every move is along the pattern
+                distance = (scaling * self._gain(name)) ** 2 * (b - prior_b).square().sum()
+                result[name] = distance / (2 * (width**2 + floor**2))
             else:
                 left, right = bound.displacement(a, b, prior_a, prior_b, scaling)
                 result[name] = bound.layer_kl(left, right, self.subspaces[name], width, floor)
@@ -521,14 +551,20 @@ class UIBTrainer(Trainer):
         self.create_model_card(folder=output_dir)
 
     def _uib_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        tensors = {"kappa": torch.tensor(self.kappa), "gamma": torch.tensor(self.gamma), "shared": torch.tensor(self.noise.shared)}
+        tensors = {
+            "kappa": torch.tensor(self.kappa),
+            "gamma": torch.tensor(self.gamma),
+            "shared": torch.tensor(self.noise.shared),
+        }
         for name in self.layers:
             tensors[f"subspace.{name}"] = self.subspaces[name]
             tensors[f"unit_width.{name}"] = self.unit_width[name]
             tensors[f"energy.{name}"] = torch.tensor(self.energy[name])
             tensors[f"path_nats.{name}"] = torch.tensor(self.path_nats[name], dtype=torch.float64)
             tensors[f"prior_mean_a.{name}"], tensors[f"prior_mean_b.{name}"] = self.prior_mean[name]
-        tensors |= {f"statistics.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.statistics.items()}
+        tensors |= {
+            f"statistics.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.statistics.items()
+        }
         tensors |= {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         return tensors, {"format": "pt", "forget": self.forget_fingerprint, "base": self.base_fingerprint}
@@ -537,12 +573,19 @@ class UIBTrainer(Trainer):
         """Takes up adapter, prior and posterior where they were; A stays frozen where it was."""
         path = os.path.join(resume_from_checkpoint, STATE_NAME)
         if not os.path.isfile(path):
-            raise ValueError(f"{resume_from_checkpoint} has no {STATE_NAME}; resume from a checkpoint that UIBTrainer wrote.")
+            raise ValueError(
+                f"{resume_from_checkpoint} has no {STATE_NAME}; resume from a checkpoint that UIBTrainer wrote."
+            )
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        for key, mine, what in (("forget", self.forget_fingerprint, "forget set"), ("base", self.base_fingerprint, "model")):
+        for key, mine, what in (
+            ("forget", self.forget_fingerprint, "forget set"),
+            ("base", self.base_fingerprint, "model"),
+        ):
             if metadata[key] != mine:
-                raise ValueError(f"{resume_from_checkpoint} belongs to another {what}; resume with the one it was started with.")
+                raise ValueError(
+                    f"{resume_from_checkpoint} belongs to another {what}; resume with the one it was started with."
+                )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         adapters.freeze_factors(self.model, self.args.trainable_factors)
         state = {name: value.to(self.args.device) for name, value in load_file(path).items()}
@@ -592,7 +635,7 @@ class UIBTrainer(Trainer):
         ``contrast`` is |C_l|, nats of margin per unit of weight; ``nats`` the divergence R^(l) summed over the refreshes of
         the prior, the layer's share of the bound (2); ``noise`` the first width s_l of its channel.
         """
-        final = {name: 0.0 for name in self.layers}
+        final = dict.fromkeys(self.layers, 0.0)
         if hasattr(self, "prior_mean"):
             final = {name: value.item() for name, value in self._kl_per_layer().items()}
         return [

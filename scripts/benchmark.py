@@ -1,8 +1,8 @@
 """Methods x tasks x seeds, one JSON line a cell; cells that are there are skipped.
 
-    python scripts/benchmark.py --tasks digits-colour fashion-colour --fashion_mnist ../shared/data/fashion_mnist --seeds 0 1 2
-    python scripts/benchmark.py --cost
-    python scripts/benchmark.py --report
+python scripts/benchmark.py --tasks digits-colour fashion-colour --fashion_mnist ../shared/data/fashion_mnist --seeds 0 1 2
+python scripts/benchmark.py --cost
+python scripts/benchmark.py --report
 """
 
 import argparse
@@ -16,7 +16,13 @@ import time
 RESULTS = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "results.jsonl")
 COST = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "cost.jsonl")
 METHODS = ("original", "lora", "full", "uib", "retrained")
-NAMES = {"original": "original", "lora": "fine-tuned LoRA", "full": "fine-tuned, all weights", "uib": "UIB", "retrained": "retrained"}
+NAMES = {
+    "original": "original",
+    "lora": "fine-tuned LoRA",
+    "full": "fine-tuned, all weights",
+    "uib": "UIB",
+    "retrained": "retrained",
+}
 TASKS = ("digits-colour", "fashion-colour", "fashion-patch", "fashion-random", "tweets-airline")
 
 
@@ -46,7 +52,12 @@ def run_cell(task, models: dict, method: str, seed: int, folder: str) -> dict:
     start = time.perf_counter()
     if method == "uib":
         args = UIBConfig(
-            folder, max_steps=steps, per_device_train_batch_size=settings["batch"], seed=seed, save_strategy="no", logging_steps=100
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=settings["batch"],
+            seed=seed,
+            save_strategy="no",
+            logging_steps=100,
         )
         trainer = UIBTrainer(
             model,
@@ -118,13 +129,20 @@ def run(options) -> None:
             if not os.path.isdir(os.path.join(cache, "original")):
                 for key, model in tasks.prepare_models(task, seed, options.cache).items():
                     model.save_pretrained(os.path.join(cache, key))
-            models = {key: type(task.new_model()).from_pretrained(os.path.join(cache, key)) for key in ("start", "original")}
+            models = {
+                key: type(task.new_model()).from_pretrained(os.path.join(cache, key)) for key in ("start", "original")
+            }
             for method in missing:
-                cell = {"task": name, "method": method, "seed": seed} | run_cell(task, models, method, seed, options.cache)
+                cell = {"task": name, "method": method, "seed": seed} | run_cell(
+                    task, models, method, seed, options.cache
+                )
                 cell["versions"] = {p: version(p) for p in ("torch", "transformers", "peft")}
                 with open(RESULTS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(cell) + "\n")
-                print(json.dumps({k: v for k, v in cell.items() if k not in ("versions", "measured_examples")}), flush=True)
+                print(
+                    json.dumps({k: v for k, v in cell.items() if k not in ("versions", "measured_examples")}),
+                    flush=True,
+                )
 
 
 def read(path: str) -> list[dict]:
@@ -160,12 +178,18 @@ def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) 
     if model_name == "minilm-size BERT":
         config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
         model = BertForSequenceClassification(config)
-        columns = {"input_ids": rng.integers(5, 30000, (rows, 40)).tolist(), "attention_mask": np.ones((rows, 40), int).tolist()}
+        columns = {
+            "input_ids": rng.integers(5, 30000, (rows, 40)).tolist(),
+            "attention_mask": np.ones((rows, 40), int).tolist(),
+        }
     else:
         model = tasks.small_vit(28, 7, ["a", "b"], hidden=192, layers=6)
         columns = {"pixel_values": rng.normal(size=(rows, 3, 28, 28)).astype("float32").tolist()}
+
     def dataset(seed):
-        return datasets.Dataset.from_dict(columns | {"labels": labels, "row": list(range(seed, seed + rows))}).with_format("torch")
+        return datasets.Dataset.from_dict(
+            columns | {"labels": labels, "row": list(range(seed, seed + rows))}
+        ).with_format("torch")
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -181,7 +205,12 @@ def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) 
     common = dict(max_steps=steps, save_strategy="no", disable_tqdm=True, logging_steps=1000, learning_rate=1e-4)
     if variant == "lora":
         args = TrainingArguments(folder, per_device_train_batch_size=retain + forget, label_names=["labels"], **common)
-        trainer = Trainer(get_peft_model(model, default_peft_config(model, 16)), args, train_dataset=dataset(0).remove_columns("row"), callbacks=[clock])
+        trainer = Trainer(
+            get_peft_model(model, default_peft_config(model, 16)),
+            args,
+            train_dataset=dataset(0).remove_columns("row"),
+            callbacks=[clock],
+        )
     else:
         args = UIBConfig(
             folder, per_device_train_batch_size=retain, forget_batch_size=max(forget, 1), noise_to_signal=0.5, prior_fraction=1.0,
@@ -189,7 +218,13 @@ def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) 
         )  # fmt: skip
         trainer = UIBTrainer(model, args, dataset(rows), dataset(0), dataset(2 * rows), callbacks=[clock])
     trainer.train()
-    cell = {"model": model_name, "variant": variant, "retain": retain, "forget": forget, "step_seconds": statistics.median(clock.times[4:])}
+    cell = {
+        "model": model_name,
+        "variant": variant,
+        "retain": retain,
+        "forget": forget,
+        "step_seconds": statistics.median(clock.times[4:]),
+    }
     print(json.dumps(cell | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
@@ -200,8 +235,22 @@ def run_cost(options) -> None:
         for repeat in range(3):
             for model in ("ViT 192x6", "minilm-size BERT"):
                 for variant, retain, forget in (("lora", 32, 0), ("uib", 32, 0), ("lora", 32, 32), ("uib", 32, 32)):
-                    command = [sys.executable, __file__, "--cost_cell", variant, model, str(retain), str(forget), "--cache", options.cache]
-                    line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+                    command = [
+                        sys.executable,
+                        __file__,
+                        "--cost_cell",
+                        variant,
+                        model,
+                        str(retain),
+                        str(forget),
+                        "--cache",
+                        options.cache,
+                    ]
+                    line = (
+                        subprocess.run(command, capture_output=True, text=True, check=True)
+                        .stdout.strip()
+                        .splitlines()[-1]
+                    )
                     file.write(json.dumps(json.loads(line) | {"repeat": repeat}) + "\n")
                     print(line, flush=True)
 
@@ -222,11 +271,19 @@ def report() -> str:
             continue
         keys = [k for k in [*COLUMNS, "attack_auc", "steps"] if any(k in c for c in mine)]
         keys = [k for k in keys if k != "accuracy" or task != "fashion-random"]
-        titles = {k: COLUMNS[k][0] for k in COLUMNS} | {"attack_auc": "attack AUC", "steps": "steps", "test_accuracy": "accuracy, test"}
+        titles = {k: COLUMNS[k][0] for k in COLUMNS} | {
+            "attack_auc": "attack AUC",
+            "steps": "steps",
+            "test_accuracy": "accuracy, test",
+        }
         keys = [*keys[:2], "test_accuracy", *keys[2:]] if task == "fashion-random" else keys
         seeds = sorted({c["seed"] for c in mine})
         extra = ["mean gap"] if task == "fashion-random" else []
-        parts += [f"### {task} (seeds {', '.join(map(str, seeds))})\n", "| | " + " | ".join([*(titles[k] for k in keys), *extra]) + " |", "|---" * (len(keys) + len(extra) + 1) + "|"]
+        parts += [
+            f"### {task} (seeds {', '.join(map(str, seeds))})\n",
+            "| | " + " | ".join([*(titles[k] for k in keys), *extra]) + " |",
+            "|---" * (len(keys) + len(extra) + 1) + "|",
+        ]
         for method in METHODS:
             rows = [c for c in mine if c["method"] == method]
             if not rows:
@@ -239,14 +296,25 @@ def report() -> str:
         parts.append("")
     costs = read(COST)
     if costs:
-        parts += ["### Cost of a step, as a ratio to a plain LoRA step on the same number of examples\n", "| model | retained + forget examples | step time | peak memory |", "|---|---|---|---|"]
+        parts += [
+            "### Cost of a step, as a ratio to a plain LoRA step on the same number of examples\n",
+            "| model | retained + forget examples | step time | peak memory |",
+            "|---|---|---|---|",
+        ]
         for model in dict.fromkeys(c["model"] for c in costs):
             for forget in (0, 32):
                 ratios = {}
                 for key in ("step_seconds", "peak_mb"):
-                    pick = lambda variant: [c[key] for c in costs if (c["model"], c["variant"], c["forget"]) == (model, variant, forget)]
-                    ratios[key] = np.array(pick("uib")) / np.array(pick("lora"))
-                parts.append(f"| {model} | 32 + {forget} | {np.median(ratios['step_seconds']):.2f} | {np.median(ratios['peak_mb']):.2f} |")
+                    mine, plain = (
+                        np.array(
+                            [c[key] for c in costs if (c["model"], c["variant"], c["forget"]) == (model, v, forget)]
+                        )
+                        for v in ("uib", "lora")
+                    )
+                    ratios[key] = mine / plain
+                parts.append(
+                    f"| {model} | 32 + {forget} | {np.median(ratios['step_seconds']):.2f} | {np.median(ratios['peak_mb']):.2f} |"
+                )
         parts.append("")
     return "\n".join(parts)
 
@@ -275,8 +343,14 @@ def write_report() -> None:
     root = os.path.join(os.path.dirname(__file__), "..")
     text = report()
     with open(os.path.join(root, "docs", "benchmark.md"), "w", encoding="utf-8") as file:
-        file.write("# Benchmark\n\nWritten by `python scripts/benchmark.py --report` from benchmarks/*.jsonl. Mean ± standard deviation over seeds; ")
-        file.write("every row below the first starts from the same checkpoint, the retrained model from the one before it.\n\n" + text)
+        file.write(
+            "# Benchmark\n\nWritten by `python scripts/benchmark.py --report` from benchmarks/*.jsonl. "
+            "Mean ± standard deviation over seeds; "
+        )
+        file.write(
+            "every row below the first starts from the same checkpoint, the retrained model from the one before it.\n\n"
+            + text
+        )
     path = os.path.join(root, "README.md")
     with open(path, encoding="utf-8") as file:
         readme = file.read()
@@ -294,10 +368,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["digits-colour"], choices=TASKS, help="tasks to run")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods to run")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of split, attribute and training")
-    parser.add_argument("--fashion_mnist", default="zalando-datasets/fashion_mnist", help="folder or Hub id of fashion_mnist")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of split, attribute and training"
+    )
+    parser.add_argument(
+        "--fashion_mnist", default="zalando-datasets/fashion_mnist", help="folder or Hub id of fashion_mnist"
+    )
     parser.add_argument("--airline_tweets", default="airline_tweets", help="folder or Hub id of airline_tweets")
-    parser.add_argument("--minilm", default="sentence-transformers/all-MiniLM-L6-v2", help="checkpoint for the text task")
+    parser.add_argument(
+        "--minilm", default="sentence-transformers/all-MiniLM-L6-v2", help="checkpoint for the text task"
+    )
     parser.add_argument("--cache", default=".bench", help="folder for checkpoints")
     parser.add_argument("--cost", action="store_true", help="measure step time and memory instead")
     parser.add_argument("--cost_cell", nargs=4, help="used by --cost: variant, model, retained and forget examples")

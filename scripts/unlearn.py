@@ -22,7 +22,9 @@ class ScriptArguments:
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, folder (Parquet, CSV, picture folder, save_to_disk) or file with the training data."},
+        metadata={
+            "help": "Hub id, folder (Parquet, CSV, picture folder, save_to_disk) or file with the training data."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_split: str = field(default="train", metadata={"help": "Split that holds forget and retained rows."})
@@ -34,7 +36,9 @@ class ScriptArguments:
         default_factory=list,
         metadata={"help": "COLUMN=VALUE of the rows to forget; all of several must hold. Class names are accepted."},
     )
-    bias_column: str | None = field(default=None, metadata={"help": "Column with the attribute to report the bias by."})
+    bias_column: str | None = field(
+        default=None, metadata={"help": "Column with the attribute to report the bias by."}
+    )
     retrained_model: str | None = field(
         default=None, metadata={"help": "A model retrained without the forget set, to compare with."}
     )

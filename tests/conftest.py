@@ -26,15 +26,26 @@ ARCHITECTURES = {
     "roberta": TEXT | SMALL,
     "electra": TEXT | SMALL | {"embedding_size": 12},
     "albert": TEXT | SMALL | {"embedding_size": 12},
-    "distilbert": {"vocab_size": 60, "max_position_embeddings": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+    "distilbert": {
+        "vocab_size": 60,
+        "max_position_embeddings": 40,
+        "dim": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dim": 24,
+    },
 }
 
 
 def make_model(architecture: str = "vit", num_labels: int = 3, seed: int = 0, **settings):
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **(ARCHITECTURES[architecture] | {"num_labels": num_labels} | settings))
+    config = AutoConfig.for_model(
+        architecture, **(ARCHITECTURES[architecture] | {"num_labels": num_labels} | settings)
+    )
     kind = "Image" if "image_size" in ARCHITECTURES[architecture] else "Sequence"
-    prefix = {"vit": "ViT", "deit": "DeiT", "distilbert": "DistilBert", "roberta": "Roberta"}.get(architecture, architecture.title())
+    prefix = {"vit": "ViT", "deit": "DeiT", "distilbert": "DistilBert", "roberta": "Roberta"}.get(
+        architecture, architecture.title()
+    )
     model = getattr(transformers, f"{prefix}For{kind}Classification")(config)
     for parameter in model.parameters():  # far from init, so that layers matter
         if parameter.ndim == 2:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_model, make_rows
-from hf_uib import UIBConfig, UIBTrainer
 from peft import PeftModel
+
+from hf_uib import UIBConfig, UIBTrainer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -20,7 +21,11 @@ def test_trains_saves_and_detaches(architecture, tmp_path):
         prior_update_steps=2, use_cpu=True, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = UIBTrainer(
-        base, args, make_rows(architecture, 24, seed=1), make_rows(architecture, 16, seed=2), make_rows(architecture, 12, seed=3)
+        base,
+        args,
+        make_rows(architecture, 24, seed=1),
+        make_rows(architecture, 16, seed=2),
+        make_rows(architecture, 12, seed=3),
     )
     trainer.train()
     model = trainer.model.eval()
@@ -38,5 +43,7 @@ def test_trains_saves_and_detaches(architecture, tmp_path):
     torch.testing.assert_close(merged(**inputs).logits, after, rtol=1e-4, atol=1e-4)
     assert type(merged) is type(fresh)
     assert all(entry["nats"] >= 0 for entry in trainer.layer_report())
-    heads = [entry for entry in trainer.layer_report() if "classifier" in entry["layer"] or "out_proj" in entry["layer"]]
+    heads = [
+        entry for entry in trainer.layer_report() if "classifier" in entry["layer"] or "out_proj" in entry["layer"]
+    ]
     assert any(entry["nats"] > 0 for entry in heads)  # the head unlearns too

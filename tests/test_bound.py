@@ -21,7 +21,9 @@ def test_layer_kl_is_the_kl_of_dense_gaussians(rank_a, width):
     new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     v = orthonormal(k, d, g)
     a, b, a0, b0 = new(rank_a, d), new(out, rank_a), new(rank_a, d), new(out, rank_a)
-    covariance = torch.kron(torch.eye(out, dtype=torch.float64), width**2 * v.T @ v + floor**2 * torch.eye(d, dtype=torch.float64))
+    covariance = torch.kron(
+        torch.eye(out, dtype=torch.float64), width**2 * v.T @ v + floor**2 * torch.eye(d, dtype=torch.float64)
+    )
     q = MultivariateNormal(2.0 * (b @ a).flatten(), covariance)
     p = MultivariateNormal(2.0 * (b0 @ a0).flatten(), covariance)
     mine = bound.layer_kl(*bound.displacement(a, b, a0, b0, 2.0), v, width, floor)

@@ -11,15 +11,26 @@ import datasets
 import numpy as np
 import pytest
 from conftest import make_model
-from hf_uib import UIBConfig, cli
 from PIL import Image
 from transformers import AutoModelForImageClassification, BertTokenizerFast, ViTImageProcessorPil
+
+from hf_uib import UIBConfig, cli
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "scripts"))
 from unlearn import ScriptArguments  # noqa: E402
 
 SCRIPT = os.path.join(os.path.dirname(__file__), "..", "scripts", "unlearn.py")
-FAST = ["--max_steps", "4", "--per_device_train_batch_size", "4", "--subspace_rank", "4", "--use_cpu", "--disable_tqdm", "true"]
+FAST = [
+    "--max_steps",
+    "4",
+    "--per_device_train_batch_size",
+    "4",
+    "--subspace_rank",
+    "4",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+]
 
 
 def run(*arguments, **environment):
@@ -64,7 +75,16 @@ def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "original" in done.stdout and "UIB" in done.stdout and "Cramér's V" in done.stdout
     written = set(os.listdir(out))
-    expected = {"adapter_model.safetensors", "adapter_config.json", "uib_state.safetensors", "README.md", "report.json", "bias.png", "layers.png", "merged"}
+    expected = {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "uib_state.safetensors",
+        "README.md",
+        "report.json",
+        "bias.png",
+        "layers.png",
+        "merged",
+    }
     assert expected <= written and "training_args.bin" not in written
     content = json.loads((out / "report.json").read_text())
     assert content["results"]["UIB"]["forget_accuracy"] >= 0
@@ -86,7 +106,8 @@ def test_text_csv(tmp_path):
         for i in range(30):
             writer.writerow([" ".join(rng.choice(words[5:], 6)) + f" {i}", i % 2, ["x", "y", "z"][i % 3]])
     done = run(
-        "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "tweets.csv", "--forget_where", "airline=x", "label=1",
+        "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "tweets.csv",
+        "--forget_where", "airline=x", "label=1",
         "--output_dir", tmp_path / "out", *FAST,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -117,15 +138,34 @@ def test_bad_input_is_one_line(pictures, tmp_path, conditions, changes, message)
 
 
 def test_bad_input_exits_with_one(pictures, tmp_path):
-    done = run("--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data", "--forget_where", "hue=3", "--output_dir", tmp_path)
+    done = run(
+        "--model_name_or_path",
+        pictures / "model",
+        "--dataset_name",
+        pictures / "data",
+        "--forget_where",
+        "hue=3",
+        "--output_dir",
+        tmp_path,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "error: Column 'hue' is not in the dataset; it has image, label, source."
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == "error: Column 'hue' is not in the dataset; it has image, label, source."
+    )
 
 
 def test_help_describes_every_flag():
     done = run("--help")
     assert done.returncode == 0
-    for flag in ("--forget_where", "--bias_column", "--beta", "--prior_strength", "--noise_to_signal", "--save_merged"):
+    for flag in (
+        "--forget_where",
+        "--bias_column",
+        "--beta",
+        "--prior_strength",
+        "--noise_to_signal",
+        "--save_merged",
+    ):
         assert re.search(rf"{flag}\b", done.stdout)
 
 
@@ -145,7 +185,8 @@ def test_conditions_are_compared_not_evaluated():
         {"kind": [0, 1, 1], "age": [30, 40, 40], "weight": [0.5, 1.0, 2.0], "ok": [True, False, True], "name": ["x=1", "y", "x"]},
         features=datasets.Features(
             {
-                "kind": datasets.ClassLabel(names=["cat", "dog"]), "age": datasets.Value("int64"), "weight": datasets.Value("float32"),
+                "kind": datasets.ClassLabel(names=["cat", "dog"]), "age": datasets.Value("int64"),
+                "weight": datasets.Value("float32"),
                 "ok": datasets.Value("bool"), "name": datasets.Value("string"),
             }
         ),
@@ -162,7 +203,9 @@ def test_conditions_are_compared_not_evaluated():
 def test_labels_follow_the_model_s_names():
     config = make_model().config
     config.id2label, config.label2id = {0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2}
-    other_order = datasets.Dataset.from_dict({"label": [0, 1, 2]}, features=datasets.Features({"label": datasets.ClassLabel(names=["c", "b", "a"])}))
+    other_order = datasets.Dataset.from_dict(
+        {"label": [0, 1, 2]}, features=datasets.Features({"label": datasets.ClassLabel(names=["c", "b", "a"])})
+    )
     assert cli.with_class_ids(other_order, config)["label"][:] == [2, 1, 0]
     names = datasets.Dataset.from_dict({"label": ["b", "a"]})
     assert cli.with_class_ids(names, config)["label"][:] == [1, 0]

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows
-from hf_uib import data
 from PIL import Image
 from transformers import BertTokenizerFast, ViTImageProcessorPil
+
+from hf_uib import data
 
 
 def sampler(n_retain, n_forget, ratio=1.0, held_out=frozenset(), on=lambda epoch, position: True, seed=0):

@@ -4,9 +4,10 @@ import json
 import os
 
 import pytest
-from hf_uib import UIBConfig, cli
 from peft import PeftModel
 from transformers import AutoModelForImageClassification
+
+from hf_uib import UIBConfig, cli
 
 
 def meets_the_bars(row: dict, results: dict) -> bool:

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats.contingency import association, crosstab
+
 from hf_uib.audit.report import attribute_classes, flip_rate
 from hf_uib.metrics import BiasCorrelation, WorstGroupAccuracy
-from scipy.stats.contingency import association, crosstab
 
 
 def bias(**columns):

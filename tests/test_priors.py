@@ -83,7 +83,10 @@ def test_quantiles_and_interpolation():
     values = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)
     curve = quantiles(values, 5)
     torch.testing.assert_close(curve, torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0], dtype=torch.float64))
-    torch.testing.assert_close(interpolate(curve, torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)), torch.tensor([1.0, 1.6, 3.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        interpolate(curve, torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)),
+        torch.tensor([1.0, 1.6, 3.0], dtype=torch.float64),
+    )
 
 
 def test_margin_gradient_survives_saturation():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_model, make_rows
+
 from hf_uib import UIBConfig, UIBTrainer, bound
 from hf_uib.adapters import is_linear
 from hf_uib.priors import subspace as contrast
@@ -25,7 +26,11 @@ def dense_contrast(model, sets):
 @pytest.fixture
 def trainer(tmp_path, model, forget, retain):
     return UIBTrainer(
-        model, UIBConfig(str(tmp_path), subspace_rank=4, use_cpu=True), forget, retain, calibration_dataset=make_rows(seed=3)
+        model,
+        UIBConfig(str(tmp_path), subspace_rank=4, use_cpu=True),
+        forget,
+        retain,
+        calibration_dataset=make_rows(seed=3),
     )
 
 
@@ -41,11 +46,17 @@ def test_subspace_is_that_of_the_dense_gradient(trainer, forget, retain, monkeyp
     for name, c in dense.items():
         v = subspaces[name].double()
         live = v.norm(dim=1) > 0
-        torch.testing.assert_close(v[live] @ v[live].T, torch.eye(int(live.sum()), dtype=torch.float64), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            v[live] @ v[live].T, torch.eye(int(live.sum()), dtype=torch.float64), rtol=0, atol=1e-5
+        )
         kept = (c @ v.T).norm()
         values = torch.linalg.svdvals(c)  # the mean input is left out, so a little less than the best can be kept
         assert kept <= values[:rank].norm() + 1e-6
-        assert kept >= torch.linalg.svdvals(c - (c @ mean_of(trainer, name))[:, None] * mean_of(trainer, name))[:rank].norm() * 0.98
+        assert (
+            kept
+            >= torch.linalg.svdvals(c - (c @ mean_of(trainer, name))[:, None] * mean_of(trainer, name))[:rank].norm()
+            * 0.98
+        )
 
 
 def mean_of(trainer, name):
@@ -56,7 +67,9 @@ def mean_of(trainer, name):
 def test_top_singular_vectors_of_small_and_large_matrices():
     g = torch.Generator().manual_seed(0)
     for shape in ((20, 30), (300, 400), (400, 300)):
-        m = torch.randn(shape[0], 5, generator=g, dtype=torch.float64) @ torch.randn(5, shape[1], generator=g, dtype=torch.float64)
+        m = torch.randn(shape[0], 5, generator=g, dtype=torch.float64) @ torch.randn(
+            5, shape[1], generator=g, dtype=torch.float64
+        )
         v = contrast.top_right_singular_vectors(m, 5)
         reference = torch.linalg.svd(m, full_matrices=False).Vh[:5]
         torch.testing.assert_close(v.T @ v, reference.T @ reference, rtol=0, atol=1e-8)
@@ -77,9 +90,7 @@ class Classifier(torch.nn.Module):
 
 
 def run(layer, stats, x, y, sign=1.0):
-    moments = contrast.accumulate(
-        Classifier(layer), {"layer": layer}, stats, [({"x": x, "labels": y}, sign / len(x))]
-    )
+    moments = contrast.accumulate(Classifier(layer), {"layer": layer}, stats, [({"x": x, "labels": y}, sign / len(x))])
     for s in stats.values():
         if s.basis is None:
             s.take_chunk()
@@ -120,7 +131,10 @@ def z_of(forget, retain, chunks=6):
     layer = torch.nn.Linear(12, 3)
     stats, moments = statistics(layer), []
     for chunk in range(chunks):
-        batches = [({"x": x[chunk::chunks], "labels": y[chunk::chunks]}, sign / len(x)) for (x, y), sign in ((forget, 1.0), (retain, -1.0))]
+        batches = [
+            ({"x": x[chunk::chunks], "labels": y[chunk::chunks]}, sign / len(x))
+            for (x, y), sign in ((forget, 1.0), (retain, -1.0))
+        ]
         moments.append(contrast.accumulate(Classifier(layer), {"layer": layer}, stats, batches))
         stats["layer"].take_chunk()
     return contrast.pattern_z(torch.stack(moments[1:]))

@@ -7,12 +7,13 @@ import os
 import pytest
 import torch
 from conftest import make_model, make_rows
-from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.adapters import is_linear, lora_layers
-from hf_uib.priors import Prior
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
+
+from hf_uib import UIBConfig, UIBTrainer
+from hf_uib.adapters import is_linear, lora_layers
+from hf_uib.priors import Prior
 
 
 def config(path, **settings):
@@ -61,7 +62,9 @@ def test_no_prior_no_bound_no_noise_is_fine_tuning_to_the_bit(tmp_path, factors,
     trainer._begin()
     twin = copy.deepcopy(trainer.model)
     trainer.train()
-    stock = TrainingArguments(str(tmp_path / "b"), use_cpu=True, save_strategy="no", disable_tqdm=True, label_names=["labels"], **settings)
+    stock = TrainingArguments(
+        str(tmp_path / "b"), use_cpu=True, save_strategy="no", disable_tqdm=True, label_names=["labels"], **settings
+    )
     Trainer(twin, stock, train_dataset=retain.remove_columns("source")).train()
     mine, theirs = trainer.model.state_dict(), twin.state_dict()
     moved = [name for name in mine if "lora_B" in name and mine[name].any()]
@@ -221,7 +224,9 @@ def test_resume_refuses_another_model_or_forget_set(tmp_path):
     checkpoint = str(tmp_path / "a" / "checkpoint-3")
     with pytest.raises(ValueError, match="another model"):
         make_trainer(tmp_path / "b", model=make_model(seed=5)).train(resume_from_checkpoint=checkpoint)
-    other = UIBTrainer(make_model(), config(tmp_path / "c"), make_rows(n=24, seed=7), make_rows(n=16, seed=2), make_rows(n=12, seed=3))
+    other = UIBTrainer(
+        make_model(), config(tmp_path / "c"), make_rows(n=24, seed=7), make_rows(n=16, seed=2), make_rows(n=12, seed=3)
+    )
     with pytest.raises(ValueError, match="another forget set"):
         other.train(resume_from_checkpoint=checkpoint)
 
@@ -290,7 +295,9 @@ def test_a_prior_of_your_own(tmp_path):
         def evidence(self, logits, labels):
             return logits.square().mean()
 
-    trainer = UIBTrainer(make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=Halve())
+    trainer = UIBTrainer(
+        make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=Halve()
+    )
     trainer.train()
     assert "forget_margin" in trainer.state.log_history[0]
 
@@ -325,7 +332,8 @@ def _without_linear_layers(model):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(beta=-1), dict(prior="wrong"), dict(subspace_rank=0), dict(prior_fraction=2), dict(noise_to_signal=-0.1)]
+    "settings",
+    [dict(beta=-1), dict(prior="wrong"), dict(subspace_rank=0), dict(prior_fraction=2), dict(noise_to_signal=-0.1)],
 )
 def test_settings_out_of_range(tmp_path, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
@@ -336,7 +344,11 @@ def test_infinite_inputs_are_refused(tmp_path):
     rows = make_rows(n=24, seed=1).with_format(None)
     broken = rows.map(lambda row, i: {"pixel_values": [[[float("inf")] * 8] * 8]} if i == 3 else {}, with_indices=True)
     trainer = UIBTrainer(
-        make_model(), config(tmp_path), broken.with_format("torch"), make_rows(n=16, seed=2), calibration_dataset=make_rows(n=12, seed=3)
+        make_model(),
+        config(tmp_path),
+        broken.with_format("torch"),
+        make_rows(n=16, seed=2),
+        calibration_dataset=make_rows(n=12, seed=3),
     )
     with pytest.raises(ValueError, match="not finite"):
         trainer.train()

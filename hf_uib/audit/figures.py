@@ -19,7 +19,9 @@ PANELS = {
 }
 
 
-def draw_bias(results: dict[str, dict], folder: str, images=None, labels=None, before=None, after=None, names=None) -> str:
+def draw_bias(
+    results: dict[str, dict], folder: str, images=None, labels=None, before=None, after=None, names=None
+) -> str:
     """``bias.png``: a bar per model and metric, and, if given, test pictures with predictions before and after.
 
     Args:
@@ -38,7 +40,11 @@ def draw_bias(results: dict[str, dict], folder: str, images=None, labels=None, b
             axis.imshow(image, interpolation="nearest")
             axis.set_axis_off()
             name = (lambda c: c) if names is None else (lambda c: names[c])
-            axis.set_title(f"{name(label)}:  {name(old)} → {name(new)}", fontsize=9, color="#1a7f37" if new == label else "#b2182b")
+            axis.set_title(
+                f"{name(label)}:  {name(old)} → {name(new)}",
+                fontsize=9,
+                color="#1a7f37" if new == label else "#b2182b",
+            )
     axes = parts[-1].subplots(1, len(panels), squeeze=False)[0]
     models = list(results)
     for axis, panel in zip(axes, panels, strict=True):

@@ -81,9 +81,22 @@ def text_table(results: dict[str, dict]) -> str:
     body = []
     for model, row in results.items():
         values = [row.get(name) for name in names]
-        body.append([model, *("-" if v is None else f"{v:.1f}" if n == "seconds" else f"{v:.3f}" for n, v in zip(names, values, strict=True))])
+        body.append(
+            [
+                model,
+                *(
+                    "-" if v is None else f"{v:.1f}" if n == "seconds" else f"{v:.3f}"
+                    for n, v in zip(names, values, strict=True)
+                ),
+            ]
+        )
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in [header, *body]]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in [header, *body]
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -7,9 +7,11 @@ import re
 from importlib import metadata, resources
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import TrainingArguments
 
 from .. import __version__
 from ..audit.columns import COLUMNS
+from ..config import UIBConfig
 
 
 def hub_id(name: str | None) -> str | None:
@@ -24,7 +26,10 @@ def results_table(results: dict[str, dict]) -> str:
     names = [key for key in COLUMNS if any(key in row for row in results.values())]
     if not names:
         return ""
-    lines = ["| | " + " | ".join(f"{COLUMNS[n][0]} ({COLUMNS[n][1]})" for n in names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join(f"{COLUMNS[n][0]} ({COLUMNS[n][1]})" for n in names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     for model, row in results.items():
         lines.append(f"| {model} | " + " | ".join(_number(row.get(n), n) for n in names) + " |")
     return "\n".join(lines)
@@ -36,17 +41,25 @@ def _number(value, name: str) -> str:
     return f"{value:.1f}" if name == "seconds" else f"{value:.3f}"
 
 
-def changed_settings(args) -> dict[str, object]:
-    """Settings of the bound and of the optimizer; where they differ from the defaults they are worth a line."""
+def own_settings(args) -> dict[str, object]:
+    """Settings of the bound, and those of the optimizer that matter."""
     own = [f for f in dataclasses.fields(type(args)) if f.name in _OWN]
     return {f.name: getattr(args, f.name) for f in own}
 
 
-_OWN = (
-    "learning_rate max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps seed beta prior "
-    "prior_strength prior_update_steps prior_fraction prior_subspace subspace_rank trainable_factors posterior "
-    "calibration_fraction forget_target forget_batch_size contrast_samples"
-).split()
+_OWN = {
+    "learning_rate",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    *(
+        f.name
+        for f in dataclasses.fields(UIBConfig)
+        if f.name not in {g.name for g in dataclasses.fields(TrainingArguments)}
+    ),
+}
 
 
 def write_card(trainer, folder: str) -> None:
@@ -57,10 +70,15 @@ def write_card(trainer, folder: str) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = hub_id(getattr(model.config, "_name_or_path", None))
     picture = getattr(model, "main_input_name", "") == "pixel_values"
-    sets = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "calibration": trainer.calibration_dataset}
+    sets = {
+        "forget": trainer.forget_dataset,
+        "retain": trainer.retain_dataset,
+        "calibration": trainer.calibration_dataset,
+    }
     sizes = {name: len(dataset) for name, dataset in sets.items() if dataset is not None}
-    settings = changed_settings(trainer.args)
-    settings["noise_to_signal"] = round(trainer.kappa, 4) if trainer.noise is not None else trainer.args.noise_to_signal
+    settings = own_settings(trainer.args)
+    measured = {name: trainer.statistics.get(name) for name in ("noise_to_signal", "prior_strength")}
+    settings |= {name: round(value, 4) for name, value in measured.items() if value is not None}
     card_data = ModelCardData(
         base_model=base,
         library_name="peft",
@@ -81,7 +99,7 @@ def write_card(trainer, folder: str) -> None:
         template_str=resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8"),
         title=os.path.basename(os.path.abspath(folder)),
         base=base or "a checkpoint that is not on the Hub",
-        request=getattr(trainer, "request", None) or "the examples of the forget set",
+        request=trainer.request,
         sizes=sizes,
         fingerprint=trainer.forget_fingerprint,
         steps=trainer.state.global_step,

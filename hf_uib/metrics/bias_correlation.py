@@ -22,7 +22,9 @@ Returns:
         (classes - 1); positive when errors go to the attribute's class, negative when they avoid it (a reversed bias).
 """
 
-_CITATION = """@book{cramer1946, author = {Harald Cram\\'er}, title = {Mathematical Methods of Statistics}, year = {1946}}"""
+_CITATION = (
+    """@book{cramer1946, author = {Harald Cram\\'er}, title = {Mathematical Methods of Statistics}, year = {1946}}"""
+)
 
 
 def cramers_v(first: np.ndarray, second: np.ndarray) -> float:

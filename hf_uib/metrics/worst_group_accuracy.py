@@ -4,8 +4,8 @@ import datasets
 import evaluate
 import numpy as np
 
-_DESCRIPTION = """Accuracy by group (label x attribute), of the worst group, and the plain and the weighted mean over groups. Target:
-the values of a model retrained without the forget set."""
+_DESCRIPTION = """Accuracy by group (label x attribute), of the worst group, and the plain and the weighted mean over groups.
+Target: the values of a model retrained without the forget set."""
 
 _INPUTS = """
 Args:
@@ -19,8 +19,8 @@ Returns:
     groups: accuracy and size of every group, by name.
 """
 
-_CITATION = """@inproceedings{sagawa2020, title = {Distributionally Robust Neural Networks for Group Shifts}, author = {Sagawa, Shiori
-and Koh, Pang Wei and Hashimoto, Tatsunori B. and Liang, Percy}, booktitle = {ICLR}, year = {2020}}"""
+_CITATION = """@inproceedings{sagawa2020, title = {Distributionally Robust Neural Networks for Group Shifts}, author = {Sagawa,
+Shiori and Koh, Pang Wei and Hashimoto, Tatsunori B. and Liang, Percy}, booktitle = {ICLR}, year = {2020}}"""
 
 
 class WorstGroupAccuracy(evaluate.Metric):

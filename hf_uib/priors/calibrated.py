@@ -13,7 +13,9 @@ RESOLUTION = 1e-4  # nats; what lies closer to its level is at it, whatever the 
 def quantiles(values: Tensor, points: int = GRID) -> Tensor:
     """The empirical quantile function of ``values [n]`` at ``points`` equally spaced u in [0, 1], ascending."""
     u = torch.linspace(0, 1, points, device=values.device, dtype=values.dtype)
-    return torch.quantile(values, u) if values.numel() <= 2**24 else values.sort().values[(u * (len(values) - 1)).long()]
+    return (
+        torch.quantile(values, u) if values.numel() <= 2**24 else values.sort().values[(u * (len(values) - 1)).long()]
+    )
 
 
 def interpolate(curve: Tensor, u: Tensor) -> Tensor:
@@ -83,9 +85,7 @@ class CalibratedPrior(Prior):
                 self.level = torch.full((GRID,), interpolate(self.ranks, torch.tensor(0.1)).item())
             return
         now = quantiles(values.double()).cpu()
-        if self.level is None:
-            self.level = now
-        elif self.following and now.mean() < self.level.mean():
+        if self.level is None or self.following and now.mean() < self.level.mean():
             self.level = now
         else:
             self.following = False

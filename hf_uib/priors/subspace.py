@@ -158,7 +158,9 @@ def accumulate(
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             torch.autograd.backward(margin(logits, labels).sum(), inputs=_leaves(model))
         s = scores.double().cpu()
-        moments[int(weight < 0)] += torch.stack([torch.tensor(float(len(s)), dtype=torch.float64), s.sum(), s.square().sum()])
+        moments[int(weight < 0)] += torch.stack(
+            [torch.tensor(float(len(s)), dtype=torch.float64), s.sum(), s.square().sum()]
+        )
     return moments
 
 
