@@ -289,7 +289,7 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
         counterfactuals=2,
         train_settings={
             "steps": 120,
-            "unlearn_steps": 100,
+            "unlearn_steps": 150,
             "retrain_steps": 120,
             "batch": 16,
             "lr": 1e-4,

@@ -30,7 +30,7 @@ from .priors import PRIORS, CalibratedPrior, Prior
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
-NOISED_SHARE = 0.7  # of what the checkpoint gets right on the forget set, above chance, under the default noise
+NOISED_SHARE = 0.8  # of what the checkpoint gets right on the forget set, above chance, under the default noise
 PROBE_ROWS, PROBE_DRAWS = 64, 6  # a draw moves every row alike, so draws count for more than rows
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 STRENGTH_PATTERN, STRENGTH_CHANCE = 0.1, 0.3  # gamma, with the channel closed by noise and without

@@ -269,7 +269,7 @@ def report() -> str:
         mine = [c for c in cells if c["task"] == task]
         if not mine:
             continue
-        keys = [k for k in [*COLUMNS, "attack_auc", "steps"] if any(k in c for c in mine)]
+        keys = [k for k in [*COLUMNS, "attack_auc", "steps"] if k != "seconds" and any(k in c for c in mine)]
         keys = [k for k in keys if k != "accuracy" or task != "fashion-random"]
         titles = {k: COLUMNS[k][0] for k in COLUMNS} | {
             "attack_auc": "attack AUC",
