@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -75,14 +76,14 @@ def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) -> tuple[PeftModel, bool]:
+def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) -> PeftModel:
     """Give the model the adapter that will be trained.
 
     Three cases: a plain model gets a new adapter; a PeftModel with a fresh adapter (B = 0) is taken as it is, and so is one
     with a trained adapter, whose weights are then the prior's first mean.
 
-    Returns:
-        The PeftModel and whether its adapter is fresh (its A may be set to the subspace).
+    Raises:
+        ValueError: the model has an adapter that cannot be trained, or ``peft_config`` was given for a PeftModel.
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
@@ -100,9 +101,13 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
                 f"Adapter '{name}' was loaded as not trainable; load it with PeftModel.from_pretrained(..., "
                 "is_trainable=True), or merge it into the model (merge_and_unload) and pass the result."
             )
-        fresh = all(not layer.lora_B[name].weight.any() for layer in layers.values())
-        return model, fresh
-    return get_peft_model(model, peft_config or default_peft_config(model, rank)), True
+        return model
+    return get_peft_model(model, peft_config or default_peft_config(model, rank))
+
+
+def is_fresh(layers: dict[str, nn.Module], adapter: str) -> bool:
+    """Whether the adapter has not been trained yet (B = 0), so that its A may be set to the subspace."""
+    return all(not layer.lora_B[adapter].weight.any() for layer in layers.values())
 
 
 def forward_columns(model: nn.Module) -> set[str]:
@@ -188,6 +193,7 @@ class NoiseChannel:
             name: (layer.get_base_layer().weight.shape[0], len(subspaces[name])) for name, layer in layers.items()
         }
         self.shared = gains is not None
+        self.probing = False
         self.noise: dict[str, Tensor] = {}
         self.handles = []
         for name, layer in layers.items():
@@ -199,19 +205,32 @@ class NoiseChannel:
 
     def _on_factor(self, name: str, scaling: Tensor):
         def hook(module, inputs, output):
-            noise = self.noise.get(name)
+            noise = self._noise_of(name, module)
             return None if noise is None else output + _apply(module, noise / scaling, inputs[0])
 
         return hook
 
     def _on_layer(self, name: str, subspace: Tensor):
         def hook(module, inputs, output):
-            noise = self.noise.get(name)
+            noise = self._noise_of(name, module)
             if noise is None:
                 return None
             return output + _apply(None, noise, _apply(module.get_base_layer(), subspace, inputs[0]))
 
         return hook
+
+    def _noise_of(self, name: str, module: nn.Module) -> Tensor | None:
+        return self.noise.get(name) if module.training or self.probing else None
+
+    @contextmanager
+    def in_eval_mode(self):
+        """Disturb forwards in eval mode too, to measure what the noise does; none is left afterwards."""
+        self.probing = True
+        try:
+            yield
+        finally:
+            self.probing = False
+            self.silence()
 
     def draw(self, widths: dict[str, Tensor], seed: int, step: int, device: torch.device) -> None:
         """Draw ``s_l E_l`` of a step; ``widths`` are the s_l."""

@@ -116,10 +116,11 @@ class UIBTrainer(Trainer):
             eval_dataset = prepare(eval_dataset)
 
         # 3. Adapter: the mean of the posterior
-        model, self._fresh = adapters.attach_adapter(model, peft_config, args.subspace_rank)
+        model = adapters.attach_adapter(model, peft_config, args.subspace_rank)
         adapters.freeze_factors(model, args.trainable_factors)
         adapters.freeze_running_statistics(model)
-        model.add_model_tags(self._tag_names) if hasattr(model, "add_model_tags") else None
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(self._tag_names)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
 
@@ -337,7 +338,7 @@ class UIBTrainer(Trainer):
 
         def kept(kappa: float) -> float:
             """Balanced accuracy above chance, so that a noised model that always says one class counts as lost."""
-            recalls = []
+            recalls: list[Tensor] = []
             for draw in range(PROBE_DRAWS):
                 self._draw_noise(kappa, step=-1 - draw)
                 noised, _ = self._forward_all(self.forget_dataset, indices)
@@ -346,10 +347,10 @@ class UIBTrainer(Trainer):
             return (torch.stack(recalls).mean().item() - chance) / (1 - chance)
 
         low, high = 0.0, 2.0
-        for _ in range(5):
-            middle = (low + high) / 2
-            low, high = (middle, high) if kept(middle) >= NOISED_SHARE else (low, middle)
-        self.noise.silence()
+        with self.noise.in_eval_mode():
+            for _ in range(5):
+                middle = (low + high) / 2
+                low, high = (middle, high) if kept(middle) >= NOISED_SHARE else (low, middle)
         return low
 
     def _draw_noise(self, kappa: float, step: int) -> None:
@@ -358,6 +359,8 @@ class UIBTrainer(Trainer):
         )
 
     def _install(self, subspaces: dict[str, Tensor], shared: bool) -> None:
+        if self.noise is not None:
+            self.noise.remove()
         self.subspaces = subspaces
         gains = {name: self._gain(name) for name in self.layers} if shared else None
         self.noise = adapters.NoiseChannel(self.layers, subspaces, self.adapter_name, gains)
@@ -369,7 +372,7 @@ class UIBTrainer(Trainer):
         """Everything that is measured before the first step."""
         subspaces = self._measure_contrast()
         shared = False
-        if self._fresh:
+        if adapters.is_fresh(self.layers, self.adapter_name):
             for name, layer in self.layers.items():
                 factor = layer.lora_A[self.adapter_name].weight
                 if factor.flatten(1).shape == subspaces[name].shape:
@@ -385,13 +388,13 @@ class UIBTrainer(Trainer):
         if self.gamma is None:
             self.gamma = STRENGTH_PATTERN if self.kappa > 0 else STRENGTH_CHANCE
         self.statistics |= {"noise_to_signal": self.kappa, "prior_strength": self.gamma}
+        self.prior_mean: dict[str, tuple[Tensor, Tensor]] = {}
         self.path_nats = dict.fromkeys(self.layers, 0.0)
 
     def _refresh_prior(self) -> None:
         """Q_k: the mean moves to the running mean, the level and the ranks are measured again."""
-        if self.noise is not None:
-            self.noise.silence()
-        if hasattr(self, "prior_mean"):
+        if self.prior_mean:
+            self.width = self.kappa * bound.anneal(self.state.global_step - 1, self.state.max_steps)
             for name, nats in self._kl_per_layer().items():
                 self.path_nats[name] += nats.item()
         self.prior_mean = {name: tuple(w.detach().clone() for w in self._factors(name)) for name in self.layers}
@@ -483,10 +486,11 @@ class UIBTrainer(Trainer):
         return result
 
     def _fit_without_retained_data(self, model, batch, logits, labels) -> Tensor:
-        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-            noise, self.noise.noise = self.noise.noise, {}
-            reference = model(**batch).logits
-            self.noise.noise = noise
+        adapted = self.accelerator.unwrap_model(model)
+        adapted.eval()
+        with torch.no_grad(), adapted.disable_adapter():
+            reference = adapted(**batch).logits
+        adapted.train()
         return bound.other_classes_kl(logits, reference, labels)
 
     # ---- The loop ---------------------------------------------------------------------------------------------------
@@ -528,6 +532,11 @@ class UIBTrainer(Trainer):
             means = torch.stack([self._metrics[name].float() / self._counts[name] for name in self._metrics])
             means = self.accelerator.reduce(means, "mean").tolist()
             logs = {**logs, **dict(zip(self._metrics, means, strict=True))}
+            if not all(math.isfinite(value) for value in means):
+                raise ValueError(
+                    f"The loss is not finite at step {self.state.global_step}; lower the learning rate (or leave fp16) and "
+                    "resume from the last checkpoint."
+                )
             if "calibration_margin" in self.statistics:
                 logs["calibration_margin"] = self.statistics["calibration_margin"]
             self._metrics.clear()
@@ -601,8 +610,6 @@ class UIBTrainer(Trainer):
         self.prior_mean = {name: (means_a[name], means_b[name]) for name in means_a}
         self.statistics = {name: value.item() for name, value in part("statistics.").items()}
         self.prior.load_state_dict(part("prior."))
-        if self.noise is not None:
-            self.noise.remove()
         self._install(part("subspace."), shared)
 
     def _load_best_model(self) -> None:
@@ -636,7 +643,7 @@ class UIBTrainer(Trainer):
         the prior, the layer's share of the bound (2); ``noise`` the first width s_l of its channel.
         """
         final = dict.fromkeys(self.layers, 0.0)
-        if hasattr(self, "prior_mean"):
+        if self.prior_mean:
             final = {name: value.item() for name, value in self._kl_per_layer().items()}
         return [
             {

@@ -137,14 +137,19 @@ def test_noise_reaches_the_output_as_s_e_v_x(tmp_path, factors):
         base = layer.get_base_layer()
         x = torch.randn(2, 1, 8, 8) if base.weight.ndim == 4 else torch.randn(2, 5, base.in_features)
         trainer.noise.silence()
+        layer.train()
         quiet = layer(x)
         trainer._draw_noise(0.5, 3)
         noise = (trainer.noise.noise[name] @ trainer.subspaces[name]).view_as(base.weight)
         moved = torch.nn.functional.conv2d(x, noise, stride=4) if base.weight.ndim == 4 else x @ noise.T
         torch.testing.assert_close(layer(x), quiet + moved, rtol=1e-4, atol=1e-5)
         assert moved.abs().max() > 0.01
-        trainer.noise.silence()
+        layer.eval()
         assert torch.equal(layer(x), quiet)
+        with trainer.noise.in_eval_mode():
+            trainer._draw_noise(0.5, 3)
+            assert not torch.equal(layer(x), quiet)
+        assert torch.equal(layer(x), quiet) and not trainer.noise.noise
 
 
 def test_evaluation_and_saving_use_the_mean(tmp_path):
@@ -207,13 +212,13 @@ def test_model_by_folder(tmp_path):
     assert same(adapter_weights(trainer), adapter_weights(again))
 
 
-@pytest.mark.parametrize("factors", ["B", "both"])
-def test_resume_is_bit_equal(tmp_path, factors):
-    settings = dict(save_strategy="steps", save_steps=3, max_steps=8, trainable_factors=factors, prior_fraction=0.8)
+@pytest.mark.parametrize("factors, at", [("B", 3), ("B", 4), ("both", 3)])
+def test_resume_is_bit_equal(tmp_path, factors, at):
+    settings = dict(save_strategy="steps", save_steps=at, max_steps=8, trainable_factors=factors, prior_fraction=0.8)
     whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
     resumed = make_trainer(tmp_path / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
     assert same(adapter_weights(whole), adapter_weights(resumed))
     assert whole.layer_report() == resumed.layer_report()
     assert losses(whole) == losses(resumed)
@@ -382,3 +387,32 @@ def test_the_thin_form_for_a_frozen_to_v_is_the_general_one(tmp_path):
     assert sum(thin.values()) > 0
     for name, value in thin.items():
         torch.testing.assert_close(value, general[name], rtol=1e-3, atol=1e-5)
+
+
+def test_training_again_goes_on_from_the_adapter(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    first = adapter_weights(trainer)
+    trainer.train()
+    second = adapter_weights(trainer)
+    assert all(torch.equal(second[n], w) for n, w in first.items() if "lora_A" in n) and not same(first, second)
+    assert all(torch.isfinite(torch.tensor(entry["nats"])) for entry in trainer.layer_report())
+
+
+def test_evaluation_in_the_middle_of_training_changes_nothing(tmp_path):
+    runs = []
+    for strategy in ("no", "steps"):
+        trainer = UIBTrainer(
+            make_model(), config(tmp_path, eval_strategy=strategy, eval_steps=2), make_rows(n=24, seed=1), make_rows(n=16, seed=2),
+            calibration_dataset=make_rows(n=12, seed=3), eval_dataset={"test": make_rows(n=8, seed=4)},
+        )  # fmt: skip
+        trainer.train()
+        runs.append(adapter_weights(trainer))
+    assert same(*runs)
+    assert any("eval_test_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match="not finite at step"):
+        trainer.train()

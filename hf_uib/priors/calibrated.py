@@ -20,7 +20,7 @@ def quantiles(values: Tensor, points: int = GRID) -> Tensor:
 
 def interpolate(curve: Tensor, u: Tensor) -> Tensor:
     """Linear interpolation of a curve on a regular grid of [0, 1] at ``u``."""
-    position = u.clamp(0, 1) * (len(curve) - 1)
+    position = torch.nan_to_num(u).clamp(0, 1) * (len(curve) - 1)
     low = position.floor().long().clamp(max=len(curve) - 2)
     return torch.lerp(curve[low], curve[low + 1], (position - low).to(curve.dtype))
 
