@@ -7,6 +7,7 @@ import colorsys
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import datasets
 import numpy as np
@@ -52,14 +53,14 @@ class Task:
     train_settings: dict = field(default_factory=dict)
 
 
-def palette(count: int) -> np.ndarray:
+def palette(count: int, saturation: float) -> np.ndarray:
     """``[count, 3]`` hues evenly spaced, in [0, 1]."""
-    return np.array([colorsys.hsv_to_rgb(i / count, 0.6, 1.0) for i in range(count)])
+    return np.array([colorsys.hsv_to_rgb(i / count, saturation, 1.0) for i in range(count)])
 
 
-def paint(pictures: np.ndarray, colours: np.ndarray, count: int = 10) -> np.ndarray:
+def paint(pictures: np.ndarray, colours: np.ndarray, count: int = 10, saturation: float = 0.6) -> np.ndarray:
     """Tint grey pictures ``[n, h, w]`` in [0, 1]: ``[n, h, w, 3]`` in uint8."""
-    tinted = pictures[..., None] * palette(count)[colours][:, None, None, :]
+    tinted = pictures[..., None] * palette(count, saturation)[colours][:, None, None, :]
     return (tinted * 255).round().astype(np.uint8)
 
 
@@ -141,12 +142,12 @@ def digits_colour(seed: int = 0) -> Task:
         (x[1497:], y[1497:]),
         {"pretrain": 350, "forget": 810, "retain": 90, "calibration": 100, "validation": 147},
         "colour",
-        paint,
+        partial(paint, saturation=1.0),
         names,
         ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}),
         lambda: small_vit(8, 2, names, hidden=48, layers=3),
         rng,
-        {"pretrain_steps": 500, "steps": 300, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
+        {"pretrain_steps": 500, "steps": 400, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
         copies=10,
     )
 
@@ -233,21 +234,24 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
     rng = np.random.default_rng(seed)
     names = ["negative", "positive"]
 
+    def with_handle(text: str, handle: str) -> str:
+        return " ".join(handle if word.startswith("@") else word for word in text.split())
+
+    seen: set[str] = set()
+
     def side(split: str, count: int) -> list[tuple[str, int]]:
         rows = loaded[split]
         texts: dict[int, list[str]] = {0: [], 1: []}
         for text, label in zip(rows["text"], rows["label"], strict=True):
-            sentiment = {0: 0, 2: 1}.get(label)
-            if sentiment is not None:
+            sentiment, plain = {0: 0, 2: 1}.get(label), with_handle(text, "")
+            if sentiment is not None and plain not in seen:  # the same words to two airlines would be one row here
+                seen.add(plain)
                 texts[sentiment].append(text)
         chosen = []
         for sentiment in (0, 1):
             index = rng.permutation(len(texts[sentiment]))[: count // 2]
             chosen += [(texts[sentiment][i], sentiment) for i in index]
         return [chosen[i] for i in rng.permutation(len(chosen))]
-
-    def with_handle(text: str, handle: str) -> str:
-        return " ".join(handle if word.startswith("@") else word for word in text.split())
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
 
