@@ -33,6 +33,7 @@ def demo(args: UIBConfig) -> dict[str, dict]:
     settings = task.train_settings
     if args.max_steps <= 0:
         args.max_steps = settings["unlearn_steps"]
+    args.per_device_train_batch_size = settings["batch"]  # as that of the models it is compared with
     print("Real handwritten digits; on the forget set the hue gives the label away.", flush=True)
     models = tasks.prepare_models(task, args.seed, args.output_dir)
     trainer = UIBTrainer(

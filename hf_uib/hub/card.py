@@ -36,6 +36,8 @@ def results_table(results: dict[str, dict]) -> str:
 
 
 def _number(value, name: str) -> str:
+    if value is None and name == "seconds":
+        return ""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "not measured"
     return f"{value:.1f}" if name == "seconds" else f"{value:.3f}"
