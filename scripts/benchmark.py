@@ -252,6 +252,7 @@ def run_cost(options) -> None:
                         .splitlines()[-1]
                     )
                     file.write(json.dumps(json.loads(line) | {"repeat": repeat}) + "\n")
+                    file.flush()
                     print(line, flush=True)
 
 
@@ -292,7 +293,8 @@ def report() -> str:
             values = [_cell([r[k] for r in rows if k in r], k, np) for k in keys]
             if extra:
                 values.append(_gap(rows, [c for c in mine if c["method"] == "retrained"], np))
-            parts.append(f"| {NAMES[method]} | " + " | ".join(values) + " |")
+            count = "" if len(rows) == len(seeds) else f" ({len(rows)} of {len(seeds)} seeds)"
+            parts.append(f"| {NAMES[method]}{count} | " + " | ".join(values) + " |")
         parts.append("")
     costs = read(COST)
     if costs:
