@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.image_processing_utils import BaseImageProcessor
 
 
@@ -132,6 +132,14 @@ class UIBCollator:
         if "label" in batch:
             batch["labels"] = batch.pop("label")
         return batch
+
+
+def collator_for(columns: set[str], processing_class, collator: Callable | None = None) -> UIBCollator:
+    """The user's collator, else padding for texts and plain stacking for the rest, for the ``columns`` a model takes."""
+    if collator is None:
+        text = isinstance(processing_class, PreTrainedTokenizerBase)
+        collator = DataCollatorWithPadding(processing_class) if text else default_data_collator
+    return UIBCollator(collator, columns)
 
 
 def encode(dataset: datasets.Dataset, processing_class, main_input: str, max_length: int | None = None):

@@ -25,8 +25,8 @@ from transformers import (
     set_seed,
 )
 
-from .audit.report import collator_for
-from .data import encode
+from .adapters import forward_columns
+from .data import collator_for, encode
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Task:
         processing_class: image processor or tokenizer.
         bias_column: the attribute, coded by the class it stands for; None where the forget set has no pattern.
         counterfactuals: the test set's rows come in runs of this many copies that differ in the attribute alone.
-        epochs: passes of the biased fine-tuning, and of the pre-training.
+        train_settings: steps, batch size and learning rates of each training.
     """
 
     name: str
@@ -317,7 +317,10 @@ def fit(model: nn.Module, dataset, task: Task, steps: int, output_dir: str, seed
         logging_steps=10**6,
     )
     trainer = Trainer(
-        model=model, args=args, train_dataset=dataset, data_collator=collator_for(model, task.processing_class)
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=collator_for(forward_columns(model), task.processing_class),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer.train().metrics["train_runtime"]

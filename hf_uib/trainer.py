@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from . import adapters, bound, data
 from .config import UIBConfig
@@ -135,18 +133,13 @@ class UIBTrainer(Trainer):
             )
 
         # 5. Trainer
-        collator = data_collator or (
-            DataCollatorWithPadding(processing_class)
-            if isinstance(processing_class, PreTrainedTokenizerBase)
-            else default_data_collator
-        )
         retained = self.forget_dataset if self.retain_dataset is None else self.retain_dataset
         uses_forget = self.prior.uses_forget_batches and self.retain_dataset is not None
         length = max(len(retained), len(self.forget_dataset)) if uses_forget else len(retained)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data.UIBCollator(collator, adapters.forward_columns(model)),
+            data_collator=data.collator_for(adapters.forward_columns(model), processing_class, data_collator),
             train_dataset=data.PairedDataset(retained, self.forget_dataset, length),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -213,7 +206,7 @@ class UIBTrainer(Trainer):
                 layer.take_chunk()
         self._sum_over_processes([t for layer in stats.values() for t in (layer.inputs, layer.outputs, layer.tokens)])
         passes = 1
-        if contrast.begin_second_pass(stats, args.subspace_rank):
+        if contrast.begin_second_pass(stats):
             contrast.accumulate(self.model, self.layers, stats, self._contrast_batches(sets))
             self._sum_over_processes([layer.range for layer in stats.values() if layer.range is not None])
             passes = 2

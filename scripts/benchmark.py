@@ -155,8 +155,6 @@ def read(path: str) -> list[dict]:
 
 # ---- Cost: step time and memory against a plain LoRA step on the same number of examples ----
 
-COST_VARIANTS = ("lora", "uib")
-
 
 def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) -> None:
     """One process: median step time and peak memory of a variant; prints a JSON line."""

@@ -7,21 +7,11 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..adapters import forward_columns
-from ..data import UIBCollator, fetch
+from ..data import collator_for, fetch
 from ..metrics import BiasCorrelation, WorstGroupAccuracy
 from .columns import COLUMNS
-
-
-def collator_for(model: nn.Module, processing_class, collator=None) -> UIBCollator:
-    """The collator of a model: the given one, else padding for texts and plain stacking for the rest."""
-    if collator is None:
-        text = isinstance(processing_class, PreTrainedTokenizerBase)
-        collator = DataCollatorWithPadding(processing_class) if text else default_data_collator
-    return UIBCollator(collator, forward_columns(model))
 
 
 @torch.no_grad()
@@ -29,7 +19,7 @@ def predict(
     model: nn.Module, dataset, processing_class=None, batch_size: int = 256, description: str = "Evaluating"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows, in eval mode; the model's mode is restored."""
-    collator, device = collator_for(model, processing_class), next(model.parameters()).device
+    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
     training = model.training
     model.eval()
     logits, labels = [], []

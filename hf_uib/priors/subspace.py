@@ -210,7 +210,7 @@ def top_right_singular_vectors(matrix: Tensor, count: int) -> Tensor:
     return torch.linalg.svd(matrix, full_matrices=False).Vh[:count]
 
 
-def begin_second_pass(statistics: dict[str, LayerStatistics], rank: int) -> bool:
+def begin_second_pass(statistics: dict[str, LayerStatistics]) -> bool:
     """Turn the sketches into bases for the second pass; False when no layer was sketched."""
     sketched = [stats for stats in statistics.values() if stats.sketch is not None]
     for stats in sketched:
