@@ -83,7 +83,8 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
     with a trained adapter, whose weights are then the prior's first mean.
 
     Raises:
-        ValueError: the model has an adapter that cannot be trained, or ``peft_config`` was given for a PeftModel.
+        ValueError: the model has an adapter that cannot be trained or is not on linear layers, or ``peft_config`` was given for
+            a PeftModel.
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
@@ -95,6 +96,7 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
             raise ValueError(
                 "The PeftModel's active adapter is not LoRA; merge it (merge_and_unload) and pass the result."
             )
+        _only_linear(model)
         name = adapter_name(model)
         if not any(p.requires_grad for layer in layers.values() for p in layer.lora_B[name].parameters()):
             raise ValueError(
@@ -102,7 +104,19 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
                 "is_trainable=True), or merge it into the model (merge_and_unload) and pass the result."
             )
         return model
-    return get_peft_model(model, peft_config or default_peft_config(model, rank))
+    model = get_peft_model(model, peft_config or default_peft_config(model, rank))
+    _only_linear(model)
+    return model
+
+
+def _only_linear(model: PeftModel) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not is_linear(module.get_base_layer()):
+            name, kind = name.removeprefix("base_model.model."), type(module.get_base_layer()).__name__
+            raise ValueError(
+                f"The adapter is on {name}, a {kind}; UIB adapts linear layers (and convolutions whose windows do not overlap): "
+                "take it out of target_modules."
+            )
 
 
 def is_fresh(layers: dict[str, nn.Module], adapter: str) -> bool:
@@ -127,7 +141,7 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), (nn.Linear, nn.Conv2d))
+        if isinstance(module, LoraLayer)
     }
 
 
@@ -160,67 +174,56 @@ def base_fingerprint(model: PeftModel) -> str:
     return digest.hexdigest()
 
 
-def _apply(like: nn.Module | None, weight: Tensor, x: Tensor) -> Tensor:
-    """``weight [rows, columns]`` applied the way the layer ``like`` applies its own: to vectors, or to patches."""
-    weight = weight.to(x.dtype)
-    if x.ndim != 4:
-        return F.linear(x, weight)
-    if like is None:
-        return F.conv2d(x, weight[:, :, None, None])
-    return F.conv2d(
-        x, weight.view(len(weight), *like.weight.shape[1:]), None, like.stride, like.padding, like.dilation
-    )
-
-
 class NoiseChannel:
-    """One draw per step of ``s_l E_l V_l`` for every adapted layer, added to its output as ``s_l E_l (V_l x)``.
+    """The channel noise: what a layer reads of the pattern is mixed at random, ``x -> x + kappa V' G V x``.
 
-    The draw is a function of (seed, step, layer) alone, the same on every process. Only training forwards are disturbed:
-    in eval mode, when saving and when merging, the mean is used. Where A is frozen to V_l but for a factor, V_l x is
-    LoRA's own A x and nothing else is computed; otherwise it costs one thin product per layer.
+    ``G [k, k]`` has independent entries of variance 1/k, so that kappa is the noise-to-signal ratio of the channel. In weights
+    it is ``(W + dW) V' kappa G V``: noise as large as what the layer makes of the pattern, and none where it ignores it.
+
+    A step has `DRAWS` draws for each layer, a function of (seed, step, layer) alone, the same on every process; the row at
+    position i of an epoch takes draw ``i mod DRAWS``. Only training forwards are disturbed: in eval mode, when saving and
+    when merging, the mean is used.
 
     Args:
         layers: adapted layers, by name.
         subspaces: V_l ``[k, d_in]``, by name.
-        adapter: the adapter's name.
-        gains: where ``lora_A`` is ``gain * V_l``, the gains by name; None where A is something else.
     """
 
-    def __init__(
-        self, layers: dict[str, nn.Module], subspaces: dict[str, Tensor], adapter: str, gains: dict[str, Tensor] | None
-    ):
-        self.shapes = {
-            name: (layer.get_base_layer().weight.shape[0], len(subspaces[name])) for name, layer in layers.items()
-        }
-        self.shared = gains is not None
+    DRAWS = 16
+
+    def __init__(self, layers: dict[str, nn.Module], subspaces: dict[str, Tensor]):
+        self.subspaces = subspaces
         self.probing = False
         self.noise: dict[str, Tensor] = {}
-        self.handles = []
-        for name, layer in layers.items():
-            if gains is not None:
-                hook = self._on_factor(name, layer.scaling[adapter] * gains[name])
-                self.handles.append(layer.lora_B[adapter].register_forward_hook(hook))
-            else:
-                self.handles.append(layer.register_forward_hook(self._on_layer(name, subspaces[name])))
+        self.positions: Tensor | None = None  # of the rows of the next forward, [n]; None: one after the other
+        self.handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
 
-    def _on_factor(self, name: str, scaling: Tensor):
-        def hook(module, inputs, output):
-            noise = self._noise_of(name, module)
-            return None if noise is None else output + _apply(module, noise / scaling, inputs[0])
-
-        return hook
-
-    def _on_layer(self, name: str, subspace: Tensor):
-        def hook(module, inputs, output):
-            noise = self._noise_of(name, module)
-            if noise is None:
+    def _hook(self, name: str):
+        def hook(module, inputs):
+            if not self.noise or not (module.training or self.probing):
                 return None
-            return output + _apply(None, noise, _apply(module.get_base_layer(), subspace, inputs[0]))
+            x, *rest = inputs
+            return x + self._mixed(name, module.get_base_layer(), x), *rest
 
         return hook
 
-    def _noise_of(self, name: str, module: nn.Module) -> Tensor | None:
-        return self.noise.get(name) if module.training or self.probing else None
+    def _mixed(self, name: str, base: nn.Module, x: Tensor) -> Tensor:
+        subspace = self.subspaces[name].to(x.dtype)
+        noise = self.noise[name][self._draws(x)].to(x.dtype)
+        if not isinstance(base, nn.Conv2d):
+            z = F.linear(x, subspace)
+            return torch.bmm(z.view(len(x), -1, z.shape[-1]), noise).view(z.shape) @ subspace
+        kernel = subspace.view(len(subspace), *base.weight.shape[1:])
+        z = F.conv2d(x, kernel, None, base.stride, 0, base.dilation)
+        mixed = torch.bmm(z.flatten(2).mT, noise).mT.reshape(z.shape)
+        back = F.conv_transpose2d(mixed, kernel, None, base.stride, 0, 0, 1, base.dilation)
+        return F.pad(back, (0, x.shape[-1] - back.shape[-1], 0, x.shape[-2] - back.shape[-2]))
+
+    def _draws(self, x: Tensor) -> Tensor:
+        rows = torch.arange(len(x), device=x.device) if self.positions is None else self.positions
+        if len(rows) != len(x):  # windows of a picture, one after the other
+            rows = rows.repeat_interleave(len(x) // len(rows))
+        return rows % self.DRAWS
 
     @contextmanager
     def in_eval_mode(self):
@@ -232,20 +235,17 @@ class NoiseChannel:
             self.probing = False
             self.silence()
 
-    def draw(self, widths: dict[str, Tensor], seed: int, step: int, device: torch.device) -> None:
-        """Draw ``s_l E_l`` of a step; ``widths`` are the s_l."""
+    def draw(self, kappa: float, seed: int, step: int, device: torch.device) -> None:
+        """Draw ``kappa G`` of a step."""
         generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
-        total = sum(rows * k for rows, k in self.shapes.values())
-        draw = torch.randn(total, generator=generator, device=device)
-        parts = draw.split([rows * k for rows, k in self.shapes.values()])
-        self.noise = {
-            name: part.view(shape) * widths[name]
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        k = len(next(iter(self.subspaces.values())))
+        shape = (len(self.subspaces), self.DRAWS, k, k)
+        draws = torch.randn(shape, generator=generator, device=device) * (kappa / k**0.5)
+        self.noise = dict(zip(self.subspaces, draws.unbind(), strict=True))
 
     def silence(self) -> None:
         """No noise until the next draw."""
-        self.noise = {}
+        self.noise, self.positions = {}, None
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -58,34 +58,61 @@ def displacement(
     return left, right
 
 
-def layer_kl(left: Tensor, right: Tensor, subspace: Tensor, width: Tensor | float, floor: Tensor | float) -> Tensor:
-    r"""R^(l) of section 3(a): KL between two Gaussians over dW that share ``I_out (x) (s^2 V'V + eps^2 I)``.
+def outside(left: Tensor, right: Tensor, subspace: Tensor) -> Tensor:
+    """``|D|^2 - |D V'|^2`` of ``D = left @ right``: what a layer moved outside the subspace.
 
-    With ``D = left @ right`` the distance of the means,
-    ``R = |D V'|^2 / 2 (s^2 + eps^2) + (|D|^2 - |D V'|^2) / 2 eps^2``: moving along the pattern is cheap, moving elsewhere
-    costs. Only thin products are formed, never the dense ``[out, in]`` matrix, and the second numerator is computed from
-    the part of ``right`` outside the subspace, so it cannot turn negative.
+    Only thin products are formed, and the difference is taken on ``right``, so it cannot turn negative.
 
     Args:
-        left: ``[out, q]``.
-        right: ``[q, in]``.
-        subspace: V, ``[k, in]``, orthonormal (or zero) rows.
-        width: s, the standard deviation of the channel noise along V.
-        floor: eps > 0, the standard deviation elsewhere.
+        left: ``[out, q]``; right: ``[q, in]``; subspace: V, ``[k, in]``, orthonormal (or zero) rows.
 
     Returns:
-        Scalar, in nats.
+        Scalar.
     """
-    inside = right @ subspace.T
-    outside = right - inside @ subspace
-    gram = left.T @ left
-    along = (gram * (inside @ inside.T)).sum()
-    across = (gram * (outside @ outside.T)).sum()
-    return along / (2 * (width**2 + floor**2)) + across / (2 * floor**2)
+    rest = right - (right @ subspace.T) @ subspace
+    return ((left.T @ left) * (rest @ rest.T)).sum()
+
+
+def channel_kl(
+    reads: list[Tensor], prior_reads: list[Tensor], ranks: Tensor, width: Tensor | float, floors: Tensor
+) -> Tensor:
+    r"""R^(l) of section 3(a) along the subspace: KL between two Gaussians over dW V', one value per layer.
+
+    A layer reads the pattern with ``M = (W + dW) V' [out, k]``, and its channel noise is ``width * M G``, ``G [k, k]``
+    standard normal. So ``dW V'`` has k independent columns, each with covariance ``S(M) = width^2 M M' + floor^2 I`` around its
+    mean; the prior has the same channel at its own mean ``M_0``:
+
+        KL = k/2 (tr S_0^-1 S - out + log det S_0 - log det S) + tr (M - M_0)' S_0^-1 (M - M_0) / 2
+
+    Everything is done in ``[k, k]`` (Woodbury's identity), in float64 where the device has it, all layers at once.
+
+    Args:
+        reads, prior_reads: M and M_0 of each layer.
+        ranks: ``[layers]``, how many rows of V are not zero.
+        width: per direction of the subspace; floors: ``[layers]``, positive.
+
+    Returns:
+        ``[layers]``, in nats.
+    """
+    wide = torch.float32 if reads[0].device.type == "mps" else torch.float64
+    pairs = [(m.to(wide), m0.to(wide)) for m, m0 in zip(reads, prior_reads, strict=True)]
+    gram, prior_gram, cross = (torch.stack(m) for m in zip(*((m.T @ m, m0.T @ m0, m0.T @ m) for m, m0 in pairs), strict=True))
+    distance = torch.stack([(m - m0).square().sum() for m, m0 in pairs])
+    ratio = (width**2 / floors.to(wide) ** 2)[:, None, None]
+    eye = torch.eye(gram.shape[-1], dtype=wide, device=gram.device)
+    prior_factor, factor = (torch.linalg.cholesky_ex(eye + ratio * g).L for g in (prior_gram, gram))
+    log_det = lambda f: 2 * f.diagonal(dim1=1, dim2=2).log().sum(1)  # noqa: E731
+    trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)  # noqa: E731
+    shrunk = lambda m: trace(torch.cholesky_solve(m, prior_factor)) * ratio[:, 0, 0]  # noqa: E731
+    excess = ratio[:, 0, 0] * trace(gram) - shrunk(ratio * cross @ cross.mT + prior_gram)
+    toward = cross - prior_gram
+    squared = (distance - shrunk(toward @ toward.mT)) / floors.to(wide) ** 2
+    nats = ranks.to(wide) / 2 * (excess + log_det(prior_factor) - log_det(factor)) + squared / 2
+    return nats.to(reads[0].dtype)
 
 
 def capacity(noise_to_signal: float) -> float:
-    """Capacity of the channel along the pattern, ``log(1 + 1 / kappa^2) / 2``, in nats per output."""
+    """Capacity of the channel along the pattern, ``log(1 + 1 / kappa^2) / 2``, in nats per direction."""
     return math.inf if noise_to_signal == 0 else 0.5 * math.log1p(noise_to_signal**-2)
 
 

@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 
 class PairedDataset(Dataset):
-    """Retained rows, each with the forget rows that go into the same step; indexed by ``(retain, (forget, ...))``."""
+    """Retained rows, each with the forget rows that go into the same step; indexed by ``(position, retain, (forget, ...))``."""
 
     def __init__(self, retain_dataset, forget_dataset, length: int):
         self.retain, self.forget, self.length = retain_dataset, forget_dataset, length
@@ -20,16 +20,16 @@ class PairedDataset(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: tuple[int, tuple[int, ...]]) -> dict:
+    def __getitem__(self, index: tuple[int, int, tuple[int, ...]]) -> dict:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[tuple[int, tuple[int, ...]]]) -> list[dict]:
+    def __getitems__(self, indices: list[tuple[int, int, tuple[int, ...]]]) -> list[dict]:
         """Fetch a batch with one call per set."""
-        retain = fetch(self.retain, [r for r, _ in indices])
-        forget = iter(fetch(self.forget, [f for _, many in indices for f in many]))
+        retain = fetch(self.retain, [r for _, r, _ in indices])
+        forget = iter(fetch(self.forget, [f for _, _, many in indices for f in many]))
         return [
-            {"retain": row, "forget": [next(forget) for _ in many]}
-            for row, (_, many) in zip(retain, indices, strict=True)
+            {"position": position, "retain": row, "forget": [next(forget) for _ in many]}
+            for row, (position, _, many) in zip(retain, indices, strict=True)
         ]
 
 
@@ -68,7 +68,7 @@ class PairingSampler(Sampler):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def __iter__(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         retain = endless_permutations(len(self.dataset.retain), self.seed + self.epoch)
         forget = endless_permutations(len(self.dataset.forget), self.seed + self.epoch + 2**31)
         replacement = (
@@ -86,7 +86,7 @@ class PairingSampler(Sampler):
                     row = self.available[next(replacement)]
             else:
                 given = int((position + 1) * self.forget_per_retain)
-            yield row, many
+            yield position, row, many
         self.epoch += 1
 
 
@@ -109,6 +109,8 @@ def fetch(dataset, indices: list[int]) -> list[dict]:
 class UIBCollator:
     """Makes one batch of paired rows: the retained ones first, then the forget ones, so that one forward serves both.
 
+    ``positions [n]``, in the epoch, say which draw of the channel noise a row gets.
+
     Plain rows (evaluation) go to the same collator without pairing. Columns that the model does not take are dropped.
 
     Args:
@@ -122,9 +124,10 @@ class UIBCollator:
     def __call__(self, features: list[dict]) -> dict:
         if "retain" not in features[0]:
             return self.collate(features)
-        forget = [row for feature in features for row in feature["forget"]]
-        batch = self.collate([feature["retain"] for feature in features] + forget)
-        return {"inputs": batch, "n_retain": len(features)}
+        forget = [(f["position"] + j, row) for f in features for j, row in enumerate(f["forget"])]
+        batch = self.collate([f["retain"] for f in features] + [row for _, row in forget])
+        positions = torch.tensor([f["position"] for f in features] + [position for position, _ in forget])
+        return {"inputs": batch, "n_retain": len(features), "positions": positions}
 
     def collate(self, rows: list[dict]) -> dict:
         """Drop the columns the model does not take and collate the rest."""

@@ -29,7 +29,8 @@ from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
 NOISED_SHARE = 0.8  # of what the checkpoint gets right on the forget set, above chance, under the default noise
-PROBE_ROWS, PROBE_DRAWS = 64, 6  # a draw moves every row alike, so draws count for more than rows
+PROBE_ROWS = 128  # shared between all draws of the noise
+KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 STRENGTH_PATTERN, STRENGTH_CHANCE = 0.1, 0.3  # gamma, with the channel closed by noise and without
 UNIT = 0.075  # A starts as V_l s_l / UNIT: B is counted in units of the channel, and one learning rate fits all layers
@@ -331,32 +332,32 @@ class UIBTrainer(Trainer):
 
         def kept(kappa: float) -> float:
             """Balanced accuracy above chance, so that a noised model that always says one class counts as lost."""
-            recalls: list[Tensor] = []
-            for draw in range(PROBE_DRAWS):
-                self._draw_noise(kappa, step=-1 - draw)
-                noised, _ = self._forward_all(self.forget_dataset, indices)
-                hits = (noised.argmax(-1) == labels)[right].float()
-                recalls += [hits[labels[right] == label].mean() for label in present]
-            return (torch.stack(recalls).mean().item() - chance) / (1 - chance)
+            self.noise.draw(kappa, self.args.seed, -1, self.args.device)
+            noised, _ = self._forward_all(self.forget_dataset, indices)
+            hits = (noised.argmax(-1) == labels)[right].float()
+            recall = torch.stack([hits[labels[right] == label].mean() for label in present]).mean().item()
+            return (recall - chance) / (1 - chance)
 
-        low, high = 0.0, 2.0
+        low, high = 0.0, KAPPA_MAX
         with self.noise.in_eval_mode():
-            for _ in range(5):
+            for _ in range(6):
                 middle = (low + high) / 2
                 low, high = (middle, high) if kept(middle) >= NOISED_SHARE else (low, middle)
         return low
 
-    def _draw_noise(self, kappa: float, step: int) -> None:
-        self.noise.draw(
-            {name: kappa * width for name, width in self.unit_width.items()}, self.args.seed, step, self.args.device
-        )
-
     def _install(self, subspaces: dict[str, Tensor], shared: bool) -> None:
+        """Put the channel along V_l into the model; ``shared`` says that A is V_l but for a factor."""
         if self.noise is not None:
             self.noise.remove()
-        self.subspaces = subspaces
-        gains = {name: self._gain(name) for name in self.layers} if shared else None
-        self.noise = adapters.NoiseChannel(self.layers, subspaces, self.adapter_name, gains)
+        self.subspaces, self.shared = subspaces, shared
+        self.noise = adapters.NoiseChannel(self.layers, subspaces)
+        # What each layer reads of the pattern before any adapter, W V' [d_out, k]
+        self.base_reads = {
+            name: layer.get_base_layer().weight.detach().flatten(1).float() @ subspaces[name].T
+            for name, layer in self.layers.items()
+        }
+        self.ranks = torch.stack([v.square().sum().round() for v in subspaces.values()])
+        self.floors = torch.stack([FLOOR * self.unit_width[name] for name in self.layers])
 
     def _gain(self, name: str) -> Tensor:
         return self.unit_width[name] / UNIT
@@ -382,15 +383,14 @@ class UIBTrainer(Trainer):
             self.gamma = STRENGTH_PATTERN if self.kappa > 0 else STRENGTH_CHANCE
         self.statistics |= {"noise_to_signal": self.kappa, "prior_strength": self.gamma}
         self.prior_mean: dict[str, tuple[Tensor, Tensor]] = {}
-        self.path_nats = dict.fromkeys(self.layers, 0.0)
+        self.path_nats = torch.zeros(len(self.layers), dtype=torch.float64)
 
     def _refresh_prior(self) -> None:
         """Q_k: the mean moves to the running mean, the level and the ranks are measured again."""
         if self.prior_mean:
             self.width = self.kappa * bound.anneal(self.state.global_step - 1, self.state.max_steps)
-            for name, nats in self._kl_per_layer().items():
-                self.path_nats[name] += nats.item()
-        self.prior_mean = {name: tuple(w.detach().clone() for w in self._factors(name)) for name in self.layers}
+            self.path_nats += self._kl_per_layer().detach().cpu().double()
+        self._set_prior_mean({name: tuple(w.detach().clone() for w in self._factors(name)) for name in self.layers})
         if self._prior_is_on(self.state.global_step):
             sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
             self.prior.refresh(partial(self._margins, self.forget_dataset, sample), self._calibration_margins)
@@ -421,6 +421,7 @@ class UIBTrainer(Trainer):
         self._begin_step()
         n, batch = inputs["n_retain"], dict(inputs["inputs"])
         labels = batch.pop("labels")
+        self.noise.positions = inputs["positions"]
         outputs = model(**batch)
         logits = outputs.logits
         if self.retain_dataset is None:
@@ -432,7 +433,7 @@ class UIBTrainer(Trainer):
         loss = fit
         nats = None
         if self.args.beta > 0:
-            nats = sum(self._kl_per_layer().values())
+            nats = self._kl_per_layer().sum()
             loss = loss + self.args.beta / len(self.train_dataset.retain) * nats
         if len(forget_labels) and self._prior_is_on(self.state.global_step):
             loss = loss + self.gamma * self.prior.evidence(forget_logits, forget_labels)
@@ -454,7 +455,7 @@ class UIBTrainer(Trainer):
             self._refresh_prior()
         self.width = self.kappa * bound.anneal(step, self.state.max_steps)
         if self.width > 0:
-            self._draw_noise(self.width, step)
+            self.noise.draw(self.width, self.args.seed, step, self.args.device)
         else:
             self.noise.silence()
 
@@ -463,20 +464,34 @@ class UIBTrainer(Trainer):
         layer = self.layers[name]
         return layer.lora_A[self.adapter_name].weight.flatten(1), layer.lora_B[self.adapter_name].weight.flatten(1)
 
-    def _kl_per_layer(self) -> dict[str, Tensor]:
-        """R^(l) of section 3(a), by layer, in nats."""
-        result = {}
+    def _reads(self, factors: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """(W + s B A) V' of every layer, ``[d_out, k]``: how the layer reads the pattern."""
+        reads = []
         for name, layer in self.layers.items():
-            (a, b), (prior_a, prior_b) = self._factors(name), self.prior_mean[name]
-            scaling, unit = layer.scaling[self.adapter_name], self.unit_width[name]
-            width, floor = self.width * unit, FLOOR * unit
-            if self.noise.shared:  # A is V_l but for a factor: every move is along the pattern
-                distance = (scaling * self._gain(name)) ** 2 * (b - prior_b).square().sum()
-                result[name] = distance / (2 * (width**2 + floor**2))
-            else:
-                left, right = bound.displacement(a, b, prior_a, prior_b, scaling)
-                result[name] = bound.layer_kl(left, right, self.subspaces[name], width, floor)
-        return result
+            (a, b), scaling = factors[name], layer.scaling[self.adapter_name]
+            moved = self._gain(name) * b if self.shared else b @ (a @ self.subspaces[name].T)
+            reads.append(self.base_reads[name] + scaling * moved)
+        return reads
+
+    def _set_prior_mean(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.prior_mean = factors
+        self.prior_reads = self._reads(factors)
+
+    def _kl_per_layer(self) -> Tensor:
+        """R^(l) of section 3(a), ``[layers]``, in nats."""
+        factors = {name: self._factors(name) for name in self.layers}
+        width = self.width / self.args.subspace_rank**0.5
+        nats = bound.channel_kl(self._reads(factors), self.prior_reads, self.ranks, width, self.floors)
+        if self.shared:  # A is V_l but for a factor: nothing moves outside
+            return nats
+        beyond = [
+            bound.outside(
+                *bound.displacement(*factors[name], *self.prior_mean[name], layer.scaling[self.adapter_name]),
+                self.subspaces[name],
+            )
+            for name, layer in self.layers.items()
+        ]
+        return nats + torch.stack(beyond) / (2 * self.floors**2)
 
     def _fit_without_retained_data(self, model, batch, logits, labels) -> Tensor:
         adapted = self.accelerator.unwrap_model(model)
@@ -556,13 +571,13 @@ class UIBTrainer(Trainer):
         tensors = {
             "kappa": torch.tensor(self.kappa),
             "gamma": torch.tensor(self.gamma),
-            "shared": torch.tensor(self.noise.shared),
+            "shared": torch.tensor(self.shared),
+            "path_nats": self.path_nats,
         }
         for name in self.layers:
             tensors[f"subspace.{name}"] = self.subspaces[name]
             tensors[f"unit_width.{name}"] = self.unit_width[name]
             tensors[f"energy.{name}"] = torch.tensor(self.energy[name])
-            tensors[f"path_nats.{name}"] = torch.tensor(self.path_nats[name], dtype=torch.float64)
             tensors[f"prior_mean_a.{name}"], tensors[f"prior_mean_b.{name}"] = self.prior_mean[name]
         tensors |= {
             f"statistics.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.statistics.items()
@@ -598,12 +613,13 @@ class UIBTrainer(Trainer):
         self.kappa, self.gamma, shared = state["kappa"].item(), state["gamma"].item(), bool(state["shared"])
         self.unit_width = part("unit_width.")
         self.energy = {name: value.item() for name, value in part("energy.").items()}
-        self.path_nats = {name: value.item() for name, value in part("path_nats.").items()}
-        means_a, means_b = part("prior_mean_a."), part("prior_mean_b.")
-        self.prior_mean = {name: (means_a[name], means_b[name]) for name in means_a}
+        self.path_nats = state["path_nats"].cpu()
         self.statistics = {name: value.item() for name, value in part("statistics.").items()}
         self.prior.load_state_dict(part("prior."))
-        self._install(part("subspace."), shared)
+        subspaces = part("subspace.")
+        self._install({name: subspaces[name] for name in self.layers}, shared)
+        means_a, means_b = part("prior_mean_a."), part("prior_mean_b.")
+        self._set_prior_mean({name: (means_a[name], means_b[name]) for name in self.layers})
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -633,19 +649,14 @@ class UIBTrainer(Trainer):
         """Where the pattern lived, one entry per adapted layer.
 
         ``contrast`` is |C_l|, nats of margin per unit of weight; ``nats`` the divergence R^(l) summed over the refreshes of
-        the prior, the layer's share of the bound (2); ``noise`` the first width s_l of its channel.
+        the prior, the layer's share of the bound (2).
         """
-        final = dict.fromkeys(self.layers, 0.0)
+        nats = self.path_nats.clone()
         if self.prior_mean:
-            final = {name: value.item() for name, value in self._kl_per_layer().items()}
+            nats += self._kl_per_layer().detach().cpu().double()
         return [
-            {
-                "layer": name,
-                "contrast": self.energy[name],
-                "nats": self.path_nats[name] + final[name],
-                "noise": self.kappa * self.unit_width[name].item(),
-            }
-            for name in self.layers
+            {"layer": name, "contrast": self.energy[name], "nats": value}
+            for name, value in zip(self.layers, nats.tolist(), strict=True)
         ]
 
     def create_model_card(self, *args, folder: str | None = None, **kwargs) -> None:

@@ -13,43 +13,63 @@ def orthonormal(k, d, generator):
     return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64)).Q.T
 
 
-@pytest.mark.parametrize("rank_a", [3, 5])
+def new(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def dense_kl(delta, prior_delta, w, v, width, floor):
+    """Both Gaussians over all of dW, with the covariances written out."""
+    eye = lambda n: torch.eye(n, dtype=torch.float64)  # noqa: E731
+
+    def gaussian(d):
+        read = (w + d) @ v.T
+        along = torch.kron(width**2 * read @ read.T, v.T @ v)
+        return MultivariateNormal(d.flatten(), along + floor**2 * eye(d.numel()))
+
+    return kl_divergence(gaussian(delta), gaussian(prior_delta))
+
+
+@pytest.mark.parametrize("empty_rows", [0, 1])
 @pytest.mark.parametrize("width", [0.0, 0.7])
-def test_layer_kl_is_the_kl_of_dense_gaussians(rank_a, width):
+def test_the_kl_of_a_layer_is_that_of_dense_gaussians(empty_rows, width):
     g = torch.Generator().manual_seed(0)
-    out, d, k, floor = 4, 6, 2, 0.3
-    new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    out, d, k, r, floor = 4, 6, 2, 3, 0.3
     v = orthonormal(k, d, g)
-    a, b, a0, b0 = new(rank_a, d), new(out, rank_a), new(rank_a, d), new(out, rank_a)
-    covariance = torch.kron(
-        torch.eye(out, dtype=torch.float64), width**2 * v.T @ v + floor**2 * torch.eye(d, dtype=torch.float64)
-    )
-    q = MultivariateNormal(2.0 * (b @ a).flatten(), covariance)
-    p = MultivariateNormal(2.0 * (b0 @ a0).flatten(), covariance)
-    mine = bound.layer_kl(*bound.displacement(a, b, a0, b0, 2.0), v, width, floor)
-    torch.testing.assert_close(mine, kl_divergence(q, p), rtol=1e-12, atol=1e-12)
-    wrong = bound.layer_kl(*bound.displacement(a, b, a0, b0, 2.0), orthonormal(k, d, g), width, floor)
-    assert width == 0 or abs(wrong - mine) > 1e-3  # the subspace matters
+    w, a, b, a0, b0 = new(g, out, d), new(g, r, d), new(g, out, r), new(g, r, d), new(g, out, r)
+    padded = torch.cat([v, v.new_zeros(empty_rows, d)])
+
+    def mine(subspace):
+        left, right = bound.displacement(a, b, a0, b0, 2.0)
+        reads, prior_reads = [(w + 2 * b @ a) @ subspace.T] * 2, [(w + 2 * b0 @ a0) @ subspace.T] * 2
+        both = bound.channel_kl(reads, prior_reads, torch.tensor([k, k]), width, torch.tensor([floor, floor], dtype=torch.float64))
+        assert both[0] == both[1]
+        return both[0] + bound.outside(left, right, subspace) / (2 * floor**2)
+
+    expected = dense_kl(2 * b @ a, 2 * b0 @ a0, w, v, width, floor)
+    torch.testing.assert_close(mine(padded), expected, rtol=1e-10, atol=1e-10)
+    assert width == 0 or abs(mine(orthonormal(k, d, g)) - expected) > 1e-3  # the subspace matters
 
 
-def test_layer_kl_does_not_depend_on_the_gauge():
+def test_displacement_and_outside_do_not_depend_on_the_gauge():
     g = torch.Generator().manual_seed(1)
-    new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    a, b, a0, b0, r, v = new(3, 6), new(4, 3), new(3, 6), new(4, 3), new(3, 3), orthonormal(2, 6, g)
-    first = bound.layer_kl(*bound.displacement(a, b, a0, b0), v, 0.5, 0.1)
-    second = bound.layer_kl(*bound.displacement(r @ a, b @ torch.linalg.inv(r), a0, b0), v, 0.5, 0.1)
-    torch.testing.assert_close(first, second, rtol=1e-9, atol=0)
+    a, b, a0, b0, r, v = new(g, 3, 6), new(g, 4, 3), new(g, 3, 6), new(g, 4, 3), new(g, 3, 3), orthonormal(2, 6, g)
+    left, right = bound.displacement(a, b, a0, b0, 2.0)
+    torch.testing.assert_close(left @ right, 2 * (b @ a - b0 @ a0))
+    other = bound.displacement(r @ a, b @ torch.linalg.inv(r), a0, b0, 2.0)
+    torch.testing.assert_close(bound.outside(*other, v), bound.outside(left, right, v), rtol=1e-9, atol=0)
+    inside = bound.displacement(new(g, 3, 2) @ v, b, new(g, 3, 2) @ v, b0)
+    assert bound.outside(*inside, v).abs() < 1e-20
 
 
-def test_layer_kl_is_never_negative_near_the_mean():
+def test_the_channel_kl_keeps_its_digits_near_the_mean():
     g = torch.Generator().manual_seed(2)
-    v = orthonormal(3, 8, g).float()
-    b = torch.randn(5, 3, generator=g)
-    b0 = b + 1e-6 * torch.randn(5, 3, generator=g)
-    nats = bound.layer_kl(*bound.displacement(v, b, v, b0), v, 0.5, 0.01)
-    expected = (b.double() - b0.double()).square().sum() / (2 * (0.5**2 + 0.01**2))
-    assert nats >= 0
-    torch.testing.assert_close(nats.double(), expected, rtol=1e-3, atol=0)
+    read = new(g, 5, 3)
+    near = read + 1e-4 * new(g, 5, 3)
+    one, floor = torch.ones(1), torch.full((1,), 0.01)
+    single = lambda first, second: bound.channel_kl([first.float()], [second.float()], 3 * one, 0.5, floor)  # noqa: E731
+    assert single(read, read).abs() < 1e-9
+    expected = bound.channel_kl([near.float().double()], [read.float().double()], 3 * one, 0.5, floor.double())
+    torch.testing.assert_close(single(near, read).double(), expected, rtol=1e-5, atol=0)
 
 
 def test_margin_is_the_log_odds():

@@ -19,8 +19,8 @@ def sampler(n_retain, n_forget, ratio=1.0, held_out=frozenset(), on=lambda epoch
 def test_an_epoch_sees_every_row_and_repeats_the_shorter_set():
     pairs = list(sampler(5, 17))
     assert len(pairs) == 17
-    assert sorted(f for _, many in pairs for f in many) == list(range(17))
-    counts = np.bincount([r for r, _ in pairs], minlength=5)
+    assert sorted(f for _, _, many in pairs for f in many) == list(range(17))
+    counts = np.bincount([r for _, r, _ in pairs], minlength=5)
     assert counts.min() >= 3 and counts.max() <= 4
 
 
@@ -36,9 +36,9 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 def test_forget_rows_come_only_while_the_prior_is_on_and_held_out_rows_after():
     order = list(sampler(10, 30, ratio=0.5, held_out={2, 3}, on=lambda epoch, position: position < 12))
-    assert sum(len(many) for _, many in order[:12]) == 6 and not any(many for _, many in order[12:])
-    assert not {r for r, _ in order[:12]} & {2, 3}
-    assert {2, 3} <= {r for r, _ in order[12:]}
+    assert sum(len(many) for _, _, many in order[:12]) == 6 and not any(many for _, _, many in order[12:])
+    assert not {r for _, r, _ in order[:12]} & {2, 3}
+    assert {2, 3} <= {r for _, r, _ in order[12:]}
 
 
 def test_collator_puts_retained_rows_first_and_drops_what_the_model_does_not_take():
@@ -47,10 +47,10 @@ def test_collator_puts_retained_rows_first_and_drops_what_the_model_does_not_tak
     from transformers.data.data_collator import default_data_collator
 
     collator = data.UIBCollator(default_data_collator, {"pixel_values", "labels"})
-    batch = collator(paired.__getitems__([(0, (4, 5)), (1, ())]))
+    batch = collator(paired.__getitems__([(6, 0, (4, 5)), (7, 1, ())]))
     assert batch["n_retain"] == 2 and set(batch["inputs"]) == {"pixel_values", "labels"}
     assert torch.equal(batch["inputs"]["pixel_values"][0], rows[0]["pixel_values"])
-    assert len(batch["inputs"]["labels"]) == 4
+    assert len(batch["inputs"]["labels"]) == 4 and batch["positions"].tolist() == [6, 7, 6, 7]
     assert set(collator([rows[0]])) == {"pixel_values", "labels"}
 
 

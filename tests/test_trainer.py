@@ -110,44 +110,50 @@ def test_accumulation_gives_one_trajectory_with_noise(tmp_path):
 
 
 def test_noise_has_the_stated_covariance_and_is_reproducible(tmp_path):
-    trainer = make_trainer(tmp_path, trainable_factors="B")
+    trainer = make_trainer(tmp_path)
     trainer._begin()
     name = next(iter(trainer.layers))
     draws = []
-    for step in range(4000):
-        trainer._draw_noise(0.5, step)
+    for step in range(300):
+        trainer.noise.draw(0.5, 0, step, trainer.args.device)
         draws.append(trainer.noise.noise[name])
-    draws = torch.stack(draws)
-    width = 0.5 * trainer.unit_width[name]
-    flat = draws.flatten(1)
+    flat = torch.cat(draws).flatten(1)  # [300 x DRAWS, k k]
+    k = trainer.args.subspace_rank
+    width = 0.5 / k**0.5
     covariance = flat.T @ flat / len(flat)
-    torch.testing.assert_close(covariance, width**2 * torch.eye(flat.shape[1]), rtol=0, atol=float(0.12 * width**2))
-    trainer._draw_noise(0.5, 7)
+    torch.testing.assert_close(covariance, width**2 * torch.eye(k * k), rtol=0, atol=0.12 * width**2)
+    trainer.noise.draw(0.5, 0, 7, trainer.args.device)
     assert torch.equal(trainer.noise.noise[name], draws[7])
     assert not torch.equal(draws[7], draws[8])
 
 
 @pytest.mark.parametrize("factors", ["B", "both"])
-def test_noise_reaches_the_output_as_s_e_v_x(tmp_path, factors):
+def test_noise_mixes_what_the_layer_reads_of_the_pattern(tmp_path, factors):
     trainer = make_trainer(tmp_path, trainable_factors=factors)
     trainer._begin()
-    assert trainer.noise.shared == (factors == "B")
+    assert trainer.shared == (factors == "B")
     for name in ("vit.layers.1.mlp.fc1", "vit.embeddings.patch_embeddings.projection"):
-        layer = trainer.layers[name]
-        base = layer.get_base_layer()
-        x = torch.randn(2, 1, 8, 8) if base.weight.ndim == 4 else torch.randn(2, 5, base.in_features)
+        layer, v = trainer.layers[name], trainer.subspaces[name]
+        layer.lora_B["default"].weight.data.normal_(0, 0.1)
+        base, a, b = layer.get_base_layer(), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        read = (base.weight.flatten(1) + layer.scaling["default"] * b.flatten(1) @ a.flatten(1)) @ v.T
+        x = torch.randn(3, 1, 8, 8) if base.weight.ndim == 4 else torch.randn(3, 5, base.in_features)
         trainer.noise.silence()
         layer.train()
         quiet = layer(x)
-        trainer._draw_noise(0.5, 3)
-        noise = (trainer.noise.noise[name] @ trainer.subspaces[name]).view_as(base.weight)
-        moved = torch.nn.functional.conv2d(x, noise, stride=4) if base.weight.ndim == 4 else x @ noise.T
-        torch.testing.assert_close(layer(x), quiet + moved, rtol=1e-4, atol=1e-5)
-        assert moved.abs().max() > 0.01
+        trainer.noise.draw(0.5, 0, 3, trainer.args.device)
+        trainer.noise.positions = torch.tensor([5, 6 + trainer.noise.DRAWS, 5])
+        noisy = layer(x)
+        for row, draw in enumerate((5, 6, 5)):
+            noise = (read @ trainer.noise.noise[name][draw].T @ v).view_as(base.weight)
+            one = x[row : row + 1]
+            moved = torch.nn.functional.conv2d(one, noise, stride=4) if base.weight.ndim == 4 else one @ noise.T
+            torch.testing.assert_close(noisy[row : row + 1], quiet[row : row + 1] + moved, rtol=1e-4, atol=1e-4)
+            assert moved.abs().max() > 0.01
         layer.eval()
-        assert torch.equal(layer(x), quiet)
+        torch.testing.assert_close(layer(x), quiet, rtol=0, atol=0)
         with trainer.noise.in_eval_mode():
-            trainer._draw_noise(0.5, 3)
+            trainer.noise.draw(0.5, 0, 3, trainer.args.device)
             assert not torch.equal(layer(x), quiet)
         assert torch.equal(layer(x), quiet) and not trainer.noise.noise
 
@@ -382,11 +388,17 @@ def test_the_thin_form_for_a_frozen_to_v_is_the_general_one(tmp_path):
     trainer.train()
     trainer.width = 0.4
     thin = trainer._kl_per_layer()
-    trainer.noise.shared = False
-    general = trainer._kl_per_layer()
-    assert sum(thin.values()) > 0
-    for name, value in thin.items():
-        torch.testing.assert_close(value, general[name], rtol=1e-3, atol=1e-5)
+    trainer.shared = False
+    trainer._set_prior_mean(trainer.prior_mean)
+    assert thin.sum() > 0
+    torch.testing.assert_close(thin, trainer._kl_per_layer(), rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_on_other_layers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="word_embeddings, a Embedding; UIB adapts linear layers"):
+        rows = make_rows("bert", 16, seed=2), make_rows("bert", 24, seed=1)
+        lora = LoraConfig(r=4, target_modules=["word_embeddings", "query"])
+        UIBTrainer(make_model("bert"), config(tmp_path), *rows, peft_config=lora)
 
 
 def test_training_again_goes_on_from_the_adapter(tmp_path):

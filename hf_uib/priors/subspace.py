@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..bound import margin
 
 DENSE_BUDGET = 2**26  # entries of C_l kept dense over all layers; 256 MB in float32
+NULL = 1e-6  # singular values under this share of the largest are rounding
 CHUNKS = 6  # of the samples, in the test of `pattern_z`
 
 
@@ -195,19 +196,31 @@ def subspace(stats: LayerStatistics, rank: int) -> Tensor:
 def top_right_singular_vectors(matrix: Tensor, count: int) -> Tensor:
     """``[min(count, columns), columns]`` orthonormal rows, in order of falling singular value.
 
-    Large matrices go through the eigenvectors of the smaller Gram matrix, an order faster and as good for the top ones.
+    Large matrices go through the eigenvectors of the smaller Gram matrix, an order faster and as good for the top ones. What a
+    decomposition leaves open is settled: the largest entry of a row is positive, and where the matrix has a lower rank the rows
+    are filled up with directions that do not depend on it.
     """
     rows, columns = matrix.shape
     count = min(count, columns)
     if min(rows, columns) > 256:
+        small = matrix @ matrix.T if rows < columns else matrix.T @ matrix
+        squares, vectors = torch.linalg.eigh(small)
+        values, vectors = squares.clamp_min(0).sqrt().flip(0)[:count], vectors.flip(1)[:, :count].T
         if rows < columns:
-            vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :count].T @ matrix
-        else:
-            vectors = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :count].T
-        return torch.linalg.qr(vectors.T).Q.T
-    if rows < count:
-        matrix = torch.cat([matrix, matrix.new_zeros(count - rows, columns)])
-    return torch.linalg.svd(matrix, full_matrices=False).Vh[:count]
+            vectors = vectors @ matrix
+    else:
+        _, values, vectors = torch.linalg.svd(matrix, full_matrices=False)
+        values, vectors = values[:count], vectors[:count]
+    vectors = vectors[values > NULL * values.max()] if values.max() > 0 else vectors[:0]
+    vectors = vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    fill = torch.randn(count - len(vectors), columns, generator=torch.Generator().manual_seed(count), dtype=vectors.dtype)
+    return _orthonormal(torch.cat([vectors, fill.to(vectors.device)]))
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Gram and Schmidt's rows: the first one stays, each later one loses what the earlier ones have."""
+    q, r = torch.linalg.qr(rows.T)
+    return (q * r.diagonal().sign()).T
 
 
 def begin_second_pass(statistics: dict[str, LayerStatistics]) -> bool:
