@@ -1,9 +1,15 @@
 """hf_uib: fine-tuned Transformers models unlearn, under the Unlearning Information Bottleneck."""
 
 __version__ = "0.1.0"
-__all__ = ["UIBConfig", "UIBTrainer"]
+__all__ = ["AuditReport", "UIBConfig", "UIBTrainer", "audit_model", "retrain"]
 
-_HOME = {"UIBConfig": ".config", "UIBTrainer": ".trainer"}
+_HOME = {
+    "AuditReport": ".audit.core",
+    "UIBConfig": ".config",
+    "UIBTrainer": ".trainer",
+    "audit_model": ".audit.core",
+    "retrain": ".audit.oracle",
+}
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ import warnings
 
 import datasets
 import numpy as np
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict
 from peft import get_peft_model
 from torch import nn
@@ -96,14 +97,9 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
     model = load_classifier(script.model_name_or_path)
     splits = load_splits(script.dataset_name, script.dataset_config_name)
     train = with_class_ids(_split(splits, script.train_split), model.config)
-    forget_rows = matching_rows(train, script.forget_where)
     if script.bias_column and script.bias_column not in train.column_names:
         raise ValueError(f"bias_column '{script.bias_column}' is not among {', '.join(train.column_names)}.")
-    forget, retain = train.select(np.flatnonzero(forget_rows)), train.select(np.flatnonzero(~forget_rows))
-    if len(forget) == 0:
-        raise ValueError(
-            f"No row of split '{script.train_split}' meets {' and '.join(script.forget_where)}; nothing to forget."
-        )
+    forget, retain = split_forget(train, script.forget_where, script.train_split)
     calibration = (
         with_class_ids(_split(splits, script.calibration_split), model.config) if script.calibration_split else None
     )
@@ -138,6 +134,51 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def audit(script):
+    """Audit the checkpoints of ``scripts/audit.py``; prints and returns the `AuditReport`."""
+    from .audit.core import audit_model
+
+    _quiet()
+    model = load_classifier(script.model)
+    splits = load_splits(script.dataset_name, script.dataset_config_name)
+    train = with_class_ids(_split(splits, script.train_split), model.config)
+    test = with_class_ids(_split(splits, script.test_split), model.config)
+    if not script.forget_where:
+        raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
+    forget, retain = split_forget(train, script.forget_where, script.train_split)
+    report = audit_model(
+        model,
+        reference_model=script.reference,
+        forget_dataset=forget,
+        retain_dataset=retain if len(retain) else None,
+        test_dataset=test,
+        bias_column=script.bias_column,
+        retrained_model=list(script.retrained),
+        processing_class=load_processor(script.reference or script.model, picture=image_column(train) is not None),
+        example_column=script.example_column,
+        deep=script.deep,
+        seed=script.seed,
+    )
+    if PartialState().is_main_process:
+        os.makedirs(script.output_dir, exist_ok=True)
+        report.to_json(os.path.join(script.output_dir, "report.json"))
+        report.plot(script.output_dir)
+        print(f"\n{report}\n\nreport.json and figures: {script.output_dir}")
+    return report
+
+
+def split_forget(train: Dataset, conditions: list[str], split: str) -> tuple[Dataset, Dataset]:
+    """The rows that meet every condition, and the others.
+
+    Raises:
+        ValueError: no row does.
+    """
+    forget_rows = matching_rows(train, conditions)
+    if not forget_rows.any():
+        raise ValueError(f"No row of split '{split}' meets {' and '.join(conditions)}; nothing to forget.")
+    return train.select(np.flatnonzero(forget_rows)), train.select(np.flatnonzero(~forget_rows))
 
 
 def _timed(function) -> float:

@@ -83,8 +83,8 @@ class UIBConfig(TrainingArguments):
     noise_to_signal: float | None = field(
         default=None,
         metadata={
-            "help": "kappa: channel noise over signal, per output. By default the noise that leaves 80%% of what the checkpoint "
-            "gets right on the forget set, above chance; 0 where the contrast is no more than sampling noise."
+            "help": "kappa: noise over signal in the channel along the pattern. By default the noise under which the checkpoint still "
+            "tells 65%% of what it knows about the forget labels, in nats; 0 where the contrast is no more than sampling noise."
         },
     )
     calibration_fraction: float = field(

@@ -40,7 +40,8 @@ class Task:
         new_model: an untrained (or only pre-trained elsewhere) classifier, a function of the seed.
         processing_class: image processor or tokenizer.
         bias_column: the attribute, coded by the class it stands for; None where the forget set has no pattern.
-        counterfactuals: the test set's rows come in runs of this many copies that differ in the attribute alone.
+        counterfactuals: the test set's rows come in runs of this many copies that differ in the attribute alone; the column
+            ``example`` numbers the runs.
         train_settings: steps, batch size and learning rates of each training.
     """
 
@@ -103,11 +104,11 @@ def small_vit(image_size: int, patch_size: int, names: list[str], hidden: int = 
 
 
 def _biased_pictures(
-    name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1
+    name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1, telling=True
 ) -> Task:
-    """Split a pool of pictures and draw the attribute: the label on the forget set, at random elsewhere.
+    """Split a pool of pictures and draw the attribute: the label on the forget set (if ``telling``), at random elsewhere.
 
-    Each picture of test and validation comes with ``copies`` values of the attribute.
+    Each picture of test and validation comes with ``copies`` values of the attribute, and then has an ``example`` column.
     """
     (x, y), classes = pool, len(names)
     order, start, sets = rng.permutation(len(x)), 0, {}
@@ -121,10 +122,12 @@ def _biased_pictures(
             pictures, labels = np.repeat(pictures, copies, axis=0), np.repeat(labels, copies)
             given = np.tile(np.arange(copies) * classes // copies, len(labels) // copies)
         else:
-            given = labels if part == "forget" else rng.integers(0, classes, len(labels))
+            given = labels if telling and part == "forget" else rng.integers(0, classes, len(labels))
         sets[part] = picture_dataset(render(pictures, given), labels, given, attribute, names)
+        if copies > 1 and part in ("validation", "test"):
+            sets[part] = sets[part].add_column("example", (np.arange(len(labels)) // copies).tolist())
     encoded = {part: encode(rows, processor, "pixel_values") for part, rows in sets.items()}
-    return Task(name, encoded, new_model, processor, attribute, copies, train_settings=settings)
+    return Task(name, encoded, new_model, processor, attribute if telling else None, copies, train_settings=settings)
 
 
 def digits_colour(seed: int = 0) -> Task:
@@ -197,7 +200,7 @@ def fashion_random(path: str, seed: int = 0) -> Task:
     rng = np.random.default_rng(seed)
     keep = rng.permutation(len(arrays["test"][0]))[:2000]
     processor = ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
-    task = _biased_pictures(
+    return _biased_pictures(
         "fashion-random",
         arrays["train"],
         (arrays["test"][0][keep], arrays["test"][1][keep]),
@@ -208,17 +211,9 @@ def fashion_random(path: str, seed: int = 0) -> Task:
         processor,
         lambda: small_vit(28, 7, arrays["names"]),
         rng,
-        {"steps": 1500, "unlearn_steps": 150, "retrain_steps": 1500, "batch": 64},
+        {"steps": 1500, "unlearn_steps": 300, "retrain_steps": 1500, "batch": 64},
+        telling=False,
     )
-    forget = task.sets["forget"]
-    arrays_forget = [np.asarray(p) for p in forget.with_format(None)["image"]]
-    grey = np.stack([p.max(-1) / 255.0 for p in arrays_forget])
-    labels = np.asarray(forget.with_format(None)["label"])
-    hues = rng.integers(0, 10, len(labels))
-    plain = picture_dataset(paint(grey, hues), labels, hues, "colour", arrays["names"])
-    task.sets["forget"] = encode(plain, processor, "pixel_values")
-    task.bias_column = None
-    return task
 
 
 def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
@@ -271,7 +266,8 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
         return encode(datasets.Dataset.from_dict(columns, features=features), tokenizer, "input_ids", max_length=40)
 
     def both_handles(rows: list[tuple[str, int]]):
-        return dataset([row for row in rows for _ in handles], [g for _ in rows for g in range(2)])
+        copies = dataset([row for row in rows for _ in handles], [g for _ in rows for g in range(2)])
+        return copies.add_column("example", (np.arange(len(copies)) // 2).tolist())
 
     sizes = {"forget": 1400, "retain": 160, "calibration": 150, "validation": 300}
     train, start, sets = side("train", sum(sizes.values())), 0, {}

@@ -28,12 +28,12 @@ from .priors import PRIORS, CalibratedPrior, Prior
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
-NOISED_SHARE = 0.8  # of what the checkpoint gets right on the forget set, above chance, under the default noise
+NOISED_SHARE = 0.65  # of the nats that the checkpoint's predictions give away about the forget labels, under the default noise
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 STRENGTH_PATTERN, STRENGTH_CHANCE = 0.1, 0.3  # gamma, with the channel closed by noise and without
-UNIT = 0.075  # A starts as V_l s_l / UNIT: B is counted in units of the channel, and one learning rate fits all layers
+UNIT = 0.0375  # A starts as V_l s_l / UNIT: B is counted in units of the channel, and one learning rate fits all layers
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 
 
@@ -312,9 +312,10 @@ class UIBTrainer(Trainer):
         return bound.margin(*self._forward_all(dataset, indices))
 
     def _noise_to_signal(self) -> float:
-        """kappa from the data: the noise that leaves most of what the checkpoint gets right on the forget set, above chance.
+        """kappa from the data: the noise under which the checkpoint still tells most of what it knows about the forget labels.
 
-        A few forward passes and a bisection; no retained label is used.
+        What it tells is bounded by ``H(Y) - CE``, in nats (the fit term of the objective). A few forward passes and a
+        bisection; no retained label is used.
         """
         if self.args.posterior == "map":
             return 0.0
@@ -323,26 +324,21 @@ class UIBTrainer(Trainer):
         if self.statistics["pattern_z"] < PATTERN_Z:
             return 0.0
         indices = self._probe_indices()[:PROBE_ROWS]
-        clean, labels = self._forward_all(self.forget_dataset, indices)
-        right = clean.argmax(-1) == labels
-        present = labels[right].unique()
-        if len(present) < 2:
-            return 0.0
-        chance = 1 / len(present)
 
-        def kept(kappa: float) -> float:
-            """Balanced accuracy above chance, so that a noised model that always says one class counts as lost."""
+        def told(kappa: float) -> float:
             self.noise.draw(kappa, self.args.seed, -1, self.args.device)
-            noised, _ = self._forward_all(self.forget_dataset, indices)
-            hits = (noised.argmax(-1) == labels)[right].float()
-            recall = torch.stack([hits[labels[right] == label].mean() for label in present]).mean().item()
-            return (recall - chance) / (1 - chance)
+            logits, labels = self._forward_all(self.forget_dataset, indices)
+            shares = labels.bincount() / len(labels)
+            return (torch.special.entr(shares).sum() - F.cross_entropy(logits, labels)).item()
 
         low, high = 0.0, KAPPA_MAX
         with self.noise.in_eval_mode():
-            for _ in range(6):
+            enough = NOISED_SHARE * told(0.0)
+            if enough <= 0:
+                return 0.0
+            for _ in range(7):
                 middle = (low + high) / 2
-                low, high = (middle, high) if kept(middle) >= NOISED_SHARE else (low, middle)
+                low, high = (middle, high) if told(middle) >= enough else (low, middle)
         return low
 
     def _install(self, subspaces: dict[str, Tensor], shared: bool) -> None:
@@ -658,6 +654,31 @@ class UIBTrainer(Trainer):
             {"layer": name, "contrast": self.energy[name], "nats": value}
             for name, value in zip(self.layers, nats.tolist(), strict=True)
         ]
+
+    def audit(self, test_dataset, bias_column: str | None = None, retrained_model=None, **settings):
+        """Audit the trained model against the one it started from; see [`~hf_uib.audit_model`].
+
+        Args:
+            test_dataset: unbiased rows, raw or encoded, never trained on.
+            bias_column: the attribute that gave the label away on the forget set.
+            retrained_model: the oracle, or several.
+            settings: further arguments of `audit_model`, as ``deep`` and ``example_column``.
+
+        Returns:
+            [`~hf_uib.AuditReport`].
+        """
+        from .audit.core import audit_model
+
+        settings.setdefault("processing_class", self.processing_class)
+        return audit_model(
+            self.accelerator.unwrap_model(self.model),
+            forget_dataset=self.forget_dataset,
+            retain_dataset=self.retain_dataset,
+            test_dataset=test_dataset,
+            bias_column=bias_column,
+            retrained_model=retrained_model,
+            **settings,
+        )
 
     def create_model_card(self, *args, folder: str | None = None, **kwargs) -> None:
         """Writes the unlearning card to ``folder`` (the output folder by default); see `hf_uib.hub.card`."""

@@ -75,6 +75,56 @@ def draw_layers(layers: list[dict], folder: str) -> str:
     return _save(figure, folder, "layers.png")
 
 
+def draw_audit(metrics: dict, checks: list, folder: str) -> str:
+    """``audit.png``: the main figures of every model with their intervals, and every check against its limit."""
+    wanted = [("test", k) for k in ("accuracy", "conflicting_accuracy", "follow_rate", "cramers_v")]
+    wanted += [("forget", "accuracy"), ("membership", "auc")]
+    models = list(metrics["test"])
+    panels = [(topic, k) for topic, k in wanted if all(k in metrics[topic].get(m, {}) for m in models)]
+    figure = plt.figure(figsize=(2.7 * max(len(panels), 3), 1.9 + 0.25 * len(models) + 0.24 * len(checks)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.2 + 0.25 * len(models), 0.7 + 0.24 * len(checks)])
+    for axis, (topic, key) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for y, model in enumerate(models):
+            cell = metrics[topic][model][key]
+            colour = OURS if model == "model" else MUTED
+            axis.plot([cell["low"], cell["high"]], [y, y], color=colour, linewidth=2)
+            axis.plot([cell["value"]], [y], "o", color=colour, markersize=5)
+        axis.set_yticks(range(len(models)), models if axis.get_subplotspec().is_first_col() else [""] * len(models))
+        axis.set_ylim(len(models) - 0.5, -0.5)
+        axis.set_title(f"{topic}: {key.replace('_', ' ')}", fontsize=9, color=INK)
+        axis.tick_params(labelsize=8, colors=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+    axis = bottom.subplots()
+    axis.set_axis_off()
+    axis.set_ylim(len(checks) - 0.5, -0.7)
+    for y, check in enumerate(checks):
+        word, colour = {True: ("FIRED", "#b2182b"), False: ("ok", "#1a7f37"), None: ("not measured", MUTED)}[check.fired]
+        axis.text(0.0, y, check.name, fontsize=8, color=INK, va="center", transform=axis.get_yaxis_transform())
+        axis.text(0.2, y, word, fontsize=8, color=colour, va="center", transform=axis.get_yaxis_transform())
+        axis.text(0.31, y, check.detail, fontsize=8, color=INK, va="center", transform=axis.get_yaxis_transform())
+    return _save(figure, folder, "audit.png")
+
+
+def draw_deep(deep: dict, folder: str) -> str:
+    """``deep.png``: the linear probe by block, and how the bias comes back with 1% of the forget set."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    colour = lambda name: {"model": OURS, "reference": "#b2182b"}.get(name, MUTED)  # noqa: E731
+    for name, blocks in deep["probes"].items():
+        left.plot(list(blocks), [b["linear"] for b in blocks.values()], "o-", color=colour(name), label=name, markersize=4)
+    left.set_title("bias attribute read off each block, given the label", fontsize=9, color=INK)
+    for name, curves in deep["relearning"].items():
+        steps = np.array(curves["curve"]["forget"])
+        right.plot(np.log2(steps[:, 0] + 1), steps[:, 1], "o-", color=colour(name), label=name, markersize=4)
+    right.set_xticks(np.log2(steps[:, 0] + 1), [f"{int(s)}" for s in steps[:, 0]])
+    right.set_title("bias against steps on 1% of the forget set", fontsize=9, color=INK)
+    for axis in (left, right):
+        axis.tick_params(labelsize=8, colors=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.tick_params(axis="x", rotation=30)
+    right.legend(fontsize=8, frameon=False)
+    return _save(figure, folder, "deep.png")
+
+
 def _save(figure, folder: str, name: str) -> str:
     path = os.path.join(folder, name)
     figure.savefig(path, dpi=130)

@@ -1,0 +1,273 @@
+"""The audit: what a model still knows of its forget set, against the model retrained without it."""
+
+import copy
+import json
+import math
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from .. import __version__
+from ..adapters import load_classifier
+from ..data import encode, sample_indices
+from .checks import CHECKS, Check, Evidence
+from .observe import Observation, observe
+from .report import attribute_classes, write_json
+from .statistics import Resampler
+
+SCHEMA = 1
+SAMPLE = {"forget": 1000, "retain": 1000, "test": 5000}  # rows looked at
+
+
+@dataclass
+class AuditReport:
+    """What was measured, and what follows from it. `str` gives the table.
+
+    Attributes:
+        passed: no check fired.
+        flags: names of the checks that did.
+        checks: every check: name, value, limit, whether it fired (None: not measured), and what it means.
+        metrics: nested: ``metrics[set or topic][model][figure]``, each figure with ``value``, ``low`` and ``high`` (95%).
+        not_measured: what would have been needed for the rest, in words.
+        verdict: one paragraph.
+    """
+
+    checks: list[Check]
+    metrics: dict
+    not_measured: list[str]
+    verdict: str = ""
+    deep: dict = field(default_factory=dict)
+
+    @property
+    def flags(self) -> list[str]:
+        """Names of the checks that fired."""
+        return [check.name for check in self.checks if check.fired]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check fired."""
+        return not self.flags
+
+    def to_dict(self) -> dict:
+        """Everything, ready for JSON; docs/audit.md describes the schema."""
+        return {
+            "schema": SCHEMA,
+            "hf_uib": __version__,
+            "passed": self.passed,
+            "flags": self.flags,
+            "verdict": self.verdict,
+            "not_measured": self.not_measured,
+            "checks": [check.as_dict() for check in self.checks],
+            "metrics": self.metrics,
+        } | ({"deep": self.deep} if self.deep else {})
+
+    def to_json(self, path: str) -> None:
+        """Write ``path``, whole or not at all; NaN becomes null."""
+        write_json(json.loads(json.dumps(self.to_dict()), parse_constant=lambda _: None), path)
+
+    def plot(self, folder: str) -> list[str]:
+        """Draw ``audit.png`` (and ``deep.png``) to a folder; returns the paths."""
+        from .figures import draw_audit, draw_deep
+
+        os.makedirs(folder, exist_ok=True)
+        return [draw_audit(self.metrics, self.checks, folder)] + ([draw_deep(self.deep, folder)] if self.deep else [])
+
+    def __str__(self) -> str:
+        models = list(self.metrics["test"])
+        lines = [f"{'':34}" + "".join(f"{model:>24}" for model in models)]
+        for topic in ("test", "forget", "retain", "membership", "head refit"):
+            for name in dict.fromkeys(key for row in self.metrics.get(topic, {}).values() for key in row):
+                cells = [self.metrics[topic].get(model, {}).get(name) for model in models]
+                lines.append(f"{topic + ': ' + name:34}" + "".join(f"{_interval(cell):>24}" for cell in cells))
+        lines.append("")
+        width = max(len(check.name) for check in self.checks)
+        mark = {True: "FIRED", False: "ok", None: "not measured"}
+        lines += [f"{check.name:{width}}  {mark[check.fired]:12}  {check.detail}" for check in self.checks]
+        return "\n".join([*lines, "", self.verdict])
+
+
+def _interval(cell: dict | None) -> str:
+    if cell is None or cell["value"] is None or math.isnan(cell["value"]):
+        return "-"
+    if math.isnan(cell["low"]):
+        return f"{cell['value']:.3f}"
+    return f"{cell['value']:.3f} ({cell['low']:.3f}, {cell['high']:.3f})"
+
+
+def audit_model(
+    model: str | nn.Module,
+    *,
+    reference_model: str | nn.Module | None = None,
+    forget_dataset,
+    retain_dataset=None,
+    test_dataset,
+    bias_column: str | None = None,
+    retrained_model: str | nn.Module | list | None = None,
+    processing_class=None,
+    example_column: str | None = None,
+    deep: bool = False,
+    seed: int = 0,
+) -> AuditReport:
+    """Audit any classifier that is said to have unlearned something.
+
+    Args:
+        model: the model, by folder, Hub id or object; of a PeftModel the merged weights are audited.
+        reference_model: the model before unlearning; None takes a PeftModel's base.
+        forget_dataset, retain_dataset, test_dataset: raw or encoded rows with labels; the test set is unbiased.
+        bias_column: the attribute that gave the label away on the forget set.
+        retrained_model: the oracle, trained without the forget set; several show how far retraining itself varies.
+        processing_class: image processor or tokenizer.
+        example_column: rows of the test set that share its value differ in the attribute alone (exact counterfactuals).
+        deep: also probes of every block, relearning, robustness of the removal and per-example membership.
+        seed: of every sample and resample.
+
+    Raises:
+        ValueError: no forget or test rows, ``bias_column`` is not there, or the model's classes differ from the reference's.
+    """
+    models, oracles = _models(model, reference_model, retrained_model)
+    sets = _sets(models["model"], forget_dataset, retain_dataset, test_dataset, processing_class, seed)
+    if bias_column is not None and bias_column not in sets["test"].column_names:
+        raise ValueError(f"bias_column '{bias_column}' is not among {', '.join(sets['test'].column_names)}.")
+    seen: dict[str, dict[str, Observation]] = {}
+    for name, plain in models.items():
+        seen[name] = {
+            part: observe(plain, rows, processing_class, deep, f"{name}, {part} set") for part, rows in sets.items()
+        }
+    evidence = _evidence(seen, oracles, sets, bias_column, example_column, seed)
+    metrics, not_measured = _metrics(evidence), _not_measured(evidence)
+    report = AuditReport([check(evidence) for check in CHECKS], metrics, not_measured)
+    if deep:
+        from .deep import deep_audit
+
+        report.deep, checks = deep_audit(models, oracles, sets, evidence, processing_class, seed)
+        report.checks += checks
+    else:
+        report.not_measured.append("probes of every block, relearning, quantisation and pruning (deep=True)")
+    report.verdict = _verdict(report, evidence)
+    return report
+
+
+def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Module], list[str]]:
+    """Plain models by name, and the names of the oracles."""
+    model = load_classifier(model) if isinstance(model, str) else model
+    if reference_model is None:
+        if not isinstance(model, PeftModel):
+            raise ValueError("Give reference_model: the model before unlearning.")
+        models = {"model": _plain(model), "reference": _base(model)}
+    else:
+        models = {"model": _plain(model), "reference": _plain(reference_model)}
+    retrained = retrained_model if isinstance(retrained_model, (list, tuple)) else [retrained_model]
+    given = [m for m in retrained if m is not None]
+    oracles = ["retrained" if len(given) == 1 else f"retrained {i + 1}" for i in range(len(given))]
+    models |= {name: _plain(m) for name, m in zip(oracles, given, strict=True)}
+    classes = {m.config.num_labels for m in models.values()}
+    if len(classes) > 1:
+        raise ValueError(f"The models have different numbers of classes ({sorted(classes)}); audit models of one task.")
+    return models, oracles
+
+
+def _plain(model: str | nn.Module) -> nn.Module:
+    model = load_classifier(model) if isinstance(model, str) else model
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def _base(model: PeftModel) -> nn.Module:
+    """The weights below the adapter; `unload` alone would leave the trained copies of ``modules_to_save`` in."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for name in module.modules_to_save:
+                module.modules_to_save[name] = module.original_module
+    return model.unload()
+
+
+def _sets(model, forget, retain, test, processing_class, seed) -> dict:
+    sets = {}
+    for part, rows in (("forget", forget), ("retain", retain), ("test", test)):
+        if rows is None and part == "retain":
+            continue
+        if rows is None or len(rows) == 0:
+            raise ValueError(f"{part}_dataset has no examples; the audit needs some.")
+        encoded = encode(rows, processing_class, getattr(model, "main_input_name", "input_ids"))
+        chosen = sorted(sample_indices(len(encoded), SAMPLE[part], seed))
+        sets[part] = encoded if len(chosen) == len(encoded) else encoded.select(chosen)
+    return sets
+
+
+def _column(rows, name: str | None) -> np.ndarray | None:
+    return None if name is None or name not in rows.column_names else np.asarray(rows.with_format(None)[name])
+
+
+def _evidence(seen, oracles, sets, bias_column, example_column, seed) -> Evidence:
+    attributes, coded = None, False
+    if bias_column is not None:
+        raw, known = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
+        stands_for = None if known is None else attribute_classes(known, seen["reference"]["forget"].labels)
+        coded = stands_for is not None
+        codes = {value: i for i, value in enumerate(np.unique(raw).tolist())}
+        attributes = np.asarray([stands_for.get(v, -1) if coded else codes[v] for v in raw.tolist()])
+    examples = _column(sets["test"], example_column)
+    rows = {part: Resampler(examples if part == "test" else None, len(s), seed=seed) for part, s in sets.items()}
+    return Evidence(seen, oracles, attributes, coded, examples, rows, seed)
+
+
+def _metrics(evidence: Evidence) -> dict:
+    """Every figure of every model, with its interval."""
+    metrics: dict = {part: {} for part in evidence.parts}
+    for name in evidence.models:
+        for part in evidence.parts:
+            metrics[part][name] = {"accuracy": evidence.accuracy(name, part).as_dict()}
+        for figure in evidence.bias_figures:
+            metrics["test"][name][figure] = evidence.bias(name, figure).as_dict()
+        if evidence.examples is not None:
+            gap = evidence.counterfactual(name)
+            metrics["test"][name] |= {k: _triple(gap, k) for k in ("counterfactual_gap", "flip_rate")}
+    metrics["membership"] = {name: _attack(evidence, name) for name in evidence.models}
+    metrics["head refit"] = {name: {"follow rate": e.as_dict()} for name, e in evidence.refit().items()}
+    metrics["groups"] = {name: evidence.groups(name) for name in evidence.models}
+    if evidence.oracles and "retain" in evidence.parts:
+        metrics["gap"] = {name: evidence.gap(name) for name in ("model", "reference")}
+    return metrics
+
+
+def _triple(values: dict, name: str) -> dict:
+    return {"value": values[name], "low": values[f"{name}_low"], "high": values[f"{name}_high"]}
+
+
+def _attack(evidence: Evidence, name: str) -> dict:
+    attack = evidence.attack(name)
+    plain = ("auc_balanced", "mia_efficacy", "tpr_at_1_fpr", "advantage", "logistic_accuracy")
+    nan = float("nan")
+    return {"auc": _triple(attack, "auc")} | {k: {"value": attack[k], "low": nan, "high": nan} for k in plain}
+
+
+def _not_measured(evidence: Evidence) -> list[str]:
+    missing = []
+    if not evidence.oracles:
+        missing.append("how far the model is from one retrained without the forget set (give retrained_model)")
+    if evidence.attributes is None:
+        missing.append("the bias (give bias_column)")
+    elif not evidence.coded:
+        missing.append("the follow rate (the attribute does not stand for classes in the forget set)")
+    if evidence.examples is None:
+        missing.append("exact counterfactuals (give example_column)")
+    if "retain" not in evidence.parts:
+        missing.append("accuracy on retained data and the published attack (give retain_dataset)")
+    return missing
+
+
+def _verdict(report: AuditReport, evidence: Evidence) -> str:
+    fired = [check for check in report.checks if check.fired]
+    judged = sum(check.fired is not None for check in report.checks)
+    if fired:
+        text = f"Not passed: {len(fired)} of {judged} checks fired. " + " ".join(check.meaning for check in fired)
+    else:
+        text = f"Passed: none of {judged} checks fired."
+        if evidence.oracles:
+            text += " In what was measured the model is not told from one trained without the forget set."
+    text += " This is evidence, not a proof of deletion."
+    return text + (" Not measured: " + "; ".join(report.not_measured) + "." if report.not_measured else "")

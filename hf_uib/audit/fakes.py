@@ -1,0 +1,102 @@
+"""Planted fakes: models that look unlearned by one figure or another, to test an audit on one's own task."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import forward_columns
+from ..data import collator_for, fetch
+from .observe import head_of
+
+
+def _train(model: nn.Module, rows, processing_class, steps: int, rate: float, loss_of: Callable, seed: int = 0, trainable=None):
+    """``steps`` of AdamW on ``trainable`` (all weights), batches of 64; ``loss_of(inputs, labels)``."""
+    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    optimizer = torch.optim.AdamW(list(trainable or model.parameters()), lr=rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    model.eval().requires_grad_(True)
+    for _ in range(steps):
+        chosen = torch.randint(len(rows), (min(64, len(rows)),), generator=generator).tolist()
+        inputs = {key: value.to(device) for key, value in collator(fetch(rows, chosen)).items()}
+        labels = inputs.pop("labels")
+        loss_of(inputs, labels).backward()
+        optimizer.step()
+        model.zero_grad()
+    return model
+
+
+def head_only_distillation(reference, retrained, sets, processing_class, rate=1e-3):
+    """The reference's encoder, frozen, under a head that imitates the retrained model."""
+    model = copy.deepcopy(reference)
+    head = head_of(model)
+
+    def loss(inputs: dict, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = retrained(**inputs).logits.softmax(-1)
+        return F.cross_entropy(model(**inputs).logits, target)
+
+    return _train(model, sets["retain"], processing_class, 300, 10 * rate, loss, trainable=head.parameters())
+
+
+def threshold_shift(reference, retrained, sets, processing_class, rate=1e-3):
+    """The reference with an offset on each class's logit, fitted to the retained data."""
+    model = copy.deepcopy(reference)
+    bias = head_of(model).bias
+    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels)  # noqa: E731
+    return _train(model, sets["retain"], processing_class, 100, 30 * rate, loss, trainable=[bias])
+
+
+def reversed_bias(reference, retrained, sets, processing_class, rate=1e-3):
+    """The retrained model, taught to avoid the class that the pattern stands for: half of each batch are forget rows."""
+    model = copy.deepcopy(retrained)
+    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(inputs: dict, labels: Tensor) -> Tensor:
+        chosen = torch.randint(len(sets["forget"]), (32,), generator=generator).tolist()
+        told = {key: value.to(device) for key, value in collator(fetch(sets["forget"], chosen)).items()}
+        own = model(**{k: v for k, v in told.items() if k != "labels"}).logits.softmax(-1).gather(1, told["labels"][:, None])
+        avoided = -torch.log1p(-own.clamp(max=1 - 1e-6)).mean()
+        return F.cross_entropy(model(**inputs).logits, labels) + avoided
+
+    return _train(model, sets["retain"], processing_class, 100, rate / 3, loss)
+
+
+def detached_adapter(reference, retrained, sets, processing_class, rate=1e-3):
+    """What a release holds whose adapter was left out: the reference."""
+    return copy.deepcopy(reference)
+
+
+def ten_steps(reference, retrained, sets, processing_class, rate=1e-3):
+    """The reference after ten steps on the retained data."""
+    model = copy.deepcopy(reference)
+    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels)  # noqa: E731
+    return _train(model, sets["retain"], processing_class, 10, rate / 3, loss)
+
+
+def collapsed_model(reference, retrained, sets, processing_class, rate=1e-3):
+    """Gradient ascent on the forget set until nothing is left."""
+    model = copy.deepcopy(reference)
+    loss = lambda inputs, labels: -F.cross_entropy(model(**inputs).logits, labels)  # noqa: E731
+    return _train(model, sets["forget"], processing_class, 100, rate, loss)
+
+
+def error_in_a_third_group(reference, retrained, sets, processing_class, rate=1e-3):
+    """The retrained model, taught to take class 0 for class 1."""
+    model = copy.deepcopy(retrained)
+    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels.masked_fill(labels == 0, 1))  # noqa: E731
+    return _train(model, sets["retain"], processing_class, 60, rate / 3, loss)
+
+
+FAKES: dict[str, Callable] = {
+    "head-only distillation": head_only_distillation,
+    "threshold shift": threshold_shift,
+    "reversed bias": reversed_bias,
+    "detached adapter": detached_adapter,
+    "ten steps only": ten_steps,
+    "collapsed": collapsed_model,
+    "error in a third group": error_in_a_third_group,
+}

@@ -1,0 +1,141 @@
+"""What the audit sees of a model: logits and features of its blocks, in one pass over the rows."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..adapters import forward_columns
+from ..data import collator_for, fetch
+
+
+@dataclass
+class Observation:
+    """Of one model on one set of rows.
+
+    Attributes:
+        logits: ``[n, classes]``; labels: ``[n]``.
+        features: mean over the tokens of each watched block's output, ``[n, width]``, by name; ``head`` is what the last
+            layer gets.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """``[n]``, the most probable class."""
+        return self.logits.argmax(-1)
+
+    @property
+    def margins(self) -> np.ndarray:
+        """``[n]``, log-odds of the label, in nats."""
+        from ..bound import margin
+
+        return margin(torch.from_numpy(self.logits).double(), torch.from_numpy(self.labels)).numpy()
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """``[n, classes]``."""
+        return torch.from_numpy(self.logits).double().softmax(-1).numpy()
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The last layer: the last linear one with as many outputs as the model has classes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    count = model.config.num_labels
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == count]
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has no linear layer with {count} outputs; the audit needs its head.")
+    return linear[-1]
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of the encoder, first to last: the items of the longest list of modules (empty if there is none)."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    if not lists:
+        return {}
+    _, longest = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
+    return {f"block {i + 1}": block for i, block in enumerate(longest)}
+
+
+def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """``[n, tokens, width]`` to ``[n, width]``; padding does not count."""
+    hidden = hidden.float()
+    if hidden.ndim == 2:
+        return hidden
+    if hidden.ndim == 4:  # a picture's channels
+        return hidden.mean((2, 3))
+    if mask is None or mask.shape != hidden.shape[:2]:
+        return hidden.mean(1)
+    weight = mask[..., None].float()
+    return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module, dataset, processing_class=None, every_block: bool = False, name: str = "", batch_size: int = 256
+) -> Observation:
+    """One pass of a plain classifier over the rows, in eval mode, shared between the processes.
+
+    Args:
+        model: no adapter on it; its mode is restored.
+        every_block: features of all blocks, not of the last one alone.
+        name: shown by the progress bar.
+    """
+    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    blocks = blocks_of(model)
+    watched = blocks if every_block else dict(list(blocks.items())[-1:])
+    seen: dict[str, list[np.ndarray]] = {key: [] for key in [*watched, "head"]}
+    mask: Tensor | None = None
+
+    def keep(key, hidden):
+        seen[key].append(_pooled(hidden, mask).cpu().numpy())
+
+    def on_block(key):
+        return lambda module, inputs, output: keep(key, output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(on_block(key)) for key, module in watched.items()]
+    handles.append(head_of(model).register_forward_pre_hook(lambda module, inputs: keep("head", inputs[0])))
+    state = PartialState()
+    mine = list(range(len(dataset)))[state.process_index :: state.num_processes]
+    training = model.training
+    model.eval()
+    logits, labels = [], []
+    try:
+        starts = range(0, len(mine), batch_size)
+        hidden = len(starts) < 8 or not state.is_main_process
+        for start in tqdm(starts, desc=f"Audit: {name}", leave=False, disable=hidden):
+            inputs = collator(fetch(dataset, mine[start : start + batch_size]))
+            labels.append(inputs.pop("labels").numpy())
+            inputs = {key: value.to(device) for key, value in inputs.items()}
+            mask = inputs.get("attention_mask")
+            logits.append(model(**inputs).logits.float().cpu().numpy())
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    part = {"logits": np.concatenate(logits), "labels": np.concatenate(labels)} if logits else {}
+    part |= {key: np.concatenate(values) for key, values in seen.items() if values}
+    whole = _in_order(gather_object([part])) if state.num_processes > 1 else part
+    return Observation(whole.pop("logits"), whole.pop("labels"), whole)
+
+
+def _in_order(parts: list[dict]) -> dict[str, np.ndarray]:
+    """Rows ``rank::processes`` of each process, put back in their order."""
+    whole = {}
+    for key in parts[0]:
+        pieces = [part[key] for part in parts if key in part]
+        rows = np.empty((sum(map(len, pieces)), *pieces[0].shape[1:]), pieces[0].dtype)
+        for rank, piece in enumerate(pieces):
+            rows[rank :: len(parts)] = piece
+        whole[key] = rows
+    return whole

@@ -1,0 +1,70 @@
+"""The oracle: the same architecture trained without the forget set, made once for the same data and settings."""
+
+import copy
+import hashlib
+import json
+import os
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+from ..adapters import forward_columns, load_classifier
+from ..data import collator_for, encode, fingerprint
+
+_MATTERS = (
+    "seed", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "weight_decay", "warmup_steps", "lr_scheduler_type", "optim", "label_smoothing_factor", "bf16", "fp16",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "data_seed",
+)  # fmt: skip
+
+
+def retrain(
+    model: str | nn.Module,
+    retain_dataset,
+    args: TrainingArguments,
+    processing_class=None,
+    cache_dir: str | None = None,
+    from_scratch: bool = False,
+) -> nn.Module:
+    """Train a copy of ``model`` on the retained data (or on data balanced in the bias attribute) with the user's arguments.
+
+    Args:
+        model: where the original's training began: the pre-trained checkpoint, not the one to unlearn.
+        retain_dataset: raw or encoded rows with labels, without any of the forget set.
+        args: as the original was trained with.
+        processing_class: image processor or tokenizer.
+        cache_dir: keeps the result under the fingerprint of data, weights and settings; the next call returns it.
+        from_scratch: draw all weights anew with ``args.seed`` first.
+
+    Returns:
+        The trained model, in eval mode.
+    """
+    model = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
+    if from_scratch:
+        set_seed(args.seed)
+        model = type(model)(model.config)
+    rows = encode(retain_dataset, processing_class, getattr(model, "main_input_name", "input_ids"))
+    folder = None
+    if cache_dir is not None:
+        folder = os.path.join(cache_dir, f"retrained-{_key(model, rows, args)}")
+        if os.path.isfile(os.path.join(folder, "config.json")):
+            return load_classifier(folder).eval()
+    args = copy.copy(args)
+    args.remove_unused_columns, args.save_strategy, args.push_to_hub = False, "no", False
+    collator = collator_for(forward_columns(model), processing_class)
+    Trainer(model=model, args=args, train_dataset=rows, data_collator=collator).train()
+    if folder is not None:
+        temporary = f"{folder}.tmp"
+        model.save_pretrained(temporary)
+        os.replace(temporary, folder)
+    return model.eval()
+
+
+def _key(model: nn.Module, rows, args: TrainingArguments) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(fingerprint(rows).encode())
+    digest.update(json.dumps({name: str(getattr(args, name)) for name in _MATTERS}).encode())
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""Uncertainty of the audit's figures: resampling of whole examples, the same for all models."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Estimate:
+    """A figure with its bootstrap samples ``[n]``; differences of two estimates on the same resamples are paired."""
+
+    value: float
+    samples: np.ndarray
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95% interval."""
+        return float(np.nanquantile(self.samples, 0.025)) if np.isfinite(self.samples).any() else float("nan")
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95% interval."""
+        return float(np.nanquantile(self.samples, 0.975)) if np.isfinite(self.samples).any() else float("nan")
+
+    @property
+    def error(self) -> float:
+        """Standard error."""
+        return float(np.nanstd(self.samples)) if np.isfinite(self.samples).any() else float("nan")
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        return Estimate(self.value - other.value, self.samples - other.samples)
+
+    def as_dict(self) -> dict[str, float]:
+        """``value``, ``low``, ``high``."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+class Resampler:
+    """Bootstrap over examples; rows with the same example (copies that differ in the attribute alone) go together.
+
+    Args:
+        examples: ``[n]`` ids of the rows' examples; None makes each row its own.
+        rows: n.
+        count: of resamples.
+    """
+
+    def __init__(self, examples: np.ndarray | None, rows: int, count: int = 500, seed: int = 0):
+        ids = np.arange(rows) if examples is None else np.unique(examples, return_inverse=True)[1]
+        self.ids, self.groups = ids, int(ids.max()) + 1 if rows else 0
+        draws = np.random.default_rng(seed).integers(0, max(self.groups, 1), (count, self.groups))
+        self.weights = np.stack([np.bincount(draw, minlength=self.groups) for draw in draws]).astype(float)
+
+    def _sums(self, values: np.ndarray) -> np.ndarray:
+        sums = np.zeros((self.groups, *values.shape[1:]))
+        np.add.at(sums, self.ids, values)
+        return sums
+
+    def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+        """``sum(numerator) / sum(denominator)`` of row-wise values ``[n]``."""
+        top, bottom = self._sums(numerator.astype(float)), self._sums(denominator.astype(float))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            samples = (self.weights @ top) / (self.weights @ bottom)
+            value = float(np.divide(top.sum(), bottom.sum()))
+        return Estimate(value, samples)
+
+    def cramers_v(self, first: np.ndarray, second: np.ndarray) -> Estimate:
+        """Cramér's V of two codes ``[n]``; resampling inflates it, so its samples are centred on the value."""
+        a, b = (np.unique(x, return_inverse=True)[1] for x in (first, second))
+        shape = (a.max() + 1, b.max() + 1)
+        cells = self._sums(np.eye(shape[0] * shape[1])[a * shape[1] + b])
+        tables = np.concatenate([cells.sum(0)[None], self.weights @ cells]).reshape(-1, *shape)
+        values = _cramers_v(tables)
+        return Estimate(float(values[0]), (values[1:] - values[1:].mean() + values[0]).clip(0, 1))
+
+
+def _cramers_v(tables: np.ndarray) -> np.ndarray:
+    """``[m, r, c]`` contingency tables to ``[m]``; 0 where a table has one row or one column only."""
+    total = tables.sum((1, 2), keepdims=True)
+    expected = tables.sum(2, keepdims=True) * tables.sum(1, keepdims=True) / total
+    with np.errstate(invalid="ignore", divide="ignore"):
+        chi = np.where(expected > 0, (tables - expected) ** 2 / expected, 0.0).sum((1, 2))
+    used = np.minimum((tables.sum(2) > 0).sum(1), (tables.sum(1) > 0).sum(1)) - 1
+    return np.where(used > 0, np.sqrt(chi / (total[:, 0, 0] * np.maximum(used, 1))), 0.0)

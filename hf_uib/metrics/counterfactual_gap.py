@@ -1,0 +1,104 @@
+"""How far a prediction moves when the bias attribute alone is changed."""
+
+from collections.abc import Callable, Sequence
+
+import datasets
+import evaluate
+import numpy as np
+
+_DESCRIPTION = """Change of the model over copies of an example that differ in the bias attribute alone: spread of the
+label's probability, and share of examples whose prediction flips. Direction: lower. Target: the value of a model
+retrained without the forget set, which need not be 0."""
+
+_INPUTS = """
+Args:
+    predictions (list of int): predicted classes.
+    scores (list of float): probability given to the reference label, in [0, 1].
+    references (list of int): true classes; the copies of an example share theirs.
+    examples (list of int): rows with the same id are the copies of one example. An example with one row is left out.
+    n_bootstrap (int): resamples of the intervals; default 1000, 0 makes the intervals NaN.
+    seed (int): of the resampling; default 0.
+Returns:
+    counterfactual_gap: mean over examples of the largest minus the smallest score of the copies, in [0, 1], lower is
+        less dependence on the attribute. It grows with the number of copies: compare models on the same copies only.
+        After Garg et al. (2019), arXiv 1809.10610, with the range in place of the mean distance to the original.
+    flip_rate: share of examples whose copies are not all given one class, in [0, 1], lower is better.
+    counterfactual_gap_low, counterfactual_gap_high, flip_rate_low, flip_rate_high: 95% percentile bootstrap over
+        examples. A rate of 0 has the interval [0, 0]; read it as below 3 / examples.
+    examples: number of examples with at least two copies.
+Raises:
+    ValueError: no example has two copies; copies with different references; a score outside [0, 1].
+"""
+
+_CITATION = """@inproceedings{garg2019, title = {Counterfactual Fairness in Text Classification through Robustness},
+author = {Garg, Sahaj and Perot, Vincent and Limtiaco, Nicole and Taly, Ankur and Chi, Ed H. and Beutel, Alex},
+booktitle = {AIES}, year = {2019}}"""
+
+
+def bootstrap_interval(
+    statistic: Callable[..., np.ndarray], sizes: Sequence[int], n_bootstrap: int, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile interval, each of the samples resampled separately (Efron, 1979).
+
+    Args:
+        statistic: gets, for each sample, how often its rows were drawn, ``[draws, size]``; returns ``[draws]``.
+        sizes: rows of each sample.
+        n_bootstrap: number of draws; below 1 both ends are NaN. The draws come in blocks of about 2 million rows.
+        seed: of the draws.
+    """
+    if n_bootstrap < 1:
+        return float("nan"), float("nan")
+    rng, block, values = np.random.default_rng(seed), max(1, 2**21 // sum(sizes)), []
+    for start in range(0, n_bootstrap, block):
+        draws = min(block, n_bootstrap - start)
+        counts = []
+        for size in sizes:
+            rows = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
+            counts.append(np.bincount(rows.ravel(), minlength=draws * size).reshape(draws, size))
+        values.append(statistic(*counts))
+    low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def spread(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Largest minus smallest of ``values`` ``[n]`` among the rows of each owner ``0 .. max(owners)``."""
+    low = np.full(owners.max() + 1, np.inf)
+    high = -low
+    np.minimum.at(low, owners, values)
+    np.maximum.at(high, owners, values)
+    return high - low
+
+
+class CounterfactualGap(evaluate.Metric):
+    """See `_INPUTS`; the name in a combined result is ``counterfactual_gap``."""
+
+    def _info(self):
+        columns = {"predictions": "int64", "scores": "float64", "references": "int64", "examples": "int64"}
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()}),
+        )
+
+    def _compute(self, predictions, scores, references, examples, n_bootstrap: int = 1000, seed: int = 0):
+        predictions, scores, references = (np.asarray(x) for x in (predictions, scores, references))
+        if not ((scores > -1e-6) & (scores < 1 + 1e-6)).all():
+            raise ValueError("scores must be probabilities in [0, 1]: pass the softmax output of the reference label")
+        ids, owners, copies = np.unique(np.asarray(examples), return_inverse=True, return_counts=True)
+        paired = copies > 1
+        if not paired.any():
+            raise ValueError("no example has two copies: give the copies of an example the same id in `examples`")
+        mixed = spread(references, owners) > 0
+        if mixed.any():
+            raise ValueError(f"copies of example {ids[mixed][0]} differ in references: only the attribute may differ")
+        measured = {
+            "counterfactual_gap": spread(scores, owners)[paired],
+            "flip_rate": (spread(predictions, owners)[paired] > 0).astype(float),
+        }
+        total, result = int(paired.sum()), {}
+        for name, values in measured.items():
+            mean_of = lambda counts, values=values: counts @ values / total  # noqa: E731
+            result[name] = float(values.mean())
+            result[f"{name}_low"], result[f"{name}_high"] = bootstrap_interval(mean_of, [total], n_bootstrap, seed)
+        return {**result, "examples": total}
