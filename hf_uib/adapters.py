@@ -187,37 +187,79 @@ class NoiseChannel:
     Args:
         layers: adapted layers, by name.
         subspaces: V_l ``[k, d_in]``, by name.
+        adapter: the adapter's name.
+        reads: where ``lora_A`` is V_l but for a factor: what the base layer makes of its output, in LoRA's units ``[d_out, k]``, by
+            name. The noise then goes through LoRA's own factors, at one thin product a layer; otherwise it is added to the
+            layer's input, at two.
     """
 
     DRAWS = 16
 
-    def __init__(self, layers: dict[str, nn.Module], subspaces: dict[str, Tensor]):
-        self.subspaces = subspaces
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        subspaces: dict[str, Tensor],
+        adapter: str,
+        reads: dict[str, Tensor] | None = None,
+    ):
+        self.subspaces, self.reads = subspaces, reads
         self.probing = False
         self.noise: dict[str, Tensor] = {}
         self.positions: Tensor | None = None  # of the rows of the next forward, [n]; None: one after the other
-        self.handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
+        self.mixed: dict[str, Tensor] = {}
+        self.handles = []
+        for name, layer in layers.items():
+            if reads is None:
+                self.handles.append(layer.register_forward_pre_hook(self._on_input(name)))
+            else:
+                self.handles.append(layer.lora_A[adapter].register_forward_hook(self._on_code(name)))
+                self.handles.append(layer.lora_B[adapter].register_forward_hook(self._on_output(name)))
 
-    def _hook(self, name: str):
-        def hook(module, inputs):
-            if not self.noise or not (module.training or self.probing):
+    def _off(self, module: nn.Module) -> bool:
+        return not self.noise or not (module.training or self.probing)
+
+    def _on_code(self, name: str):
+        def hook(module, inputs, code):
+            if self._off(module):
                 return None
-            x, *rest = inputs
-            return x + self._mixed(name, module.get_base_layer(), x), *rest
+            self.mixed[name] = self._mix(name, code)
+            return code + self.mixed[name]
 
         return hook
 
-    def _mixed(self, name: str, base: nn.Module, x: Tensor) -> Tensor:
-        subspace = self.subspaces[name].to(x.dtype)
-        noise = self.noise[name][self._draws(x)].to(x.dtype)
-        if not isinstance(base, nn.Conv2d):
-            z = F.linear(x, subspace)
-            return torch.bmm(z.view(len(x), -1, z.shape[-1]), noise).view(z.shape) @ subspace
-        kernel = subspace.view(len(subspace), *base.weight.shape[1:])
-        z = F.conv2d(x, kernel, None, base.stride, 0, base.dilation)
-        mixed = torch.bmm(z.flatten(2).mT, noise).mT.reshape(z.shape)
-        back = F.conv_transpose2d(mixed, kernel, None, base.stride, 0, 0, 1, base.dilation)
-        return F.pad(back, (0, x.shape[-1] - back.shape[-1], 0, x.shape[-2] - back.shape[-2]))
+    def _on_output(self, name: str):
+        def hook(module, inputs, output):
+            if self._off(module):
+                return None
+            mixed = self.mixed.pop(name)
+            read = self.reads[name].to(mixed.dtype)
+            if mixed.ndim == 4:
+                return output + F.conv2d(mixed, read[:, :, None, None])
+            return torch.addmm(output.flatten(0, -2), mixed.flatten(0, -2), read.T).view(output.shape)
+
+        return hook
+
+    def _on_input(self, name: str):
+        def hook(module, inputs):
+            if self._off(module):
+                return None
+            (x, *rest), base = inputs, module.get_base_layer()
+            subspace = self.subspaces[name].to(x.dtype)
+            if not isinstance(base, nn.Conv2d):
+                return x + self._mix(name, F.linear(x, subspace)) @ subspace, *rest
+            kernel = subspace.view(len(subspace), *base.weight.shape[1:])
+            mixed = self._mix(name, F.conv2d(x, kernel, None, base.stride, 0, base.dilation))
+            back = F.conv_transpose2d(mixed, kernel, None, base.stride, 0, 0, 1, base.dilation)
+            return x + F.pad(back, (0, x.shape[-1] - back.shape[-1], 0, x.shape[-2] - back.shape[-2])), *rest
+
+        return hook
+
+    def _mix(self, name: str, code: Tensor) -> Tensor:
+        """``kappa G`` of each row's draw applied to its codes, ``[n, ..., k]`` or ``[n, k, h, w]``."""
+        noise = self.noise[name][self._draws(code)].to(code.dtype)
+        if code.ndim == 4:
+            return torch.bmm(code.flatten(2).mT, noise).mT.reshape(code.shape)
+        return torch.bmm(code.reshape(len(code), -1, code.shape[-1]), noise).view(code.shape)
 
     def _draws(self, x: Tensor) -> Tensor:
         rows = torch.arange(len(x), device=x.device) if self.positions is None else self.positions
@@ -245,7 +287,7 @@ class NoiseChannel:
 
     def silence(self) -> None:
         """No noise until the next draw."""
-        self.noise, self.positions = {}, None
+        self.noise, self.positions, self.mixed = {}, None, {}
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -94,10 +94,11 @@ def channel_kl(
     Returns:
         ``[layers]``, in nats.
     """
+    dtype = reads[0].dtype
     wide = torch.float32 if reads[0].device.type == "mps" else torch.float64
-    pairs = [(m.to(wide), m0.to(wide)) for m, m0 in zip(reads, prior_reads, strict=True)]
-    gram, prior_gram, cross = (torch.stack(m) for m in zip(*((m.T @ m, m0.T @ m0, m0.T @ m) for m, m0 in pairs), strict=True))
-    distance = torch.stack([(m - m0).square().sum() for m, m0 in pairs])
+    reads, prior_reads = [m.to(wide) for m in reads], [m.to(wide) for m in prior_reads]
+    gram, prior_gram = torch.stack([m.T @ m for m in reads]), torch.stack([m.T @ m for m in prior_reads])
+    cross = torch.stack([m0.T @ m for m, m0 in zip(reads, prior_reads, strict=True)])
     ratio = (width**2 / floors.to(wide) ** 2)[:, None, None]
     eye = torch.eye(gram.shape[-1], dtype=wide, device=gram.device)
     prior_factor, factor = (torch.linalg.cholesky_ex(eye + ratio * g).L for g in (prior_gram, gram))
@@ -106,9 +107,10 @@ def channel_kl(
     shrunk = lambda m: trace(torch.cholesky_solve(m, prior_factor)) * ratio[:, 0, 0]  # noqa: E731
     excess = ratio[:, 0, 0] * trace(gram) - shrunk(ratio * cross @ cross.mT + prior_gram)
     toward = cross - prior_gram
+    distance = trace(gram) - 2 * trace(cross) + trace(prior_gram)
     squared = (distance - shrunk(toward @ toward.mT)) / floors.to(wide) ** 2
     nats = ranks.to(wide) / 2 * (excess + log_det(prior_factor) - log_det(factor)) + squared / 2
-    return nats.to(reads[0].dtype)
+    return nats.to(dtype)
 
 
 def capacity(noise_to_signal: float) -> float:

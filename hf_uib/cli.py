@@ -72,6 +72,8 @@ def demo(args: UIBConfig) -> dict[str, dict]:
         logits, labels = report.predict(model, test, task.processing_class)
         predictions[name] = logits.argmax(-1)
         results[name] = report.bias_row(logits, labels, attributes) | ({} if needed is None else {"seconds": needed})
+    oracle = compared["retrained"][0]
+    audit = trainer.audit(test, task.bias_column, retrained_model=oracle, example_column="example")
     if trainer.is_world_process_zero():
         telling = np.flatnonzero((predictions["original"] == attributes) & (attributes != labels))[:8].tolist()
         pictures = [test.with_format(None)[i]["image"] for i in telling]
@@ -81,6 +83,7 @@ def demo(args: UIBConfig) -> dict[str, dict]:
             {"task": task.name, "seed": args.seed},
             pictures=(pictures, labels[telling], predictions["original"][telling], predictions["UIB"][telling]),
             merge=True,
+            audit=audit,
         )
         print(f"{time.perf_counter() - started:.0f} seconds in all.")
     return results
@@ -123,14 +126,19 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
         "original": before,
         "UIB": _rows(trainer, trainer.model, shown, script.bias_column) | {"seconds": seconds},
     }
-    if script.retrained_model:
-        results["retrained"] = _rows(trainer, load_classifier(script.retrained_model), shown, script.bias_column)
+    oracle = load_classifier(script.retrained_model) if script.retrained_model else None
+    if oracle is not None:
+        results["retrained"] = _rows(trainer, oracle, shown, script.bias_column)
+    audit = None
+    if trainer.eval_dataset is not None:
+        bias_column = script.bias_column if script.bias_column in test.column_names else None
+        audit = trainer.audit(trainer.eval_dataset, bias_column, retrained_model=oracle)
     if trainer.is_world_process_zero():
         source = {
             "model": os.path.basename(script.model_name_or_path.rstrip("/")),
             "forget_where": script.forget_where,
         }
-        _finish(trainer, results, source, merge=script.save_merged)
+        _finish(trainer, results, source, merge=script.save_merged, audit=audit)
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
@@ -220,8 +228,8 @@ def _rows(trainer: UIBTrainer, model, shown: dict, bias_column: str | None) -> d
     return row
 
 
-def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, merge: bool = False) -> None:
-    """Figures, report, adapter, card and, if asked for, the merged model; then the table."""
+def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, merge: bool = False, audit=None) -> None:
+    """Figures, report, audit, adapter, card and, if asked for, the merged model; then the table."""
     folder = trainer.args.output_dir
     trainer.results = results
     os.makedirs(folder, exist_ok=True)
@@ -234,6 +242,9 @@ def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, mer
         "log": trainer.state.log_history,
     }
     report.write_json(content, os.path.join(folder, "report.json"))
+    if audit is not None:
+        audit.to_json(os.path.join(folder, "audit.json"))
+        audit.plot(folder)
     trainer.save_model(_internal_call=True)
     if merge:
         merged = trainer.merge_and_unload()
@@ -241,6 +252,8 @@ def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, mer
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(os.path.join(folder, "merged"))
     print("\n" + report.text_table(results))
+    if audit is not None:
+        print(f"\nAudit: {audit.verdict}")
     merged_folder = f"; merged model: {os.path.join(folder, 'merged')}" if merge else ""
     print(f"\nAdapter, card (README.md), report.json and figures: {folder}{merged_folder}")
 

@@ -346,12 +346,15 @@ class UIBTrainer(Trainer):
         if self.noise is not None:
             self.noise.remove()
         self.subspaces, self.shared = subspaces, shared
-        self.noise = adapters.NoiseChannel(self.layers, subspaces)
+        self.gains = {name: self._gain(name).item() if shared else 1.0 for name in self.layers}
         # What each layer reads of the pattern before any adapter, W V' [d_out, k]
         self.base_reads = {
             name: layer.get_base_layer().weight.detach().flatten(1).float() @ subspaces[name].T
             for name, layer in self.layers.items()
         }
+        units = {name: layer.scaling[self.adapter_name] * self.gains[name] for name, layer in self.layers.items()}
+        reads = {name: read / units[name] for name, read in self.base_reads.items()} if shared else None
+        self.noise = adapters.NoiseChannel(self.layers, subspaces, self.adapter_name, reads)
         self.ranks = torch.stack([v.square().sum().round() for v in subspaces.values()])
         self.floors = torch.stack([FLOOR * self.unit_width[name] for name in self.layers])
 
@@ -465,8 +468,8 @@ class UIBTrainer(Trainer):
         reads = []
         for name, layer in self.layers.items():
             (a, b), scaling = factors[name], layer.scaling[self.adapter_name]
-            moved = self._gain(name) * b if self.shared else b @ (a @ self.subspaces[name].T)
-            reads.append(self.base_reads[name] + scaling * moved)
+            moved = b if self.shared else b @ (a @ self.subspaces[name].T)
+            reads.append(torch.add(self.base_reads[name], moved, alpha=scaling * self.gains[name]))
         return reads
 
     def _set_prior_mean(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:

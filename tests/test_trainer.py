@@ -388,7 +388,7 @@ def test_the_thin_form_for_a_frozen_to_v_is_the_general_one(tmp_path):
     trainer.train()
     trainer.width = 0.4
     thin = trainer._kl_per_layer()
-    trainer.shared = False
+    trainer.shared, trainer.gains = False, dict.fromkeys(trainer.layers, 1.0)
     trainer._set_prior_mean(trainer.prior_mean)
     assert thin.sum() > 0
     torch.testing.assert_close(thin, trainer._kl_per_layer(), rtol=1e-3, atol=1e-4)
