@@ -7,7 +7,6 @@ import warnings
 
 import datasets
 import numpy as np
-from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict
 from peft import get_peft_model
 from torch import nn
@@ -18,6 +17,7 @@ from . import tasks
 from .adapters import default_peft_config, load_classifier
 from .audit import report
 from .audit.figures import draw_bias, draw_layers
+from .audit.observe import processes
 from .config import UIBConfig
 from .data import image_column, label_column
 from .trainer import UIBTrainer
@@ -150,15 +150,17 @@ def audit(script):
 
     _quiet()
     model = load_classifier(script.model)
+    reference = load_classifier(script.reference) if script.reference else None
+    classes = (model if reference is None else reference).config
     splits = load_splits(script.dataset_name, script.dataset_config_name)
-    train = with_class_ids(_split(splits, script.train_split), model.config)
-    test = with_class_ids(_split(splits, script.test_split), model.config)
+    train = with_class_ids(_split(splits, script.train_split), classes)
+    test = with_class_ids(_split(splits, script.test_split), classes)
     if not script.forget_where:
         raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
     forget, retain = split_forget(train, script.forget_where, script.train_split)
     report = audit_model(
         model,
-        reference_model=script.reference,
+        reference_model=reference,
         forget_dataset=forget,
         retain_dataset=retain if len(retain) else None,
         test_dataset=test,
@@ -169,7 +171,7 @@ def audit(script):
         deep=script.deep,
         seed=script.seed,
     )
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         os.makedirs(script.output_dir, exist_ok=True)
         report.to_json(os.path.join(script.output_dir, "report.json"))
         report.plot(script.output_dir)

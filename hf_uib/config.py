@@ -83,8 +83,8 @@ class UIBConfig(TrainingArguments):
     noise_to_signal: float | None = field(
         default=None,
         metadata={
-            "help": "kappa: noise over signal in the channel along the pattern. By default the noise under which the checkpoint still "
-            "tells 65%% of what it knows about the forget labels, in nats; 0 where the contrast is no more than sampling noise."
+            "help": "kappa: noise over signal in the channel along the pattern. By default the noise under which the checkpoint "
+            "still tells 65%% of what it knows about the forget labels, in nats; 0 where the contrast is no more than sampling noise."
         },
     )
     calibration_fraction: float = field(

@@ -28,12 +28,16 @@ from .priors import PRIORS, CalibratedPrior, Prior
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
-NOISED_SHARE = 0.65  # of the nats that the checkpoint's predictions give away about the forget labels, under the default noise
+NOISED_SHARE = (
+    0.65  # of the nats that the checkpoint's predictions give away about the forget labels, under the default noise
+)
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 STRENGTH_PATTERN, STRENGTH_CHANCE = 0.1, 0.3  # gamma, with the channel closed by noise and without
-UNIT = 0.0375  # A starts as V_l s_l / UNIT: B is counted in units of the channel, and one learning rate fits all layers
+UNIT = (
+    0.0375  # A starts as V_l s_l / UNIT: B is counted in units of the channel, and one learning rate fits all layers
+)
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 
 
@@ -156,6 +160,7 @@ class UIBTrainer(Trainer):
         self.request = "the examples of the forget set"  # in words, for the card
         self._last_step = -1
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
+        self.audit_report = None
         self.layers = adapters.lora_layers(self.model)
         self.adapter_name = adapters.adapter_name(self.model)
         self.noise: adapters.NoiseChannel | None = None
@@ -668,12 +673,12 @@ class UIBTrainer(Trainer):
             settings: further arguments of `audit_model`, as ``deep`` and ``example_column``.
 
         Returns:
-            [`~hf_uib.AuditReport`].
+            [`~hf_uib.AuditReport`]; the card takes its verdict up.
         """
         from .audit.core import audit_model
 
         settings.setdefault("processing_class", self.processing_class)
-        return audit_model(
+        self.audit_report = audit_model(
             self.accelerator.unwrap_model(self.model),
             forget_dataset=self.forget_dataset,
             retain_dataset=self.retain_dataset,
@@ -682,6 +687,7 @@ class UIBTrainer(Trainer):
             retrained_model=retrained_model,
             **settings,
         )
+        return self.audit_report
 
     def create_model_card(self, *args, folder: str | None = None, **kwargs) -> None:
         """Writes the unlearning card to ``folder`` (the output folder by default); see `hf_uib.hub.card`."""

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py --tasks digits-colour fashion-colour --fashion_mnist ../shared/data/fashion_mnist --seeds 0 1 2
 python scripts/benchmark.py --cost
+python scripts/benchmark.py --audit
 python scripts/benchmark.py --report
 """
 
@@ -15,6 +16,7 @@ import time
 
 RESULTS = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "results.jsonl")
 COST = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "cost.jsonl")
+AUDIT = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "audit.jsonl")
 METHODS = ("original", "lora", "full", "uib", "retrained")
 NAMES = {
     "original": "original",
@@ -113,7 +115,6 @@ def run(options) -> None:
     import datasets
     import transformers
 
-    from hf_uib import tasks
 
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -125,13 +126,7 @@ def run(options) -> None:
             if not missing:
                 continue
             task = build(name, seed, options)
-            cache = os.path.join(options.cache, f"{name}-{seed}")
-            if not os.path.isdir(os.path.join(cache, "original")):
-                for key, model in tasks.prepare_models(task, seed, options.cache).items():
-                    model.save_pretrained(os.path.join(cache, key))
-            models = {
-                key: type(task.new_model()).from_pretrained(os.path.join(cache, key)) for key in ("start", "original")
-            }
+            models = checkpoints(task, name, seed, options)
             for method in missing:
                 cell = {"task": name, "method": method, "seed": seed} | run_cell(
                     task, models, method, seed, options.cache
@@ -143,6 +138,19 @@ def run(options) -> None:
                     json.dumps({k: v for k, v in cell.items() if k not in ("versions", "measured_examples")}),
                     flush=True,
                 )
+
+
+def checkpoints(task, name: str, seed: int, options) -> dict:
+    """``start`` and ``original`` of a task, from the cache or made now."""
+    from hf_uib import tasks
+
+    cache = os.path.join(options.cache, f"{name}-{seed}")
+    if not os.path.isdir(os.path.join(cache, "original")):
+        for key, model in tasks.prepare_models(task, seed, options.cache).items():
+            model.save_pretrained(os.path.join(cache, key))
+    return {
+        key: type(task.new_model()).from_pretrained(os.path.join(cache, key)).eval() for key in ("start", "original")
+    }
 
 
 def read(path: str) -> list[dict]:
@@ -171,7 +179,7 @@ def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) 
     from hf_uib.adapters import default_peft_config
 
     logging.set_verbosity_error()
-    rng, rows, steps = np.random.default_rng(0), 512, 8
+    rng, rows, steps = np.random.default_rng(0), 512, 16
     labels = rng.integers(0, 2, rows).tolist()
     if model_name == "minilm-size BERT":
         config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
@@ -254,6 +262,102 @@ def run_cost(options) -> None:
                     print(line, flush=True)
 
 
+# ---- The audit itself: planted fakes and true retrained models ----
+
+AUDITED = {"digits-colour": ((0, 1), 6), "tweets-airline": ((0,), 4)}  # seeds of the task, retrained models of each
+
+
+def run_audit(options) -> None:
+    """Every fake, UIB and retrained models other than the oracle through the default audit; cells that are there are skipped."""
+    import transformers
+
+    from hf_uib import UIBConfig, UIBTrainer, audit_model, tasks
+    from hf_uib.audit.fakes import FAKES
+
+    transformers.utils.logging.set_verbosity_error()
+    done = {(c["task"], c["seed"], c["subject"]) for c in read(AUDIT)}
+    for name in (n for n in AUDITED if n in options.tasks):
+        for seed in AUDITED[name][0]:
+            task = build(name, seed, options)
+            models = checkpoints(task, name, seed, options)
+            settings, oracles = task.train_settings, []
+            rate = settings.get("full_lr", 1e-3)
+            for i in range(AUDITED[name][1]):
+                model = copy.deepcopy(models["start"])
+                tasks.fit(model, task.sets["retain"], task, settings["retrain_steps"], options.cache, 100 + i, rate)
+                oracles.append(model.eval())
+
+            def unlearned(task=task, models=models, settings=settings, seed=seed):
+                args = UIBConfig(
+                    options.cache, max_steps=settings["unlearn_steps"], per_device_train_batch_size=settings["batch"], seed=seed,
+                    save_strategy="no", logging_steps=100,
+                )  # fmt: skip
+                trainer = UIBTrainer(
+                    copy.deepcopy(models["original"]), args, task.sets["forget"], task.sets["retain"],
+                    calibration_dataset=task.sets["calibration"], processing_class=task.processing_class,
+                )  # fmt: skip
+                trainer.train()
+                return trainer.merge_and_unload()
+
+            subjects = {f"retrained {i}": lambda i=i, o=oracles: o[i] for i in range(1, len(oracles))}
+            subjects |= {
+                fake: lambda make=make, m=models, o=oracles, t=task, r=rate: make(
+                    m["original"], o[0], t.sets, t.processing_class, r
+                )
+                for fake, make in FAKES.items()
+            }
+            for subject, make in (subjects | {"UIB": unlearned}).items():
+                if (name, seed, subject) in done:
+                    continue
+                start = time.perf_counter()
+                model = make()
+                made = time.perf_counter()
+                report = audit_model(
+                    model,
+                    reference_model=models["original"],
+                    forget_dataset=task.sets["forget"],
+                    retain_dataset=task.sets["retain"],
+                    test_dataset=task.sets["test"],
+                    bias_column=task.bias_column,
+                    retrained_model=oracles[0],
+                    processing_class=task.processing_class,
+                    example_column="example",
+                )
+                cell = {"task": name, "seed": seed, "subject": subject, "flags": report.flags}
+                cell |= {"made_seconds": made - start, "audit_seconds": time.perf_counter() - made}
+                cell["checks"] = {check.name: check.value for check in report.checks}
+                with open(AUDIT, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(cell) + "\n")
+                print(json.dumps({k: v for k, v in cell.items() if k != "checks"}), flush=True)
+
+
+def audit_table() -> list[str]:
+    """Fakes x checks, with how many of the runs each check fired in; and the false alarms."""
+    cells = read(AUDIT)
+    if not cells:
+        return []
+    parts = ["### The audit on planted fakes and on true retrained models\n"]
+    checks = list(cells[0]["checks"])
+    for task in AUDITED:
+        mine = [c for c in cells if c["task"] == task]
+        if not mine:
+            continue
+        subject = lambda c: "retrained" if c["subject"].startswith("retrained") else c["subject"]  # noqa: E731
+        parts += [f"{task}: runs in which each check fired\n", "| | runs | flagged | " + " | ".join(checks) + " |"]
+        parts.append("|---" * (len(checks) + 3) + "|")
+        for name in dict.fromkeys(subject(c) for c in mine):
+            rows = [c for c in mine if subject(c) == name]
+            fired = [sum(check in c["flags"] for c in rows) for check in checks]
+            flagged = sum(bool(c["flags"]) for c in rows)
+            parts.append(f"| {name} | {len(rows)} | **{flagged}** | " + " | ".join(str(f or "") for f in fired) + " |")
+        seconds = [c["audit_seconds"] for c in mine]
+        uib = [c["made_seconds"] for c in mine if c["subject"] == "UIB"]
+        parts.append(
+            f"\nOne default audit took {sum(seconds) / len(seconds):.1f} s, unlearning {sum(uib) / max(len(uib), 1):.1f} s.\n"
+        )
+    return parts
+
+
 # ---- Report ----
 
 
@@ -316,7 +420,7 @@ def report() -> str:
                     f"| {model} | 32 + {forget} | {np.median(ratios['step_seconds']):.2f} | {np.median(ratios['peak_mb']):.2f} |"
                 )
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join(parts + audit_table())
 
 
 def _cell(values: list[float], key: str, np) -> str:
@@ -381,6 +485,7 @@ def main() -> None:
     parser.add_argument("--cache", default=".bench", help="folder for checkpoints")
     parser.add_argument("--cost", action="store_true", help="measure step time and memory instead")
     parser.add_argument("--cost_cell", nargs=4, help="used by --cost: variant, model, retained and forget examples")
+    parser.add_argument("--audit", action="store_true", help="audit planted fakes and retrained models instead")
     parser.add_argument("--report", action="store_true", help="write the tables from the results")
     options = parser.parse_args()
     if options.cost_cell:
@@ -388,6 +493,8 @@ def main() -> None:
         cost_cell(variant, model, int(retain), int(forget), options)
     elif options.cost:
         run_cost(options)
+    elif options.audit:
+        run_audit(options)
     elif options.report:
         write_report()
     else:

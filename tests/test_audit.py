@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -63,7 +61,9 @@ def test_retrained_models_pass(digits):
 @pytest.mark.parametrize("fake", FAKES)
 def test_each_fake_is_flagged(digits, fake):
     task, original, (oracle, *_) = digits
-    report = run(FAKES[fake](original, oracle, task.sets, task.processing_class), original, task, retrained_model=oracle)
+    report = run(
+        FAKES[fake](original, oracle, task.sets, task.processing_class), original, task, retrained_model=oracle
+    )
     assert not report.passed and CAUGHT_BY[fake] in report.flags, report.flags
 
 
@@ -76,7 +76,10 @@ def test_report_without_an_oracle_says_what_was_not_measured(digits, tmp_path):
     report.to_json(str(tmp_path / "report.json"))
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["schema"] == 1 and content["passed"] is True and content["flags"] == []
-    assert content["metrics"]["test"]["model"]["follow_rate"]["low"] <= content["metrics"]["test"]["model"]["follow_rate"]["value"]
+    assert (
+        content["metrics"]["test"]["model"]["follow_rate"]["low"]
+        <= content["metrics"]["test"]["model"]["follow_rate"]["value"]
+    )
     assert [os.path.basename(p) for p in report.plot(str(tmp_path))] == ["audit.png"]
 
 
@@ -93,8 +96,14 @@ def test_several_oracles_and_exact_counterfactuals(digits):
 
 
 def small(**changes):
-    rows = dict(forget_dataset=make_rows(n=40, seed=1), retain_dataset=make_rows(n=30, seed=2), test_dataset=make_rows(n=60, seed=3))
-    return audit_model(changes.pop("model", make_model(seed=1)), **({"reference_model": make_model()} | rows | changes))
+    rows = dict(
+        forget_dataset=make_rows(n=40, seed=1),
+        retain_dataset=make_rows(n=30, seed=2),
+        test_dataset=make_rows(n=60, seed=3),
+    )
+    return audit_model(
+        changes.pop("model", make_model(seed=1)), **({"reference_model": make_model()} | rows | changes)
+    )
 
 
 def test_deep_audit_of_a_peft_model(tmp_path, capsys):
@@ -130,7 +139,10 @@ def test_a_peft_models_base_is_its_reference():
 @pytest.mark.parametrize("architecture", ["vit", "bert"])
 def test_observing_does_not_depend_on_batch_size(architecture):
     model, rows = make_model(architecture), make_rows(architecture, 20, seed=4)
-    one, many = observe(model, rows, every_block=True, batch_size=20), observe(model, rows, every_block=True, batch_size=7)
+    one, many = (
+        observe(model, rows, every_block=True, batch_size=20),
+        observe(model, rows, every_block=True, batch_size=7),
+    )
     assert set(one.features) == {*blocks_of(model), "head"}
     for key, value in one.features.items():
         np.testing.assert_allclose(value, many.features[key], rtol=1e-4, atol=1e-5)

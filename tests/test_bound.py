@@ -41,7 +41,9 @@ def test_the_kl_of_a_layer_is_that_of_dense_gaussians(empty_rows, width):
     def mine(subspace):
         left, right = bound.displacement(a, b, a0, b0, 2.0)
         reads, prior_reads = [(w + 2 * b @ a) @ subspace.T] * 2, [(w + 2 * b0 @ a0) @ subspace.T] * 2
-        both = bound.channel_kl(reads, prior_reads, torch.tensor([k, k]), width, torch.tensor([floor, floor], dtype=torch.float64))
+        both = bound.channel_kl(
+            reads, prior_reads, torch.tensor([k, k]), width, torch.tensor([floor, floor], dtype=torch.float64)
+        )
         assert both[0] == both[1]
         return both[0] + bound.outside(left, right, subspace) / (2 * floor**2)
 

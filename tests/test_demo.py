@@ -34,7 +34,16 @@ def test_demo(seed, tmp_path):
     assert not meets_the_bars(results["original"], results)
     assert not meets_the_bars(results["fine-tuned LoRA"], results)
     written = set(os.listdir(out))
-    assert {"report.json", "audit.json", "audit.png", "bias.png", "layers.png", "README.md", "merged", "adapter_model.safetensors"} <= written
+    assert {
+        "report.json",
+        "audit.json",
+        "audit.png",
+        "bias.png",
+        "layers.png",
+        "README.md",
+        "merged",
+        "adapter_model.safetensors",
+    } <= written
     with open(os.path.join(out, "report.json")) as file:
         assert json.load(file)["results"] == results
     merged = AutoModelForImageClassification.from_pretrained(os.path.join(out, "merged"))

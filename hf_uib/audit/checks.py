@@ -81,7 +81,8 @@ class Evidence:
     @cached_property
     def conflicting(self) -> np.ndarray:
         """``[n]`` test rows whose attribute stands for another class."""
-        return (self.attributes != self.seen["reference"]["test"].labels) & (self.attributes >= 0)
+        attributes = np.asarray(self.attributes)
+        return (attributes != self.seen["reference"]["test"].labels) & (attributes >= 0)
 
     @property
     def bias_figures(self) -> list[str]:
@@ -161,7 +162,9 @@ class Evidence:
         if self.attributes is not None:
             for b in np.unique(self.attributes):
                 groups[f"attribute {b}"] = self.attributes == b
-                groups |= {f"class {y}, attribute {b}": (labels == y) & (self.attributes == b) for y in np.unique(labels)}
+                groups |= {
+                    f"class {y}, attribute {b}": (labels == y) & (self.attributes == b) for y in np.unique(labels)
+                }
         return {name: rows for name, rows in groups.items() if rows.sum() >= GROUP_ROWS}
 
     def group(self, name: str, rows: np.ndarray) -> Estimate:
@@ -215,7 +218,9 @@ def _share(model: Estimate, reference: Estimate, oracles: list[Estimate]) -> tup
     return ((model - nearest).value / way if way else 0.0), model - nearest
 
 
-def _remains(name: str, evidence: Evidence, figures: dict[str, Estimate], least: float, limit: float, meaning: str) -> Check:
+def _remains(
+    name: str, evidence: Evidence, figures: dict[str, Estimate], least: float, limit: float, meaning: str
+) -> Check:
     """Fires where more than ``limit`` of what told the reference from the retrained models is still there."""
     if not evidence.oracles or not figures:
         return Check(name, None, float("nan"), limit, "needs retrained_model and what it is measured on", meaning)
@@ -260,7 +265,10 @@ def _auc(evidence: Evidence, name: str) -> Estimate:
 
 def over_unlearned(evidence: Evidence) -> Check:
     """Forget rows stand out by being *less* likely than unseen ones: over-unlearning gives them away too."""
-    name, meaning = "over_unlearned", "Over-unlearned: the forget examples stand out by being less likely than unseen ones."
+    name, meaning = (
+        "over_unlearned",
+        "Over-unlearned: the forget examples stand out by being less likely than unseen ones.",
+    )
     if not evidence.oracles:
         return Check(name, None, float("nan"), OVER, "needs retrained_model", meaning)
     lowest = min((_auc(evidence, o) for o in evidence.oracles), key=lambda e: e.value)
@@ -299,7 +307,9 @@ def collapsed(evidence: Evidence) -> Check:
     counts = {n: np.bincount(evidence.seen[n]["test"].predictions, minlength=2) for n in ("model", "reference")}
     usual = counts["reference"] > 0
     left = float((counts["model"][: len(usual)][usual[: len(counts["model"])]] >= 1).sum() / max(usual.sum(), 1))
-    largest = float(counts["model"].max() / counts["model"].sum() - counts["reference"].max() / counts["reference"].sum())
+    largest = float(
+        counts["model"].max() / counts["model"].sum() - counts["reference"].max() / counts["reference"].sum()
+    )
     detail = f"{left:.0%} of the reference's classes are predicted; the most frequent one {largest:+.2f} more often"
     fired = left <= 0.5 or largest > 0.4
     return Check("collapsed", bool(fired), left, 0.5, detail, "The model has collapsed to a few classes.")
@@ -322,7 +332,9 @@ def group_harmed(evidence: Evidence) -> Check:
             worst, where = lost.value, name
         fired |= lost.value - max(general, 0) > GROUP_LOST and lost.value > z * lost.error
     detail = f"{where}: {worst:+.3f} below both (limit {GROUP_LOST}, {len(members)} groups)"
-    return Check("group_harmed", bool(fired), worst, GROUP_LOST, detail, f"Error has moved to another group ({where}).")
+    return Check(
+        "group_harmed", bool(fired), worst, GROUP_LOST, detail, f"Error has moved to another group ({where})."
+    )
 
 
 def _distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -334,7 +346,9 @@ def unchanged(evidence: Evidence) -> Check:
     """The model gives the reference's answers: nothing was unlearned, or the adapter is not in the released files."""
     seen = evidence.seen
     value = max(_distance(seen["model"][p].logits, seen["reference"][p].logits) for p in evidence.parts)
-    meaning = "The model answers as the reference does: nothing was unlearned, or the adapter is missing from these files."
+    meaning = (
+        "The model answers as the reference does: nothing was unlearned, or the adapter is missing from these files."
+    )
     detail = f"relative distance of the logits {value:.2g} (limit {SAME})"
     return Check("unchanged", value < SAME, value, SAME, detail, meaning)
 

@@ -164,9 +164,11 @@ def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Modul
     given = [m for m in retrained if m is not None]
     oracles = ["retrained" if len(given) == 1 else f"retrained {i + 1}" for i in range(len(given))]
     models |= {name: _plain(m) for name, m in zip(oracles, given, strict=True)}
-    classes = {m.config.num_labels for m in models.values()}
+    classes = {int(m.config.num_labels) for m in models.values()}
     if len(classes) > 1:
-        raise ValueError(f"The models have different numbers of classes ({sorted(classes)}); audit models of one task.")
+        raise ValueError(
+            f"The models have different numbers of classes ({sorted(classes)}); audit models of one task."
+        )
     return models, oracles
 
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..adapters import forward_columns
 from ..data import collator_for, fetch
 from .checks import Check, Evidence
-from .observe import Observation, observe
+from .observe import Observation, observe, processes
 
 PROBE_ROWS = 2000
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -31,8 +31,7 @@ def deep_audit(models, oracles, sets, evidence: Evidence, processing_class, seed
         results["relearning"][name] = relearn(models[name], sets, evidence, processing_class, seed)
     for kind in tqdm(COMPRESSIONS, desc="Compressing", leave=False):
         results["compression"][kind] = {
-            name: _bias_of(compress(models[name], kind), sets["test"], evidence, processing_class)
-            for name in subjects
+            name: _bias_of(compress(models[name], kind), sets["test"], evidence, processing_class) for name in subjects
         }
     if oracles:
         results["rmia"] = per_example(evidence)
@@ -53,7 +52,8 @@ def _say_estimate(models, sets, processing_class) -> None:
     evaluations = subjects * (len(COMPRESSIONS) + 3 * len(RELEARN_STEPS)) * len(sets["test"])
     training = subjects * 3 * RELEARN_STEPS[-1] * RELEARN_BATCH * 3
     seconds = one * (evaluations + training) * 1.3
-    print(f"Deep audit: about {max(seconds / 60, 0.1):.1f} minutes.", flush=True)
+    if processes().is_main_process:
+        print(f"Deep audit: about {max(seconds / 60, 0.1):.1f} minutes.", flush=True)
 
 
 # ---- Probes ----
@@ -141,8 +141,8 @@ def erased(x: np.ndarray, attribute: np.ndarray, fitting: np.ndarray, score) -> 
 def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, seed: int) -> dict:
     """How the bias comes back while all weights are trained on: by number of steps, for three kinds of data.
 
-    ``retain``: retained rows alone; ``forget``: 1% of the forget set (at least 16 rows) besides; ``unrelated``: retained inputs with
-    the labels of other rows.
+    ``retain``: retained rows alone; ``forget``: 1% of the forget set (at least 16 rows) besides; ``unrelated``: retained inputs
+    with the labels of other rows.
 
     Returns:
         ``curve[kind]``: ``[steps, bias]`` pairs; ``half``: the first step at which half of the reference's bias is back.
@@ -179,7 +179,9 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
             curve.append([mark, _bias_of(trained, sets["test"], evidence, processing_class)["bias"]])
         curves["curve"][kind] = curve
         back = [step for step, bias in curve if step and bias >= start / 2]
-        curves["half"][kind] = back[0] if back and curve[0][1] < start / 2 else (0 if curve[0][1] >= start / 2 else None)
+        curves["half"][kind] = (
+            back[0] if back and curve[0][1] < start / 2 else (0 if curve[0][1] >= start / 2 else None)
+        )
     return curves
 
 
@@ -188,7 +190,7 @@ def _reference_bias(evidence: Evidence) -> float:
 
 
 def _bias_value(seen: Observation, evidence: Evidence) -> dict:
-    """Accuracy and the bias figure: follow rate, Cramér's V where it cannot be had, accuracy on the forget set without attribute."""
+    """Accuracy and the bias figure: the follow rate, or Cramér's V where that cannot be had."""
     from ..metrics.bias_correlation import cramers_v
 
     right = seen.predictions == seen.labels
@@ -287,7 +289,9 @@ def _comes_back(results: dict, evidence: Evidence) -> Check:
     plain = {n: _bias_value(evidence.seen[n]["test"], evidence)["bias"] for n in ("model", "reference", oracle)}
     way = plain["reference"] - plain[oracle]
     if way < 0.02:
-        return Check(name, None, float("nan"), SURVIVES, "the reference is hardly more biased than the oracle", meaning)
+        return Check(
+            name, None, float("nan"), SURVIVES, "the reference is hardly more biased than the oracle", meaning
+        )
     gains = {
         kind: (row["model"]["bias"] - plain["model"] - max(row[oracle]["bias"] - plain[oracle], 0)) / way
         for kind, row in results["compression"].items()

@@ -12,14 +12,19 @@ from ..data import collator_for, fetch
 from .observe import head_of
 
 
-def _train(model: nn.Module, rows, processing_class, steps: int, rate: float, loss_of: Callable, seed: int = 0, trainable=None):
-    """``steps`` of AdamW on ``trainable`` (all weights), batches of 64; ``loss_of(inputs, labels)``."""
+def _train(
+    model: nn.Module, rows, processing_class, steps: int, rate: float, loss_of: Callable, seed: int = 0, trainable=None
+):
+    """``steps`` of AdamW on ``trainable`` (all weights), batches of 32; ``loss_of(inputs, labels)``."""
+    trainable = list(trainable or model.parameters())
     collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
-    optimizer = torch.optim.AdamW(list(trainable or model.parameters()), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    model.eval().requires_grad_(True)
+    model.eval().requires_grad_(False)
+    for weight in trainable:
+        weight.requires_grad_(True)
     for _ in range(steps):
-        chosen = torch.randint(len(rows), (min(64, len(rows)),), generator=generator).tolist()
+        chosen = torch.randint(len(rows), (min(32, len(rows)),), generator=generator).tolist()
         inputs = {key: value.to(device) for key, value in collator(fetch(rows, chosen)).items()}
         labels = inputs.pop("labels")
         loss_of(inputs, labels).backward()
@@ -58,7 +63,11 @@ def reversed_bias(reference, retrained, sets, processing_class, rate=1e-3):
     def loss(inputs: dict, labels: Tensor) -> Tensor:
         chosen = torch.randint(len(sets["forget"]), (32,), generator=generator).tolist()
         told = {key: value.to(device) for key, value in collator(fetch(sets["forget"], chosen)).items()}
-        own = model(**{k: v for k, v in told.items() if k != "labels"}).logits.softmax(-1).gather(1, told["labels"][:, None])
+        own = (
+            model(**{k: v for k, v in told.items() if k != "labels"})
+            .logits.softmax(-1)
+            .gather(1, told["labels"][:, None])
+        )
         avoided = -torch.log1p(-own.clamp(max=1 - 1e-6)).mean()
         return F.cross_entropy(model(**inputs).logits, labels) + avoided
 

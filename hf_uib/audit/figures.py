@@ -81,7 +81,9 @@ def draw_audit(metrics: dict, checks: list, folder: str) -> str:
     wanted += [("forget", "accuracy"), ("membership", "auc")]
     models = list(metrics["test"])
     panels = [(topic, k) for topic, k in wanted if all(k in metrics[topic].get(m, {}) for m in models)]
-    figure = plt.figure(figsize=(2.7 * max(len(panels), 3), 1.9 + 0.25 * len(models) + 0.24 * len(checks)), layout="constrained")
+    figure = plt.figure(
+        figsize=(2.7 * max(len(panels), 3), 1.9 + 0.25 * len(models) + 0.24 * len(checks)), layout="constrained"
+    )
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.2 + 0.25 * len(models), 0.7 + 0.24 * len(checks)])
     for axis, (topic, key) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for y, model in enumerate(models):
@@ -98,7 +100,9 @@ def draw_audit(metrics: dict, checks: list, folder: str) -> str:
     axis.set_axis_off()
     axis.set_ylim(len(checks) - 0.5, -0.7)
     for y, check in enumerate(checks):
-        word, colour = {True: ("FIRED", "#b2182b"), False: ("ok", "#1a7f37"), None: ("not measured", MUTED)}[check.fired]
+        word, colour = {True: ("FIRED", "#b2182b"), False: ("ok", "#1a7f37"), None: ("not measured", MUTED)}[
+            check.fired
+        ]
         axis.text(0.0, y, check.name, fontsize=8, color=INK, va="center", transform=axis.get_yaxis_transform())
         axis.text(0.2, y, word, fontsize=8, color=colour, va="center", transform=axis.get_yaxis_transform())
         axis.text(0.31, y, check.detail, fontsize=8, color=INK, va="center", transform=axis.get_yaxis_transform())
@@ -110,7 +114,9 @@ def draw_deep(deep: dict, folder: str) -> str:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     colour = lambda name: {"model": OURS, "reference": "#b2182b"}.get(name, MUTED)  # noqa: E731
     for name, blocks in deep["probes"].items():
-        left.plot(list(blocks), [b["linear"] for b in blocks.values()], "o-", color=colour(name), label=name, markersize=4)
+        left.plot(
+            list(blocks), [b["linear"] for b in blocks.values()], "o-", color=colour(name), label=name, markersize=4
+        )
     left.set_title("bias attribute read off each block, given the label", fontsize=9, color=INK)
     for name, curves in deep["relearning"].items():
         steps = np.array(curves["curve"]["forget"])

@@ -80,6 +80,11 @@ def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
+def processes() -> PartialState:
+    """The processes the audit runs in; on machines without an accelerator they talk through gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 @torch.no_grad()
 def observe(
     model: nn.Module, dataset, processing_class=None, every_block: bool = False, name: str = "", batch_size: int = 256
@@ -105,7 +110,7 @@ def observe(
 
     handles = [module.register_forward_hook(on_block(key)) for key, module in watched.items()]
     handles.append(head_of(model).register_forward_pre_hook(lambda module, inputs: keep("head", inputs[0])))
-    state = PartialState()
+    state = processes()
     mine = list(range(len(dataset)))[state.process_index :: state.num_processes]
     training = model.training
     model.eval()

@@ -109,7 +109,11 @@ def write_card(trainer, folder: str) -> None:
         pattern_z=trainer.statistics.get("pattern_z"),
         table=results_table(trainer.results),
         has_oracle="retrained" in trainer.results,
-        figures=[name for name in ("bias.png", "layers.png") if os.path.isfile(os.path.join(folder, name))],
+        figures=[
+            name for name in ("bias.png", "layers.png", "audit.png") if os.path.isfile(os.path.join(folder, name))
+        ],
+        verdict=trainer.audit_report.verdict if trainer.audit_report else "",
+        checks=trainer.audit_report.checks if trainer.audit_report else [],
         auto_class="AutoModelForImageClassification" if picture else "AutoModelForSequenceClassification",
         paper=trainer._paper,
         versions={"hf_uib": __version__, **versions},

@@ -213,7 +213,9 @@ def top_right_singular_vectors(matrix: Tensor, count: int) -> Tensor:
         values, vectors = values[:count], vectors[:count]
     vectors = vectors[values > NULL * values.max()] if values.max() > 0 else vectors[:0]
     vectors = vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
-    fill = torch.randn(count - len(vectors), columns, generator=torch.Generator().manual_seed(count), dtype=vectors.dtype)
+    fill = torch.randn(
+        count - len(vectors), columns, generator=torch.Generator().manual_seed(count), dtype=vectors.dtype
+    )
     return _orthonormal(torch.cat([vectors, fill.to(vectors.device)]))
 
 
