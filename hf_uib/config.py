@@ -84,7 +84,7 @@ class UIBConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "kappa: noise over signal in the channel along the pattern. By default the noise under which the checkpoint "
-            "still tells 65%% of what it knows about the forget labels, in nats; 0 where the contrast is no more than sampling noise."
+            "still tells 65%% of what it knows about the forget labels, in nats; 0 where the contrast is no more than chance."
         },
     )
     calibration_fraction: float = field(

@@ -115,7 +115,6 @@ def run(options) -> None:
     import datasets
     import transformers
 
-
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     done = {(c["task"], c["method"], c["seed"]) for c in read(RESULTS)}

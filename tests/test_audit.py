@@ -107,9 +107,10 @@ def small(**changes):
 
 
 def test_deep_audit_of_a_peft_model(tmp_path, capsys):
-    def with_attribute(n, seed):
+    def with_attribute(n, seed, telling=False):
         rows = make_rows(n=n, seed=seed).with_format(None)
-        return rows.add_column("colour", np.random.default_rng(seed).integers(0, 3, n).tolist()).with_format("torch")
+        colours = rows["labels"][:] if telling else np.random.default_rng(seed + 100).integers(0, 3, n).tolist()
+        return rows.add_column("colour", colours).with_format("torch")
 
     model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     for name, weight in model.named_parameters():
@@ -117,12 +118,14 @@ def test_deep_audit_of_a_peft_model(tmp_path, capsys):
             weight.data.normal_(0, 0.3)
     report = small(
         model=model, reference_model=None, deep=True, bias_column="colour", retrained_model=make_model(seed=2),
-        forget_dataset=with_attribute(40, 1), retain_dataset=with_attribute(30, 2), test_dataset=with_attribute(60, 3),
+        forget_dataset=with_attribute(40, 1, telling=True), retain_dataset=with_attribute(30, 2), test_dataset=with_attribute(60, 3),
     )  # fmt: skip
     assert "Deep audit: about" in capsys.readouterr().out
     assert set(report.deep["probes"]["model"]["block 1"]) == {"linear", "mlp", "control", "chance", "erased"}
     assert set(report.deep["compression"]) == {"int8", "4-bit", "pruned 30%"}
     assert [step for step, _ in report.deep["relearning"]["model"]["curve"]["forget"]][:3] == [0, 1, 2]
+    scales = {factor: row["bias"] for factor, row in report.deep["scaled"]}
+    assert scales[0.0] == report.metrics["test"]["reference"]["follow_rate"]["value"]
     assert 0 <= report.deep["rmia"]["model"]["auc"] <= 1
     assert {"relearns_faster", "comes_back_compressed"} <= {c.name for c in report.checks}
     assert [os.path.basename(p) for p in report.plot(str(tmp_path))] == ["audit.png", "deep.png"]

@@ -101,7 +101,9 @@ def test_audit_of_checkpoints(pictures, tmp_path_factory, processes):
         if not (root / name).exists():
             make_model("vit", num_channels=3, seed=seed).save_pretrained(root / name)
     out = root / f"out{processes}"
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launch = (
+        [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    )
     launch += [] if processes == 1 else ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     done = subprocess.run(
         [*launch, SCRIPT.replace("unlearn.py", "audit.py"), "--model", root / "unlearned", "--reference", pictures / "model",

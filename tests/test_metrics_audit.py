@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.svm import SVC
 
 from hf_uib.metrics import CounterfactualGap, MembershipAttack, UnlearningGap
-from hf_uib.metrics.counterfactual_gap import bootstrap_interval
+from hf_uib.metrics.bootstrap import bootstrap_interval
 from hf_uib.metrics.membership_attack import weighted_auc
 from hf_uib.metrics.unlearning_gap import gap_deviations
 

@@ -292,14 +292,17 @@ def bias_reversed(evidence: Evidence) -> Check:
 
 
 def accuracy_lost(evidence: Evidence) -> Check:
-    """Accuracy on the test set fell below reference and retrained models."""
+    """Accuracy on the test or the retained set fell below that of the reference and of the retrained models."""
     meaning = "Accuracy is lost: far below both the reference and the retrained model."
-    floor = [evidence.accuracy(n, "test") for n in ["reference", *evidence.oracles]]
-    lowest = min(floor, key=lambda e: e.value)
-    lost = lowest - evidence.accuracy("model", "test")
-    detail = f"test accuracy {lost.value:+.3f} below the lowest of them (limit {ACCURACY_LOST})"
-    fired = bool(lost.value > ACCURACY_LOST and lost.low > 0)
-    return Check("accuracy_lost", fired, lost.value, ACCURACY_LOST, detail, meaning)
+    worst, where, fired = -1.0, "", False
+    for part in (p for p in ("test", "retain") if p in evidence.parts):
+        floor = [evidence.accuracy(n, part) for n in ["reference", *evidence.oracles]]
+        lost = min(floor, key=lambda e: e.value) - evidence.accuracy("model", part)
+        if lost.value > worst:
+            worst, where = lost.value, part
+        fired |= lost.value > ACCURACY_LOST and lost.low > 0
+    detail = f"{where} accuracy {worst:+.3f} below the lowest of them (limit {ACCURACY_LOST})"
+    return Check("accuracy_lost", bool(fired), worst, ACCURACY_LOST, detail, meaning)
 
 
 def collapsed(evidence: Evidence) -> Check:

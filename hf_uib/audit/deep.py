@@ -33,6 +33,13 @@ def deep_audit(models, oracles, sets, evidence: Evidence, processing_class, seed
         results["compression"][kind] = {
             name: _bias_of(compress(models[name], kind), sets["test"], evidence, processing_class) for name in subjects
         }
+    results["scaled"] = [
+        [
+            factor,
+            _bias_of(scaled(models["model"], models["reference"], factor), sets["test"], evidence, processing_class),
+        ]
+        for factor in tqdm(SCALES, desc="Scaling", leave=False)
+    ]
     if oracles:
         results["rmia"] = per_example(evidence)
     return results, [_relearns_faster(results, evidence), _comes_back(results, evidence)]
@@ -49,7 +56,7 @@ def _say_estimate(models, sets, processing_class) -> None:
         model(**{k: v.to(device) for k, v in inputs.items()})
     one = (time.perf_counter() - start) / len(labels)
     subjects = min(len(models), 3)
-    evaluations = subjects * (len(COMPRESSIONS) + 3 * len(RELEARN_STEPS)) * len(sets["test"])
+    evaluations = (subjects * (len(COMPRESSIONS) + 3 * len(RELEARN_STEPS)) + len(SCALES)) * len(sets["test"])
     training = subjects * 3 * RELEARN_STEPS[-1] * RELEARN_BATCH * 3
     seconds = one * (evaluations + training) * 1.3
     if processes().is_main_process:
@@ -229,6 +236,18 @@ def compress(model: nn.Module, kind: str) -> nn.Module:
             weight = (weight / scale).round() * scale
         module.weight.copy_(weight.view_as(module.weight))
     return model
+
+
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+@torch.no_grad()
+def scaled(model: nn.Module, reference: nn.Module, factor: float) -> nn.Module:
+    """A copy with ``factor`` times what unlearning did to the weights: 0 is the reference, 1 the model; an adapter's strength."""
+    copied = copy.deepcopy(model)
+    for mine, theirs in zip(copied.parameters(), reference.parameters(), strict=True):
+        mine.copy_(torch.lerp(theirs, mine, factor))
+    return copied
 
 
 # ---- Per-example membership ----

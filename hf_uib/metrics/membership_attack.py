@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from .counterfactual_gap import bootstrap_interval
+from .bootstrap import bootstrap_interval
 
 _DESCRIPTION = """Membership inference on the forget set from one score per example, against unseen test data. Target
 of every value: that of a model retrained without the forget set, not 0.5 and not 0, for the two sets may differ in
