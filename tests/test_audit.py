@@ -118,7 +118,8 @@ def test_deep_audit_of_a_peft_model(tmp_path, capsys):
             weight.data.normal_(0, 0.3)
     report = small(
         model=model, reference_model=None, deep=True, bias_column="colour", retrained_model=make_model(seed=2),
-        forget_dataset=with_attribute(40, 1, telling=True), retain_dataset=with_attribute(30, 2), test_dataset=with_attribute(60, 3),
+        forget_dataset=with_attribute(40, 1, telling=True), retain_dataset=with_attribute(30, 2),
+        test_dataset=with_attribute(60, 3),
     )  # fmt: skip
     assert "Deep audit: about" in capsys.readouterr().out
     assert set(report.deep["probes"]["model"]["block 1"]) == {"linear", "mlp", "control", "chance", "erased"}
