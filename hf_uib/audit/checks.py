@@ -273,8 +273,8 @@ def over_unlearned(evidence: Evidence) -> Check:
         return Check(name, None, float("nan"), OVER, "needs retrained_model", meaning)
     lowest = min((_auc(evidence, o) for o in evidence.oracles), key=lambda e: e.value)
     below = lowest - _auc(evidence, "model")
-    detail = f"attack AUC {below.value:+.3f} below the retrained model's (limit {OVER})"
-    return Check(name, bool(below.value > OVER and below.low > 0), below.value, OVER, detail, meaning)
+    detail = f"attack AUC minus the retrained model's: {-below.value:+.3f} (limit -{OVER})"
+    return Check(name, bool(below.value > OVER and below.low > 0), -below.value, -OVER, detail, meaning)
 
 
 def bias_reversed(evidence: Evidence) -> Check:
@@ -301,8 +301,8 @@ def accuracy_lost(evidence: Evidence) -> Check:
         if lost.value > worst:
             worst, where = lost.value, part
         fired |= lost.value > ACCURACY_LOST and lost.low > 0
-    detail = f"{where} accuracy {worst:+.3f} below the lowest of them (limit {ACCURACY_LOST})"
-    return Check("accuracy_lost", bool(fired), worst, ACCURACY_LOST, detail, meaning)
+    detail = f"{where} accuracy minus the lowest of theirs: {-worst:+.3f} (limit -{ACCURACY_LOST})"
+    return Check("accuracy_lost", bool(fired), -worst, -ACCURACY_LOST, detail, meaning)
 
 
 def collapsed(evidence: Evidence) -> Check:

@@ -58,7 +58,7 @@ def _say_estimate(models, sets, processing_class) -> None:
     subjects = min(len(models), 3)
     evaluations = (subjects * (len(COMPRESSIONS) + 3 * len(RELEARN_STEPS)) + len(SCALES)) * len(sets["test"])
     training = subjects * 3 * RELEARN_STEPS[-1] * RELEARN_BATCH * 3
-    seconds = one * (evaluations + training) * 1.3
+    seconds = one * (evaluations + training) * 2  # the probes, and what is not a forward pass
     if processes().is_main_process:
         print(f"Deep audit: about {max(seconds / 60, 0.1):.1f} minutes.", flush=True)
 
@@ -149,7 +149,7 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
     """How the bias comes back while all weights are trained on: by number of steps, for three kinds of data.
 
     ``retain``: retained rows alone; ``forget``: 1% of the forget set (at least 16 rows) besides; ``unrelated``: retained inputs
-    with the labels of other rows.
+    whose pixels or tokens are shuffled, with the labels the model gives them.
 
     Returns:
         ``curve[kind]``: ``[steps, bias]`` pairs; ``half``: the first step at which half of the reference's bias is back.
@@ -178,7 +178,9 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
                 inputs = {k: v.to(device) for k, v in collator(rows).items()}
                 labels = inputs.pop("labels")
                 if kind == "unrelated":
-                    labels = labels.roll(1)
+                    inputs = _shuffled(inputs, model.main_input_name, rng)
+                    with torch.no_grad():
+                        labels = model(**inputs).logits.argmax(-1)
                 F.cross_entropy(trained(**inputs).logits, labels).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -190,6 +192,14 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
             back[0] if back and curve[0][1] < start / 2 else (0 if curve[0][1] >= start / 2 else None)
         )
     return curves
+
+
+def _shuffled(inputs: dict, main_input: str, rng: np.random.Generator) -> dict:
+    """Tokens ``[n, t]`` or pixels ``[n, c, h, w]`` of every row in one random order; nothing that was learned is left in it."""
+    x = inputs[main_input]
+    flat = x if x.ndim == 2 else x.flatten(2)
+    order = torch.from_numpy(rng.permutation(flat.shape[-1])).to(x.device)
+    return inputs | {main_input: flat[..., order].view(x.shape)}
 
 
 def _reference_bias(evidence: Evidence) -> float:
