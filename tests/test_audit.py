@@ -19,6 +19,7 @@ from hf_uib.audit.observe import blocks_of, head_of, observe
 from hf_uib.audit.statistics import Resampler
 from hf_uib.metrics.bias_correlation import cramers_v
 
+ONE_WORKER = pytest.mark.xdist_group("digits")  # their models are trained once
 CAUGHT_BY = {
     "head-only distillation": "encoder_untouched",
     "threshold shift": "logits_shifted",
@@ -51,6 +52,7 @@ def run(model, reference, task, **settings):
     )  # fmt: skip
 
 
+@ONE_WORKER
 def test_retrained_models_pass(digits):
     task, original, (oracle, *others) = digits
     for model in others:
@@ -58,6 +60,7 @@ def test_retrained_models_pass(digits):
         assert report.passed, report.flags
 
 
+@ONE_WORKER
 @pytest.mark.parametrize("fake", FAKES)
 def test_each_fake_is_flagged(digits, fake):
     task, original, (oracle, *_) = digits
@@ -67,6 +70,7 @@ def test_each_fake_is_flagged(digits, fake):
     assert not report.passed and CAUGHT_BY[fake] in report.flags, report.flags
 
 
+@ONE_WORKER
 def test_report_without_an_oracle_says_what_was_not_measured(digits, tmp_path):
     task, original, (oracle, *_) = digits
     report = run(oracle, original, task)
@@ -83,6 +87,7 @@ def test_report_without_an_oracle_says_what_was_not_measured(digits, tmp_path):
     assert [os.path.basename(p) for p in report.plot(str(tmp_path))] == ["audit.png"]
 
 
+@ONE_WORKER
 def test_several_oracles_and_exact_counterfactuals(digits):
     task, original, (first, second, third, _) = digits
     report = run(third, original, task, retrained_model=[first, second], example_column="example")
@@ -206,6 +211,62 @@ def test_retrain_is_cached_by_data_weights_and_settings(tmp_path, monkeypatch):
     assert len(trained) == 5
 
 
+def injected():
+    model = make_model()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    return model
+
+
+class TorchRows(torch.utils.data.Dataset):
+    """Rows that are no `datasets.Dataset`."""
+
+    def __init__(self, rows, repeat=1):
+        self.rows = [rows[i] for i in range(len(rows))] * repeat
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+def test_any_dataset_and_any_architecture():
+    rows = dict(forget_dataset=TorchRows(make_rows(n=40, seed=1), 30), test_dataset=TorchRows(make_rows(n=60, seed=3)))
+    report = small(bias_column="source", model=make_model(hidden_size=24), **rows)
+    assert next(c for c in report.checks if c.name == "encoder_untouched").fired is None
+    small(bias_column="source", model=make_model(num_hidden_layers=3), retain_dataset=None, **rows)
+
+
+def test_a_retrained_model_with_the_same_encoder_or_without_a_class_is_no_alarm():
+    reference, head_only = make_model(), make_model()
+    head_of(head_only).weight.data.normal_(0, 1.0)
+    report = small(model=copy.deepcopy(head_only), reference_model=reference, retrained_model=head_only)
+    assert "encoder_untouched" not in report.flags and "encoder_untouched" in small(model=head_only).flags
+    one_class = make_model()
+    head_of(one_class).bias.data[0] += 1e3
+    assert "collapsed" in small(model=one_class).flags
+    assert "collapsed" not in small(model=one_class, retrained_model=copy.deepcopy(one_class)).flags
+
+
+def test_few_rows_and_chance_attributes_give_no_alarm():
+    few = small(
+        forget_dataset=make_rows(n=3, seed=1), test_dataset=make_rows(n=5, seed=3), retrained_model=make_model(seed=2)
+    )
+    assert few.passed and any("most checks" in entry for entry in few.not_measured)
+    by_chance = small(bias_column="source", forget_dataset=make_rows(n=200, seed=1))
+    assert (
+        "follow_rate" not in by_chance.metrics["test"]["model"] and "cramers_v" in by_chance.metrics["test"]["model"]
+    )
+
+
+def test_copies_are_sampled_together(monkeypatch):
+    monkeypatch.setitem(audit_model.__globals__["SAMPLE"], "test", 40)
+    rows = make_rows(n=60, seed=3).with_format(None)
+    copies = rows.select(np.repeat(np.arange(60), 3)).add_column("example", np.repeat(np.arange(60), 3).tolist())
+    report = small(test_dataset=copies.with_format("torch"), example_column="example")
+    assert report.metrics["test"]["model"]["flip_rate"]["value"] == 0.0
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -213,6 +274,9 @@ def test_retrain_is_cached_by_data_weights_and_settings(tmp_path, monkeypatch):
         (dict(bias_column="hue"), "bias_column 'hue' is not among"),
         (dict(forget_dataset=make_rows(n=0)), "forget_dataset has no examples"),
         (dict(reference_model=make_model(num_labels=5)), "different numbers of classes"),
+        (dict(example_column="copy"), "example_column 'copy' is not among"),
+        (dict(test_dataset=make_rows(n=60, num_labels=9, seed=3)), "outside the model's 3 classes"),
+        (dict(reference_model=injected()), "has an adapter injected"),
     ],
 )
 def test_bad_input_gets_one_line(change, message):

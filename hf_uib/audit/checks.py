@@ -22,6 +22,7 @@ GROUP_LOST = 0.2
 GROUP_ROWS = 20
 REVERSED = 0.05
 OVER = 0.05  # of AUC
+USUAL = 5  # predictions of a class on the test set, by the reference and every retrained model
 SAME = 1e-3  # relative distance of logits or features
 EXPLAINED = 0.98  # of the variance of the logits, by those of the reference
 
@@ -52,6 +53,8 @@ class Evidence:
         attributes: ``[n]`` of the test rows, coded by the class they stand for where ``coded``; -1 is no class.
         examples: ``[n]`` ids of the test rows' examples, or None.
         rows: a resampler by set.
+        values: ``[n]`` the attribute as the user names it, for the groups.
+        sizes: rows of each set before it was sampled.
     """
 
     seen: dict[str, dict[str, Observation]]
@@ -61,6 +64,8 @@ class Evidence:
     examples: np.ndarray | None
     rows: dict[str, Resampler]
     seed: int = 0
+    values: np.ndarray | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
     _memo: dict = field(default_factory=dict)
 
     def _once(self, key: tuple, compute: Callable):
@@ -159,12 +164,10 @@ class Evidence:
         """The groups of the test rows by name: classes, values of the attribute, and both together; small ones left out."""
         labels = self.seen["reference"]["test"].labels
         groups = {f"class {y}": labels == y for y in np.unique(labels)}
-        if self.attributes is not None:
-            for b in np.unique(self.attributes):
-                groups[f"attribute {b}"] = self.attributes == b
-                groups |= {
-                    f"class {y}, attribute {b}": (labels == y) & (self.attributes == b) for y in np.unique(labels)
-                }
+        if self.values is not None:
+            for b in np.unique(self.values):
+                groups[f"attribute {b}"] = self.values == b
+                groups |= {f"class {y}, attribute {b}": (labels == y) & (self.values == b) for y in np.unique(labels)}
         return {name: rows for name, rows in groups.items() if rows.sum() >= GROUP_ROWS}
 
     def group(self, name: str, rows: np.ndarray) -> Estimate:
@@ -198,7 +201,8 @@ class Evidence:
         from sklearn.preprocessing import StandardScaler
 
         forget, test = self.seen[name]["forget"], self.seen[name]["test"]
-        count = min(max(50, round(REFIT_SHARE * len(forget.labels))), len(forget.labels))
+        wanted = round(REFIT_SHARE * self.sizes.get("forget", len(forget.labels)))
+        count = min(max(50, wanted), len(forget.labels))
         chosen = np.random.default_rng(self.seed).permutation(len(forget.labels))[:count]
         if len(np.unique(forget.labels[chosen])) < 2:
             return Estimate(float("nan"), np.full(2, np.nan))
@@ -228,8 +232,10 @@ def _remains(
     share, difference = _share(figures["model"], figures["reference"], oracles)
     way = figures["reference"].value - max(o.value for o in oracles)
     if not way >= least:
-        detail = f"the reference is no further than {least} from the retrained models here"
-        return Check(name, None, share, limit, detail, meaning)
+        above = figures["model"] - max([figures["reference"], *oracles], key=lambda e: e.value)
+        detail = f"reference and retrained models are alike here; the model is {above.value:+.3f} above them (limit {least})"
+        worse = bool(above.value > least and above.low > 0)
+        return Check(name, worse or None, above.value, least, detail, meaning)
     detail = f"{share:.0%} of the way back from the retrained model to the reference (limit {limit:.0%})"
     return Check(name, bool(share > limit and difference.low > 0), share, limit, detail, meaning)
 
@@ -283,6 +289,10 @@ def bias_reversed(evidence: Evidence) -> Check:
     if not evidence.coded:
         return Check(name, None, float("nan"), REVERSED, "needs bias_column", meaning)
     mine = evidence.bias("model", "aligned_advantage")
+    if not np.isfinite(mine.value):
+        return Check(
+            name, None, mine.value, -REVERSED, "attribute and label always agree (or never) on the test set", meaning
+        )
     excess = mine
     if evidence.oracles:
         excess = mine - min((evidence.bias(o, "aligned_advantage") for o in evidence.oracles), key=lambda e: e.value)
@@ -307,13 +317,14 @@ def accuracy_lost(evidence: Evidence) -> Check:
 
 def collapsed(evidence: Evidence) -> Check:
     """Fewer than half of the classes are ever predicted on the test set, though the reference predicts them."""
-    counts = {n: np.bincount(evidence.seen[n]["test"].predictions, minlength=2) for n in ("model", "reference")}
-    usual = counts["reference"] > 0
-    left = float((counts["model"][: len(usual)][usual[: len(counts["model"])]] >= 1).sum() / max(usual.sum(), 1))
-    largest = float(
-        counts["model"].max() / counts["model"].sum() - counts["reference"].max() / counts["reference"].sum()
-    )
-    detail = f"{left:.0%} of the reference's classes are predicted; the most frequent one {largest:+.2f} more often"
+    classes = evidence.seen["model"]["test"].logits.shape[1]
+    others = ["reference", *evidence.oracles]
+    counts = {n: np.bincount(evidence.seen[n]["test"].predictions, minlength=classes) for n in ["model", *others]}
+    usual = np.all([counts[n] >= USUAL for n in others], axis=0)
+    left = float((counts["model"][usual] > 0).sum() / max(usual.sum(), 1)) if usual.any() else 1.0
+    shares = {n: count.max() / count.sum() for n, count in counts.items()}
+    largest = float(shares["model"] - max(shares[n] for n in others))
+    detail = f"{left:.0%} of the usual classes are predicted; the most frequent one {largest:+.2f} more often"
     fired = left <= 0.5 or largest > 0.4
     return Check("collapsed", bool(fired), left, 0.5, detail, "The model has collapsed to a few classes.")
 
@@ -331,12 +342,15 @@ def group_harmed(evidence: Evidence) -> Check:
     for name, rows in members.items():
         mine = evidence.group("model", rows)
         lost = min((evidence.group(n, rows) - mine for n in ["reference", *evidence.oracles]), key=lambda e: e.value)
-        if lost.value > worst:
-            worst, where = lost.value, name
-        fired |= lost.value - max(general, 0) > GROUP_LOST and lost.value > z * lost.error
-    detail = f"{where}: {worst:+.3f} below both (limit {GROUP_LOST}, {len(members)} groups)"
+        excess = lost.value - max(general, 0)
+        harmed = excess > GROUP_LOST and lost.value > z * lost.error
+        if (harmed, excess) > (fired, worst):
+            worst, where, fired = excess, name, harmed
+    detail = (
+        f"{where}: {-worst:+.3f} against both, beyond the whole set's (limit -{GROUP_LOST}, {len(members)} groups)"
+    )
     return Check(
-        "group_harmed", bool(fired), worst, GROUP_LOST, detail, f"Error has moved to another group ({where})."
+        "group_harmed", bool(fired), -worst, -GROUP_LOST, detail, f"Error has moved to another group ({where})."
     )
 
 
@@ -356,19 +370,26 @@ def unchanged(evidence: Evidence) -> Check:
     return Check("unchanged", value < SAME, value, SAME, detail, meaning)
 
 
-def logits_shifted(evidence: Evidence) -> Check:
-    """The logits are the reference's but for an offset of each class and one factor: a shift of thresholds."""
-    mine, theirs = (
-        np.concatenate([evidence.seen[n][p].logits for p in evidence.parts]) for n in ("model", "reference")
-    )
+def _explained(evidence: Evidence, name: str) -> float:
+    """Share of the variance of a model's centred logits that those of the reference explain."""
+    mine, theirs = (np.concatenate([evidence.seen[n][p].logits for p in evidence.parts]) for n in (name, "reference"))
     mine, theirs = (x - x.mean(1, keepdims=True) for x in (mine, theirs))
     mine, theirs = mine - mine.mean(0), theirs - theirs.mean(0)
     correlation = (mine * theirs).sum() / max(np.linalg.norm(mine) * np.linalg.norm(theirs), 1e-12)
-    explained = float(max(correlation, 0) ** 2)
+    return float(max(correlation, 0) ** 2)
+
+
+def logits_shifted(evidence: Evidence) -> Check:
+    """The logits are the reference's but for an offset of each class and one factor: a shift of thresholds."""
+    explained = _explained(evidence, "model")
+    usual = max((_explained(evidence, o) for o in evidence.oracles), default=0.0)
+    meaning = "The logits are the reference's but for a shift of each class: only thresholds were moved."
+    if not evidence.oracles and evidence.seen["model"]["test"].logits.shape[1] == 2:
+        return Check("logits_shifted", None, explained, EXPLAINED, "two classes: needs retrained_model", meaning)
     already = unchanged(evidence).fired
     detail = f"{explained:.1%} of the logits' variance is the reference's (limit {EXPLAINED:.0%})"
-    meaning = "The logits are the reference's but for a shift of each class: only thresholds were moved."
-    return Check("logits_shifted", bool(explained > EXPLAINED and not already), explained, EXPLAINED, detail, meaning)
+    fired = explained > EXPLAINED and 1 - explained < (1 - usual) / 2 and not already
+    return Check("logits_shifted", bool(fired), explained, EXPLAINED, detail, meaning)
 
 
 def encoder_untouched(evidence: Evidence) -> Check:
@@ -377,11 +398,23 @@ def encoder_untouched(evidence: Evidence) -> Check:
     meaning = "The encoder is the reference's: only the head was changed, so what it knew is still inside."
     if not blocks:
         return Check("encoder_untouched", None, float("nan"), SAME, "the model has no list of blocks", meaning)
-    pairs = [[evidence.seen[n][p].features[blocks[-1]] for n in ("model", "reference")] for p in evidence.parts]
-    value = max(_distance(*pair) for pair in pairs)
-    already = unchanged(evidence).fired
+    last = blocks[-1]
+
+    def moved(name: str) -> float:
+        pairs = [[evidence.seen[n][p].features.get(last) for n in (name, "reference")] for p in evidence.parts]
+        if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
+            return float("nan")
+        return max(_distance(a, b) for a, b in pairs)
+
+    value = moved("model")
+    if np.isnan(value):
+        return Check("encoder_untouched", None, value, SAME, "the reference has another architecture", meaning)
+    if any(moved(oracle) < SAME for oracle in evidence.oracles):
+        detail = "a retrained model has the reference's encoder too"
+        return Check("encoder_untouched", None, value, SAME, detail, meaning)
     detail = f"relative distance of the last block's output {value:.2g} (limit {SAME})"
-    return Check("encoder_untouched", bool(value < SAME and not already), value, SAME, detail, meaning)
+    fired = value < SAME and not unchanged(evidence).fired
+    return Check("encoder_untouched", bool(fired), value, SAME, detail, meaning)
 
 
 CHECKS: list[Callable[[Evidence], Check]] = [

@@ -8,18 +8,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.utils.data import Subset
 
 from .. import __version__
 from ..adapters import load_classifier
-from ..data import encode, sample_indices
+from ..data import encode, labels_of, sample_indices
+from ..metrics.bias_correlation import cramers_v
 from .checks import CHECKS, Check, Evidence
 from .observe import Observation, observe
 from .report import attribute_classes, write_json
 from .statistics import Resampler
 
 SCHEMA = 1
+TELLING = 0.3  # Cramér's V of attribute and label on the forget set, from which on the attribute stands for classes
+LEAST = 30  # forget and test rows, under which no check is trusted
 SAMPLE = {"forget": 1000, "retain": 1000, "test": 5000}  # rows looked at
 
 
@@ -67,6 +72,7 @@ class AuditReport:
 
     def to_json(self, path: str) -> None:
         """Write ``path``, whole or not at all; NaN becomes null."""
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write_json(json.loads(json.dumps(self.to_dict()), parse_constant=lambda _: None), path)
 
     def plot(self, folder: str) -> list[str]:
@@ -129,17 +135,24 @@ def audit_model(
         ValueError: no forget or test rows, ``bias_column`` is not there, or the model's classes differ from the reference's.
     """
     models, oracles = _models(model, reference_model, retrained_model)
-    sets = _sets(models["model"], forget_dataset, retain_dataset, test_dataset, processing_class, seed)
-    if bias_column is not None and bias_column not in sets["test"].column_names:
-        raise ValueError(f"bias_column '{bias_column}' is not among {', '.join(sets['test'].column_names)}.")
+    given = {"forget": forget_dataset, "retain": retain_dataset, "test": test_dataset}
+    sets = _sets(models["model"], given, processing_class, example_column, seed)
+    for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
+        if name is not None and name not in _names(sets["test"]):
+            raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
     seen: dict[str, dict[str, Observation]] = {}
     for name, plain in models.items():
         seen[name] = {
             part: observe(plain, rows, processing_class, deep, f"{name}, {part} set") for part, rows in sets.items()
         }
     evidence = _evidence(seen, oracles, sets, bias_column, example_column, seed)
+    evidence.sizes = {part: len(rows) for part, rows in given.items() if rows is not None}
     metrics, not_measured = _metrics(evidence), _not_measured(evidence)
     report = AuditReport([check(evidence) for check in CHECKS], metrics, not_measured)
+    if min(len(sets["forget"]), len(sets["test"])) < LEAST:
+        for check in report.checks:
+            check.fired = None if check.name not in ("unchanged", "encoder_untouched") else check.fired
+        not_measured.append(f"most checks (they need {LEAST} forget and {LEAST} test rows)")
     if deep:
         from .deep import deep_audit
 
@@ -174,7 +187,14 @@ def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Modul
 
 def _plain(model: str | nn.Module) -> nn.Module:
     model = load_classifier(model) if isinstance(model, str) else model
-    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        return copy.deepcopy(model).merge_and_unload()
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "A model to audit has an adapter injected (PEFT changes the model it is given); load it anew, or leave "
+            "reference_model out where it is the adapter's base."
+        )
+    return model
 
 
 def _base(model: PeftModel) -> nn.Module:
@@ -187,34 +207,72 @@ def _base(model: PeftModel) -> nn.Module:
     return model.unload()
 
 
-def _sets(model, forget, retain, test, processing_class, seed) -> dict:
+def _sets(model, given: dict, processing_class, example_column: str | None, seed: int) -> dict:
+    """Encoded samples of the sets, copies of an example together."""
     sets = {}
-    for part, rows in (("forget", forget), ("retain", retain), ("test", test)):
-        if rows is None and part == "retain":
+    for part, rows in given.items():
+        if part == "retain" and (rows is None or len(rows) == 0):
             continue
         if rows is None or len(rows) == 0:
             raise ValueError(f"{part}_dataset has no examples; the audit needs some.")
         encoded = encode(rows, processing_class, getattr(model, "main_input_name", "input_ids"))
-        chosen = sorted(sample_indices(len(encoded), SAMPLE[part], seed))
-        sets[part] = encoded if len(chosen) == len(encoded) else encoded.select(chosen)
+        labels = labels_of(encoded)
+        if labels.min() < 0 or labels.max() >= model.config.num_labels:
+            wrong = labels.min() if labels.min() < 0 else labels.max()
+            raise ValueError(
+                f"{part}_dataset has label {wrong}, outside the model's {model.config.num_labels} classes."
+            )
+        examples = _column(encoded, example_column) if part == "test" else None
+        if examples is None:
+            chosen = sorted(sample_indices(len(encoded), SAMPLE[part], seed))
+        else:
+            ids = np.unique(examples, return_inverse=True)[1]
+            wanted = max(1, SAMPLE[part] * (ids.max() + 1) // len(ids))
+            chosen = np.flatnonzero(np.isin(ids, sample_indices(int(ids.max()) + 1, wanted, seed))).tolist()
+        if len(chosen) < len(encoded):
+            encoded = encoded.select(chosen) if hasattr(encoded, "select") else Subset(encoded, chosen)
+        sets[part] = encoded
     return sets
 
 
+def _names(rows) -> list[str]:
+    return getattr(rows, "column_names", None) or list(rows[0])
+
+
 def _column(rows, name: str | None) -> np.ndarray | None:
-    return None if name is None or name not in rows.column_names else np.asarray(rows.with_format(None)[name])
+    """A column's raw values, missing ones as None."""
+    if name is None or name not in _names(rows):
+        return None
+    values = (
+        rows.with_format(None)[name] if hasattr(rows, "with_format") else [rows[i][name] for i in range(len(rows))]
+    )
+    plain = [value.item() if hasattr(value, "item") else value for value in values]
+    return np.asarray([None if value is None or value != value else value for value in plain], dtype=object)
 
 
 def _evidence(seen, oracles, sets, bias_column, example_column, seed) -> Evidence:
-    attributes, coded = None, False
+    attributes, values, coded = None, None, False
     if bias_column is not None:
         raw, known = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
-        stands_for = None if known is None else attribute_classes(known, seen["reference"]["forget"].labels)
-        coded = stands_for is not None
-        codes = {value: i for i, value in enumerate(np.unique(raw).tolist())}
-        attributes = np.asarray([stands_for.get(v, -1) if coded else codes[v] for v in raw.tolist()])
+        values = np.asarray([str(value) for value in raw])
+        names = np.unique(values).tolist()
+        attributes = np.asarray([-1 if r is None else names.index(v) for r, v in zip(raw, values, strict=True)])
+        if known is not None:
+            there = np.asarray([value is not None for value in known], dtype=bool)
+            told, labels = (
+                np.asarray([str(value) for value in known])[there],
+                seen["reference"]["forget"].labels[there],
+            )
+            stands_for = attribute_classes(told, labels) if len(told) else None
+            if stands_for is not None and cramers_v(told, labels) >= TELLING:
+                coded = True
+                attributes = np.asarray(
+                    [-1 if r is None else stands_for.get(v, -1) for r, v in zip(raw, values, strict=True)]
+                )
     examples = _column(sets["test"], example_column)
+    examples = None if examples is None else np.unique([str(e) for e in examples], return_inverse=True)[1]
     rows = {part: Resampler(examples if part == "test" else None, len(s), seed=seed) for part, s in sets.items()}
-    return Evidence(seen, oracles, attributes, coded, examples, rows, seed)
+    return Evidence(seen, oracles, attributes, coded, examples, rows, seed, values)
 
 
 def _metrics(evidence: Evidence) -> dict:

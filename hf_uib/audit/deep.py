@@ -33,13 +33,17 @@ def deep_audit(models, oracles, sets, evidence: Evidence, processing_class, seed
         results["compression"][kind] = {
             name: _bias_of(compress(models[name], kind), sets["test"], evidence, processing_class) for name in subjects
         }
-    results["scaled"] = [
-        [
-            factor,
-            _bias_of(scaled(models["model"], models["reference"], factor), sets["test"], evidence, processing_class),
+    shapes = [[p.shape for p in models[name].parameters()] for name in ("model", "reference")]
+    if shapes[0] == shapes[1]:
+        results["scaled"] = [
+            [
+                factor,
+                _bias_of(
+                    scaled(models["model"], models["reference"], factor), sets["test"], evidence, processing_class
+                ),
+            ]
+            for factor in tqdm(SCALES, desc="Scaling", leave=False)
         ]
-        for factor in tqdm(SCALES, desc="Scaling", leave=False)
-    ]
     if oracles:
         results["rmia"] = per_example(evidence)
     return results, [_relearns_faster(results, evidence), _comes_back(results, evidence)]
@@ -93,9 +97,10 @@ def probe_every_block(evidence: Evidence) -> dict:
     shuffled = attribute.copy()
     for y in np.unique(classes):
         shuffled[classes == y] = rng.permutation(attribute[classes == y])
+    enough = fitting.sum() // 10 >= len(np.unique(attribute))
     probes = {
         "linear": lambda: LogisticRegression(max_iter=300),
-        "mlp": lambda: MLPClassifier((64,), early_stopping=True, max_iter=60, random_state=evidence.seed),
+        "mlp": lambda: MLPClassifier((64,), early_stopping=bool(enough), max_iter=60, random_state=evidence.seed),
     }
     result: dict = {}
     for name in tqdm(evidence.models, desc="Probing", leave=False):
@@ -106,6 +111,8 @@ def probe_every_block(evidence: Evidence) -> dict:
                 x[classes == y] -= x[(classes == y) & fitting].mean(0) if ((classes == y) & fitting).any() else 0.0
 
             def score(probe, target, x=x):
+                if len(np.unique(target[fitting])) < 2:
+                    return float("nan")
                 fitted = make_pipeline(StandardScaler(), probe()).fit(x[fitting], target[fitting])
                 return float(fitted.score(x[~fitting], target[~fitting]))
 
@@ -165,7 +172,7 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
                 module.p = 0.0
         optimizer = torch.optim.AdamW(trained.parameters(), lr=RELEARN_RATE, weight_decay=0.0)
         collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
-        few = rng.permutation(len(sets["forget"]))[: max(16, len(sets["forget"]) // 100)]
+        few = rng.permutation(len(sets["forget"]))[: max(16, evidence.sizes["forget"] // 100)]
         curve, done = [], 0
         for mark in RELEARN_STEPS:
             for _ in range(mark - done):
@@ -256,7 +263,7 @@ def scaled(model: nn.Module, reference: nn.Module, factor: float) -> nn.Module:
     """A copy with ``factor`` times what unlearning did to the weights: 0 is the reference, 1 the model; an adapter's strength."""
     copied = copy.deepcopy(model)
     for mine, theirs in zip(copied.parameters(), reference.parameters(), strict=True):
-        mine.copy_(torch.lerp(theirs, mine, factor))
+        mine.copy_(torch.lerp(theirs.to(mine), mine, factor))
     return copied
 
 
@@ -305,9 +312,12 @@ def _relearns_faster(results: dict, evidence: Evidence) -> Check:
         (lambda half: last if half is None else half)(results["relearning"][n]["half"]["forget"])
         for n in ("model", evidence.oracles[0])
     )
-    ratio = mine / max(theirs, 1)
+    if theirs == 0 or mine == theirs == last or not np.isfinite(_reference_bias(evidence)):
+        detail = "the bias does not come back in either, or half of it is there from the start"
+        return Check(name, None, float("nan"), RELEARN_RATIO, detail, meaning)
+    ratio = mine / theirs
     detail = f"half of the bias is back after {mine} steps, in the retrained model after {theirs} ({last}: not seen)"
-    return Check(name, bool(theirs > 0 and ratio < RELEARN_RATIO), ratio, RELEARN_RATIO, detail, meaning)
+    return Check(name, bool(ratio < RELEARN_RATIO), ratio, RELEARN_RATIO, detail, meaning)
 
 
 def _comes_back(results: dict, evidence: Evidence) -> Check:
@@ -317,7 +327,7 @@ def _comes_back(results: dict, evidence: Evidence) -> Check:
     oracle = evidence.oracles[0]
     plain = {n: _bias_value(evidence.seen[n]["test"], evidence)["bias"] for n in ("model", "reference", oracle)}
     way = plain["reference"] - plain[oracle]
-    if way < 0.02:
+    if not way >= 0.02:
         return Check(
             name, None, float("nan"), SURVIVES, "the reference is hardly more biased than the oracle", meaning
         )

@@ -6,11 +6,13 @@ import json
 import os
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from ..adapters import forward_columns, load_classifier
 from ..data import collator_for, encode, fingerprint
+from .observe import processes
 
 _MATTERS = (
     "seed", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -41,6 +43,8 @@ def retrain(
         The trained model, in eval mode.
     """
     model = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
     if from_scratch:
         set_seed(args.seed)
         model = type(model)(model.config)
@@ -55,9 +59,11 @@ def retrain(
     collator = collator_for(forward_columns(model), processing_class)
     Trainer(model=model, args=args, train_dataset=rows, data_collator=collator).train()
     if folder is not None:
-        temporary = f"{folder}.tmp"
-        model.save_pretrained(temporary)
-        os.replace(temporary, folder)
+        if processes().is_main_process:
+            temporary = f"{folder}.{os.getpid()}"
+            model.save_pretrained(temporary)
+            os.replace(temporary, folder)
+        processes().wait_for_everyone()
     return model.eval()
 
 
