@@ -351,9 +351,8 @@ def audit_table() -> list[str]:
             parts.append(f"| {name} | {len(rows)} | **{flagged}** | " + " | ".join(str(f or "") for f in fired) + " |")
         seconds = [c["audit_seconds"] for c in mine]
         uib = [c["made_seconds"] for c in mine if c["subject"] == "UIB"]
-        parts.append(
-            f"\nOne default audit took {sum(seconds) / len(seconds):.1f} s, unlearning {sum(uib) / max(len(uib), 1):.1f} s.\n"
-        )
+        beside = f", unlearning {sum(uib) / len(uib):.1f} s" if uib else ""
+        parts.append(f"\nOne default audit took {sum(seconds) / len(seconds):.1f} s{beside}.\n")
     return parts
 
 
