@@ -26,7 +26,7 @@ from .trainer import UIBTrainer
 def demo(args: UIBConfig) -> dict[str, dict]:
     """Unlearn a colour bias from a ViT trained here on scikit-learn's digits, and compare; returns the table's rows.
 
-    Writes report.json, bias.png, layers.png, the adapter, ``merged/`` and README.md to ``args.output_dir``.
+    Writes report.json, audit.json, the figures, the adapter, ``merged/`` and README.md to ``args.output_dir``.
     """
     _quiet()
     started = time.perf_counter()

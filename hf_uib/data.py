@@ -257,6 +257,18 @@ def fingerprint(dataset) -> str:
     return digest.hexdigest()
 
 
+def check_labels(name: str, dataset, num_labels: int) -> None:
+    """Refuse labels that are no class ids of the model; ``name`` is what the message calls the set."""
+    labels = labels_of(dataset)
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"The labels of {name} are not integers; encode them as class ids (ClassLabel).")
+    if labels.min() < 0 or labels.max() >= num_labels:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise ValueError(
+            f"{name} has label {wrong}, outside the model's {num_labels} classes; map labels to 0..{num_labels - 1}."
+        )
+
+
 def check_sets(forget_dataset, retain_dataset, num_labels: int) -> None:
     """Refuse what cannot be unlearned.
 
@@ -268,14 +280,7 @@ def check_sets(forget_dataset, retain_dataset, num_labels: int) -> None:
             continue
         if len(dataset) == 0:
             raise ValueError(f"{name} has no examples; check the condition that selects it.")
-        labels = labels_of(dataset)
-        if labels.dtype.kind not in "iu":
-            raise ValueError(f"The labels of {name} are not integers; encode them as class ids (ClassLabel).")
-        if labels.min() < 0 or labels.max() >= num_labels:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise ValueError(
-                f"{name} has label {wrong}, outside the model's {num_labels} classes; map labels to 0..{num_labels - 1}."
-            )
+        check_labels(name, dataset, num_labels)
     if retain_dataset is not None:
         retained = set(row_hashes(retain_dataset))
         common = sum(row in retained for row in row_hashes(forget_dataset))

@@ -1,6 +1,6 @@
 """`UIBTrainer`: fine-tuned models unlearn under the Unlearning Information Bottleneck.
 
-Reads like the method's page (docs/method.md): `train` measures the contrast subspace V_l and the noise scale s_l, sets the
+Reads like the method's page (docs/method.md): `train` measures the contrast subspace V_l and the noise, sets the
 adapter to it and starts Transformers' own loop; `compute_loss` is equation (3); `_refresh_prior` is section 3.
 """
 
@@ -28,15 +28,13 @@ from .priors import PRIORS, CalibratedPrior, Prior
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
-NOISED_SHARE = (
-    0.65  # of the nats that the checkpoint's predictions give away about the forget labels, under the default noise
-)
+NOISED_SHARE = 0.65  # of the nats the checkpoint's predictions tell about the forget labels, under the default noise
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 STRENGTH_PATTERN, STRENGTH_CHANCE = 0.1, 0.3  # gamma, with the channel closed by noise and without
 UNIT = (
-    0.0375  # A starts as V_l s_l / UNIT: B is counted in units of the channel, and one learning rate fits all layers
+    0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
 )
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 
@@ -191,7 +189,7 @@ class UIBTrainer(Trainer):
         return set(data.sample_indices(len(self.retain_dataset), count, args.seed))
 
     def _measure_contrast(self) -> dict[str, Tensor]:
-        """V_l by one pass over samples of both sets; also sets the scales s_l (section 2)."""
+        """V_l by one pass over samples of both sets; also measures each layer's unit (section 2)."""
         args, seed = self.args, self.args.seed
         bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
         stats = contrast.new_statistics(bases, args.subspace_rank, seed)
@@ -238,7 +236,7 @@ class UIBTrainer(Trainer):
         self.mean_inputs = {name: layer.mean_input().float() for name, layer in stats.items()}
         self.energy = {name: contrast.energy(layer) for name, layer in stats.items()}
         along = self._pattern_rms(subspaces)
-        # s_l of noise-to-signal ratio 1
+        # What one unit of V_l x has to be multiplied with to be as large as the layer's output
         self.unit_width = {
             name: (layer.signal().float() / along[name].clamp_min(1e-12)).float() for name, layer in stats.items()
         }

@@ -7,9 +7,9 @@ Any two or three checkpoints of one task will do, not only those of hf_uib. Writ
 whether the audit is passed or not (`passed` and `flags` are in the report).
 """
 
-import os
-import sys
 from dataclasses import dataclass, field
+
+from hf_uib.command_line import parse, run
 
 
 @dataclass
@@ -46,25 +46,11 @@ class AuditArguments:
 
 def main() -> None:
     """Parse the command line and audit."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(AuditArguments, description=__doc__.partition("\n\n")[0])
-    for action in parser._actions:  # FOO=BAR FOO=BAR and one flag per condition both work
-        if action.dest in ("forget_where", "retrained"):
-            action.nargs = "+"
-    if "--config" in sys.argv:
-        (script,) = parser.parse_yaml_file(sys.argv[sys.argv.index("--config") + 1])
-    else:
-        (script,) = parser.parse_args_into_dataclasses()
+    (script,) = parse(__doc__, AuditArguments, lists={"forget_where": "COLUMN=VALUE", "retrained": None})
     from hf_uib.cli import audit
 
     audit(script)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, KeyError) as error:
-        if os.environ.get("HF_UIB_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    run(main)

@@ -8,9 +8,9 @@ Without arguments: the embedded demo. scikit-learn's handwritten digits are colo
 the forget set; a small ViT is trained with that bias, unlearns it, and is compared with fine-tuning and retraining.
 """
 
-import os
-import sys
 from dataclasses import dataclass, field
+
+from hf_uib.command_line import parse, run
 
 
 @dataclass
@@ -48,20 +48,10 @@ class ScriptArguments:
 
 def main() -> None:
     """Parse the command line, then run the demo or the user's job."""
-    from transformers import HfArgumentParser
-
     from hf_uib import UIBConfig
 
-    parser = HfArgumentParser((UIBConfig, ScriptArguments), description=__doc__.partition("\n\n")[0])
-    parser.set_defaults(output_dir="unlearned", save_strategy="no", logging_steps=50)
-    for action in parser._actions:  # FOO=BAR FOO=BAR and one flag per condition both work
-        if action.dest == "forget_where":
-            action.nargs, action.metavar = "+", "COLUMN=VALUE"
-    if "--config" in sys.argv:
-        at = sys.argv.index("--config")
-        args, script = parser.parse_yaml_file(sys.argv[at + 1])
-    else:
-        args, script = parser.parse_args_into_dataclasses()
+    defaults = {"output_dir": "unlearned", "save_strategy": "no", "logging_steps": 50}
+    args, script = parse(__doc__, UIBConfig, ScriptArguments, lists={"forget_where": "COLUMN=VALUE"}, **defaults)
     from hf_uib.cli import demo, unlearn
 
     if script.model_name_or_path is None and script.dataset_name is None:
@@ -71,9 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, KeyError) as error:
-        if os.environ.get("HF_UIB_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    run(main)

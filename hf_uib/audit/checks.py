@@ -160,6 +160,7 @@ class Evidence:
 
         return self._once(("gap", name), compute)
 
+    @cached_property
     def members(self) -> dict[str, np.ndarray]:
         """The groups of the test rows by name: classes, values of the attribute, and both together; small ones left out."""
         labels = self.seen["reference"]["test"].labels
@@ -170,17 +171,18 @@ class Evidence:
                 groups |= {f"class {y}, attribute {b}": (labels == y) & (self.values == b) for y in np.unique(labels)}
         return {name: rows for name, rows in groups.items() if rows.sum() >= GROUP_ROWS}
 
-    def group(self, name: str, rows: np.ndarray) -> Estimate:
-        """Accuracy on some of the test rows."""
-        seen = self.seen[name]["test"]
-        return self.rows["test"].ratio((seen.predictions == seen.labels) & rows, rows)
+    def group(self, name: str, group: str) -> Estimate:
+        """Accuracy on a group of the test rows."""
+        seen, rows = self.seen[name]["test"], self.members[group]
+        right = (seen.predictions == seen.labels) & rows
+        return self._once(("group", name, group), lambda: self.rows["test"].ratio(right, rows))
 
     def groups(self, name: str) -> dict:
         """Accuracy of every group, the worst, and the plain and the weighted mean."""
-        groups = {key: self.group(name, rows) for key, rows in self.members().items()}
+        groups = {key: self.group(name, key) for key in self.members}
         cells = {k: v for k, v in groups.items() if ", " in k} or groups
         values = np.array([e.value for e in cells.values()])
-        sizes = np.array([self.members()[k].sum() for k in cells])
+        sizes = np.array([self.members[k].sum() for k in cells])
         return {
             "worst": float(values.min(initial=1.0)),
             "worst_group": min(cells, key=lambda k: cells[k].value) if cells else "",
@@ -334,14 +336,14 @@ def group_harmed(evidence: Evidence) -> Check:
     if not evidence.oracles:  # less help from the pattern is what unlearning is for; only an oracle tells it from harm
         meaning = "Error has moved to another group."
         return Check("group_harmed", None, float("nan"), GROUP_LOST, "needs retrained_model", meaning)
-    members = evidence.members()
+    members = evidence.members
     z = NormalDist().inv_cdf(1 - 0.025 / max(len(members), 1))
     worst, where, fired = 0.0, "no group", False
     overall = [evidence.accuracy(n, "test") for n in ["reference", *evidence.oracles]]
     general = min(overall, key=lambda e: e.value).value - evidence.accuracy("model", "test").value
-    for name, rows in members.items():
-        mine = evidence.group("model", rows)
-        lost = min((evidence.group(n, rows) - mine for n in ["reference", *evidence.oracles]), key=lambda e: e.value)
+    for name in members:
+        mine = evidence.group("model", name)
+        lost = min((evidence.group(n, name) - mine for n in ["reference", *evidence.oracles]), key=lambda e: e.value)
         excess = lost.value - max(general, 0)
         harmed = excess > GROUP_LOST and lost.value > z * lost.error
         if (harmed, excess) > (fired, worst):

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from .. import __version__
 from ..adapters import load_classifier
-from ..data import encode, labels_of, sample_indices
+from ..data import check_labels, encode, sample_indices
 from ..metrics.bias_correlation import cramers_v
 from .checks import CHECKS, Check, Evidence
 from .observe import Observation, observe
@@ -145,8 +145,8 @@ def audit_model(
         seen[name] = {
             part: observe(plain, rows, processing_class, deep, f"{name}, {part} set") for part, rows in sets.items()
         }
-    evidence = _evidence(seen, oracles, sets, bias_column, example_column, seed)
-    evidence.sizes = {part: len(rows) for part, rows in given.items() if rows is not None}
+    sizes = {part: len(rows) for part, rows in given.items() if rows is not None}
+    evidence = _evidence(seen, oracles, sets, sizes, bias_column, example_column, seed)
     metrics, not_measured = _metrics(evidence), _not_measured(evidence)
     report = AuditReport([check(evidence) for check in CHECKS], metrics, not_measured)
     if min(len(sets["forget"]), len(sets["test"])) < LEAST:
@@ -216,12 +216,7 @@ def _sets(model, given: dict, processing_class, example_column: str | None, seed
         if rows is None or len(rows) == 0:
             raise ValueError(f"{part}_dataset has no examples; the audit needs some.")
         encoded = encode(rows, processing_class, getattr(model, "main_input_name", "input_ids"))
-        labels = labels_of(encoded)
-        if labels.min() < 0 or labels.max() >= model.config.num_labels:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise ValueError(
-                f"{part}_dataset has label {wrong}, outside the model's {model.config.num_labels} classes."
-            )
+        check_labels(f"{part}_dataset", encoded, model.config.num_labels)
         examples = _column(encoded, example_column) if part == "test" else None
         if examples is None:
             chosen = sorted(sample_indices(len(encoded), SAMPLE[part], seed))
@@ -250,7 +245,7 @@ def _column(rows, name: str | None) -> np.ndarray | None:
     return np.asarray([None if value is None or value != value else value for value in plain], dtype=object)
 
 
-def _evidence(seen, oracles, sets, bias_column, example_column, seed) -> Evidence:
+def _evidence(seen, oracles, sets, sizes, bias_column, example_column, seed) -> Evidence:
     attributes, values, coded = None, None, False
     if bias_column is not None:
         raw, known = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
@@ -272,7 +267,7 @@ def _evidence(seen, oracles, sets, bias_column, example_column, seed) -> Evidenc
     examples = _column(sets["test"], example_column)
     examples = None if examples is None else np.unique([str(e) for e in examples], return_inverse=True)[1]
     rows = {part: Resampler(examples if part == "test" else None, len(s), seed=seed) for part, s in sets.items()}
-    return Evidence(seen, oracles, attributes, coded, examples, rows, seed, values)
+    return Evidence(seen, oracles, attributes, coded, examples, rows, seed, values, sizes)
 
 
 def _metrics(evidence: Evidence) -> dict:

@@ -159,7 +159,7 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
     whose pixels or tokens are shuffled, with the labels the model gives them.
 
     Returns:
-        ``curve[kind]``: ``[steps, bias]`` pairs; ``half``: the first step at which half of the reference's bias is back.
+        ``curve[kind]``: ``[steps, bias]`` pairs; ``half``: the first step at which half of the reference's bias is there, or None.
     """
     curves: dict = {"curve": {}, "half": {}}
     start = _reference_bias(evidence)
@@ -194,10 +194,8 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
             done = mark
             curve.append([mark, _bias_of(trained, sets["test"], evidence, processing_class)["bias"]])
         curves["curve"][kind] = curve
-        back = [step for step, bias in curve if step and bias >= start / 2]
-        curves["half"][kind] = (
-            back[0] if back and curve[0][1] < start / 2 else (0 if curve[0][1] >= start / 2 else None)
-        )
+        back = [step for step, bias in curve if bias >= start / 2]
+        curves["half"][kind] = back[0] if back else None
     return curves
 
 

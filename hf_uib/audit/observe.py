@@ -7,10 +7,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ..adapters import forward_columns
-from ..data import collator_for, fetch
+from .report import predict
 
 
 @dataclass
@@ -96,11 +94,14 @@ def observe(
         every_block: features of all blocks, not of the last one alone.
         name: shown by the progress bar.
     """
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
     blocks = blocks_of(model)
     watched = blocks if every_block else dict(list(blocks.items())[-1:])
     seen: dict[str, list[np.ndarray]] = {key: [] for key in [*watched, "head"]}
     mask: Tensor | None = None
+
+    def on_model(module, inputs, named):
+        nonlocal mask
+        mask = named.get("attention_mask")
 
     def keep(key, hidden):
         seen[key].append(_pooled(hidden, mask).cpu().numpy())
@@ -110,26 +111,17 @@ def observe(
 
     handles = [module.register_forward_hook(on_block(key)) for key, module in watched.items()]
     handles.append(head_of(model).register_forward_pre_hook(lambda module, inputs: keep("head", inputs[0])))
+    handles.append(model.register_forward_pre_hook(on_model, with_kwargs=True))
     state = processes()
-    mine = list(range(len(dataset)))[state.process_index :: state.num_processes]
-    training = model.training
-    model.eval()
-    logits, labels = [], []
+    mine, quiet = range(state.process_index, len(dataset), state.num_processes), not state.is_main_process
     try:
-        starts = range(0, len(mine), batch_size)
-        hidden = len(starts) < 8 or not state.is_main_process
-        for start in tqdm(starts, desc=f"Audit: {name}", leave=False, disable=hidden):
-            inputs = collator(fetch(dataset, mine[start : start + batch_size]))
-            labels.append(inputs.pop("labels").numpy())
-            inputs = {key: value.to(device) for key, value in inputs.items()}
-            mask = inputs.get("attention_mask")
-            logits.append(model(**inputs).logits.float().cpu().numpy())
+        logits, labels = predict(model, dataset, processing_class, batch_size, f"Audit: {name}", mine, quiet)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
-    part = {"logits": np.concatenate(logits), "labels": np.concatenate(labels)} if logits else {}
-    part |= {key: np.concatenate(values) for key, values in seen.items() if values}
+    part = {"logits": logits, "labels": labels} | {
+        key: np.concatenate(values) for key, values in seen.items() if values
+    }
     whole = _in_order(gather_object([part])) if state.num_processes > 1 else part
     return Observation(whole.pop("logits"), whole.pop("labels"), whole)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,16 +17,23 @@ from .columns import COLUMNS
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, dataset, processing_class=None, batch_size: int = 256, description: str = "Evaluating"
+    model: nn.Module,
+    dataset,
+    processing_class=None,
+    batch_size: int = 256,
+    description: str = "Evaluating",
+    rows: Sequence[int] | None = None,
+    quiet: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows, in eval mode; the model's mode is restored."""
+    """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows (all, or some), in eval mode; the model's mode is restored."""
+    rows = range(len(dataset)) if rows is None else rows
     collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
     training = model.training
     model.eval()
     logits, labels = [], []
-    starts = range(0, len(dataset), batch_size)
-    for start in tqdm(starts, desc=description, leave=False, disable=len(starts) < 8):
-        inputs = collator(fetch(dataset, list(range(start, min(start + batch_size, len(dataset))))))
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(starts, desc=description, leave=False, disable=quiet or len(starts) < 8):
+        inputs = collator(fetch(dataset, list(rows[start : start + batch_size])))
         labels.append(inputs.pop("labels"))
         logits.append(model(**{name: value.to(device) for name, value in inputs.items()}).logits.float().cpu())
     model.train(training)

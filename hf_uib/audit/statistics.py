@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..metrics.bias_correlation import cramers_v_of
+
 
 @dataclass
 class Estimate:
@@ -69,15 +71,5 @@ class Resampler:
         shape = (a.max() + 1, b.max() + 1)
         cells = self._sums(np.eye(shape[0] * shape[1])[a * shape[1] + b])
         tables = np.concatenate([cells.sum(0)[None], self.weights @ cells]).reshape(-1, *shape)
-        values = _cramers_v(tables)
+        values = cramers_v_of(tables)
         return Estimate(float(values[0]), (values[1:] - values[1:].mean() + values[0]).clip(0, 1))
-
-
-def _cramers_v(tables: np.ndarray) -> np.ndarray:
-    """``[m, r, c]`` contingency tables to ``[m]``; 0 where a table has one row or one column only."""
-    total = tables.sum((1, 2), keepdims=True)
-    expected = tables.sum(2, keepdims=True) * tables.sum(1, keepdims=True) / total
-    with np.errstate(invalid="ignore", divide="ignore"):
-        chi = np.where(expected > 0, (tables - expected) ** 2 / expected, 0.0).sum((1, 2))
-    used = np.minimum((tables.sum(2) > 0).sum(1), (tables.sum(1) > 0).sum(1)) - 1
-    return np.where(used > 0, np.sqrt(chi / (total[:, 0, 0] * np.maximum(used, 1))), 0.0)

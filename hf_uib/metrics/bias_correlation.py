@@ -33,12 +33,17 @@ def cramers_v(first: np.ndarray, second: np.ndarray) -> float:
     _, columns = np.unique(second, return_inverse=True)
     table = np.zeros((rows.max(initial=0) + 1, columns.max(initial=0) + 1))
     np.add.at(table, (rows, columns), 1)
-    smaller = min(table.shape) - 1
-    if smaller < 1:
-        return 0.0
-    total = table.sum()
-    expected = np.outer(table.sum(1), table.sum(0)) / total
-    return float(np.sqrt(((table - expected) ** 2 / expected).sum() / total / smaller))
+    return float(cramers_v_of(table[None])[0])
+
+
+def cramers_v_of(tables: np.ndarray) -> np.ndarray:
+    """Cramer's V of contingency tables ``[m, r, c]``: ``[m]``, 0 where only one row or one column is used."""
+    total = tables.sum((1, 2), keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = tables.sum(2, keepdims=True) * tables.sum(1, keepdims=True) / total
+        squared = np.where(expected > 0, (tables - expected) ** 2 / expected, 0.0).sum((1, 2))
+        smaller = np.minimum((tables.sum(2) > 0).sum(1), (tables.sum(1) > 0).sum(1)) - 1
+        return np.where(smaller > 0, np.sqrt(squared / total[:, 0, 0] / np.maximum(smaller, 1)), 0.0)
 
 
 class BiasCorrelation(evaluate.Metric):
