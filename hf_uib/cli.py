@@ -109,6 +109,8 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
     test_name = script.test_split or ("test" if "test" in splits else None)
     test = with_class_ids(_split(splits, test_name), model.config) if test_name else None
     processor = load_processor(script.model_name_or_path, picture=image_column(train) is not None)
+    if script.max_length is not None:
+        processor.model_max_length = script.max_length  # what a tokenizer truncates to
     trainer = UIBTrainer(
         model,
         args=args,

@@ -144,9 +144,10 @@ def test_text_csv(tmp_path):
     done = run(
         "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "tweets.csv",
         "--forget_where", "airline=x", "label=1",
-        "--output_dir", tmp_path / "out", *FAST,
+        "--output_dir", tmp_path / "out", "--max_length", "5", *FAST,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 5
     assert json.loads((tmp_path / "out" / "report.json").read_text())["forget_where"] == ["airline=x", "label=1"]
 
 
