@@ -151,8 +151,9 @@ def audit(script):
     from .audit.core import audit_model
 
     _quiet()
-    model = load_classifier(script.model)
-    reference = load_classifier(script.reference) if script.reference else None
+    device = processes().device
+    model = load_classifier(script.model).to(device)
+    reference = load_classifier(script.reference).to(device) if script.reference else None
     classes = (model if reference is None else reference).config
     splits = load_splits(script.dataset_name, script.dataset_config_name)
     train = with_class_ids(_split(splits, script.train_split), classes)

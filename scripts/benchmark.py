@@ -8,6 +8,7 @@ python scripts/benchmark.py --report
 
 import argparse
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -263,6 +264,7 @@ def run_cost(options) -> None:
 
 # ---- The audit itself: planted fakes and true retrained models ----
 
+DEEP = "UIB, deep audit"
 AUDITED = {"digits-colour": ((0, 1), 6), "tweets-airline": ((0,), 4)}  # seeds of the task, retrained models of each
 
 
@@ -286,6 +288,7 @@ def run_audit(options) -> None:
                 tasks.fit(model, task.sets["retain"], task, settings["retrain_steps"], options.cache, 100 + i, rate)
                 oracles.append(model.eval())
 
+            @functools.cache
             def unlearned(task=task, models=models, settings=settings, seed=seed):
                 args = UIBConfig(
                     options.cache, max_steps=settings["unlearn_steps"], per_device_train_batch_size=settings["batch"], seed=seed,
@@ -305,7 +308,8 @@ def run_audit(options) -> None:
                 )
                 for fake, make in FAKES.items()
             }
-            for subject, make in (subjects | {"UIB": unlearned}).items():
+            subjects |= {"UIB": unlearned} | ({DEEP: unlearned} if seed == AUDITED[name][0][0] else {})
+            for subject, make in subjects.items():
                 if (name, seed, subject) in done:
                     continue
                 start = time.perf_counter()
@@ -321,13 +325,15 @@ def run_audit(options) -> None:
                     retrained_model=oracles[0],
                     processing_class=task.processing_class,
                     example_column="example",
+                    deep=subject == DEEP,
                 )
                 cell = {"task": name, "seed": seed, "subject": subject, "flags": report.flags}
                 cell |= {"made_seconds": made - start, "audit_seconds": time.perf_counter() - made}
                 cell["checks"] = {check.name: check.value for check in report.checks}
+                cell |= {"deep": report.deep} if report.deep else {}
                 with open(AUDIT, "a", encoding="utf-8") as file:
                     file.write(json.dumps(cell) + "\n")
-                print(json.dumps({k: v for k, v in cell.items() if k != "checks"}), flush=True)
+                print(json.dumps({k: v for k, v in cell.items() if k not in ("checks", "deep")}), flush=True)
 
 
 def audit_table() -> list[str]:
@@ -338,7 +344,7 @@ def audit_table() -> list[str]:
     parts = ["### The audit on planted fakes and on true retrained models\n"]
     checks = list(cells[0]["checks"])
     for task in AUDITED:
-        mine = [c for c in cells if c["task"] == task]
+        mine = [c for c in cells if c["task"] == task and c["subject"] != DEEP]
         if not mine:
             continue
         subject = lambda c: "retrained" if c["subject"].startswith("retrained") else c["subject"]  # noqa: E731
@@ -353,7 +359,36 @@ def audit_table() -> list[str]:
         uib = [c["made_seconds"] for c in mine if c["subject"] == "UIB"]
         beside = f", unlearning {sum(uib) / len(uib):.1f} s" if uib else ""
         parts.append(f"\nOne default audit took {sum(seconds) / len(seconds):.1f} s{beside}.\n")
+        parts += [line for c in cells if (c["task"], c["subject"]) == (task, DEEP) for line in deep_table(c)]
     return parts
+
+
+def deep_table(cell: dict) -> list[str]:
+    """What the deep audit of UIB found."""
+    deep, rows = cell["deep"], {}
+    names = {"model": "UIB", "reference": "original", "retrained": "retrained"}
+    last = list(deep["probes"]["model"])[-1]
+    probes = {"linear": "linear probe", "mlp": "MLP probe", "control": "shuffled", "erased": "after linear erasure"}
+    for kind, words in probes.items():
+        rows[f"attribute read off the last block, {words}"] = [deep["probes"][n][last].get(kind) for n in names]
+    for kind, words in (
+        ("retain", "retained rows"),
+        ("forget", "1% of the forget set"),
+        ("unrelated", "unrelated data"),
+    ):
+        rows[f"bias after 64 steps on {words}"] = [deep["relearning"][n]["curve"][kind][-1][1] for n in names]
+    rows["steps to half of the bias, 1% of the forget set"] = [deep["relearning"][n]["half"]["forget"] for n in names]
+    for kind in deep["compression"]:
+        rows[f"bias, {kind}"] = [deep["compression"][kind][n]["bias"] for n in names]
+    rows["RMIA, AUC"] = [deep["rmia"][n]["auc"] if n in deep["rmia"] else None for n in names]
+    rows["RMIA, TPR at 1% FPR"] = [deep["rmia"][n]["tpr_at_1_fpr"] if n in deep["rmia"] else None for n in names]
+    shown = lambda v: "-" if v is None else f"{v}" if isinstance(v, int) else f"{v:.3f}"  # noqa: E731
+    fired, seconds = ", ".join(cell["flags"]) or "none", cell["audit_seconds"]
+    parts = [f"{cell['task']}, deep audit of UIB (seed {cell['seed']}, {seconds:.0f} s, fired: {fired})\n"]
+    parts += ["| | " + " | ".join(names.values()) + " |", "|---|---|---|---|"]
+    parts += [f"| {name} | " + " | ".join(shown(v) for v in values) + " |" for name, values in rows.items()]
+    scaled = ", ".join(f"{factor}: {row['bias']:.3f}" for factor, row in deep["scaled"])
+    return [*parts, f"\nBias with a multiple of what unlearning did to the weights: {scaled}.\n"]
 
 
 # ---- Report ----

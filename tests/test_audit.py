@@ -10,6 +10,7 @@ import torch
 from conftest import make_model, make_rows
 from peft import LoraConfig, get_peft_model
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from transformers import TrainingArguments
 
 from hf_uib import audit_model, retrain, tasks
@@ -129,10 +130,19 @@ def test_deep_audit_of_a_peft_model(tmp_path, capsys):
     assert "Deep audit: about" in capsys.readouterr().out
     assert set(report.deep["probes"]["model"]["block 1"]) == {"linear", "mlp", "control", "chance", "erased"}
     assert set(report.deep["compression"]) == {"int8", "4-bit", "pruned 30%"}
-    assert [step for step, _ in report.deep["relearning"]["model"]["curve"]["forget"]][:3] == [0, 1, 2]
+    assert [step for step, *_ in report.deep["relearning"]["model"]["curve"]["forget"]][:3] == [0, 1, 2]
     scales = {factor: row["bias"] for factor, row in report.deep["scaled"]}
     assert scales[0.0] == report.metrics["test"]["reference"]["follow_rate"]["value"]
     assert 0 <= report.deep["rmia"]["model"]["auc"] <= 1
+    text = str(report)
+    for line in (
+        "groups: worst accuracy",
+        "gap: average gap",
+        "bias, 4-bit",
+        "bias after relearning: forget",
+        "RMIA: AUC",
+    ):
+        assert line in text, line
     assert {"relearns_faster", "comes_back_compressed"} <= {c.name for c in report.checks}
     assert [os.path.basename(p) for p in report.plot(str(tmp_path))] == ["audit.png", "deep.png"]
 
@@ -282,3 +292,18 @@ def test_copies_are_sampled_together(monkeypatch):
 def test_bad_input_gets_one_line(change, message):
     with pytest.raises(ValueError, match=message):
         small(**change)
+
+
+def test_auc_is_resampled_by_example():
+    """Four copies of every test row: the AUC stays, its interval must not shrink as if there were four times the examples."""
+    rng = np.random.default_rng(0)
+    forget, test = rng.normal(0.5, 1, 150), rng.normal(0, 1, 100)
+    single = Resampler(None, 150).auc(forget, test, Resampler(None, 100))
+    copies, ids = np.repeat(test, 4), np.repeat(np.arange(100), 4)
+    together = Resampler(None, 150).auc(forget, copies, Resampler(ids, 400))
+    apart = Resampler(None, 150).auc(forget, copies, Resampler(None, 400))
+    truth = [1] * 150 + [0] * 100
+    assert single.value == pytest.approx(roc_auc_score(truth, np.concatenate([forget, test])))
+    assert together.value == pytest.approx(single.value) and together.error == pytest.approx(single.error, rel=0.15)
+    assert apart.error < 0.9 * single.error  # the control: rows taken for examples
+    assert single.samples.mean() == pytest.approx(single.value, abs=0.01)

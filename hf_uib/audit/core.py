@@ -18,7 +18,7 @@ from ..adapters import load_classifier
 from ..data import check_labels, encode, sample_indices
 from ..metrics.bias_correlation import cramers_v
 from .checks import CHECKS, Check, Evidence
-from .observe import Observation, observe
+from .observe import Observation, observe, processes
 from .report import attribute_classes, write_json
 from .statistics import Resampler
 
@@ -89,6 +89,18 @@ class AuditReport:
             for name in dict.fromkeys(key for row in self.metrics.get(topic, {}).values() for key in row):
                 cells = [self.metrics[topic].get(model, {}).get(name) for model in models]
                 lines.append(f"{topic + ': ' + name:34}" + "".join(f"{_interval(cell):>24}" for cell in cells))
+        groups = {model: row for model, row in self.metrics.get("groups", {}).items() if row["every"]}
+        for name in ("worst", "mean", "weighted_mean") if groups else ():
+            cells = [f"{groups[model][name]:.3f}" if model in groups else "-" for model in models]
+            lines.append(
+                f"{'groups: ' + name.replace('_', ' ') + ' accuracy':34}" + "".join(f"{c:>24}" for c in cells)
+            )
+        for name in ("average_gap", "tug_of_war", "tug_of_war_mia"):
+            cells = [self.metrics.get("gap", {}).get(model, {}).get(name) for model in models]
+            if any(cell is not None for cell in cells):
+                cells = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
+                lines.append(f"{'gap: ' + name.replace('_', ' '):34}" + "".join(f"{c:>24}" for c in cells))
+        lines += _deep_lines(self.deep, len(models)) if self.deep else []
         lines.append("")
         width = max(len(check.name) for check in self.checks)
         mark = {True: "FIRED", False: "ok", None: "not measured"}
@@ -102,6 +114,23 @@ def _interval(cell: dict | None) -> str:
     if math.isnan(cell["low"]):
         return f"{cell['value']:.3f}"
     return f"{cell['value']:.3f} ({cell['low']:.3f}, {cell['high']:.3f})"
+
+
+def _deep_lines(deep: dict, models: int) -> list[str]:
+    """The deep results that the three first models have each one figure of."""
+    rows = {}
+    if deep["probes"]:
+        last = {name: list(blocks)[-1] for name, blocks in deep["probes"].items()}
+        for kind in ("linear", "mlp", "control"):
+            rows[f"probe of the last block: {kind}"] = [deep["probes"][n][last[n]][kind] for n in last]
+    for kind in next(iter(deep["relearning"].values()))["curve"]:
+        rows[f"bias after relearning: {kind}"] = [r["curve"][kind][-1][1] for r in deep["relearning"].values()]
+    for kind, row in deep["compression"].items():
+        rows[f"bias, {kind}"] = [r["bias"] for r in row.values()]
+    if "rmia" in deep:
+        rows["RMIA: AUC"] = [r["auc"] for r in deep["rmia"].values()]
+    body = {name: [f"{v:.3f}" for v in values[:models]] for name, values in rows.items()}
+    return [f"{name:34}" + "".join(f"{cell:>24}" for cell in cells) for name, cells in body.items()]
 
 
 def audit_model(
@@ -166,7 +195,7 @@ def audit_model(
 
 def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Module], list[str]]:
     """Plain models by name, and the names of the oracles."""
-    model = load_classifier(model) if isinstance(model, str) else model
+    model = load_classifier(model).to(processes().device) if isinstance(model, str) else model
     if reference_model is None:
         if not isinstance(model, PeftModel):
             raise ValueError("Give reference_model: the model before unlearning.")
@@ -186,7 +215,7 @@ def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Modul
 
 
 def _plain(model: str | nn.Module) -> nn.Module:
-    model = load_classifier(model) if isinstance(model, str) else model
+    model = load_classifier(model).to(processes().device) if isinstance(model, str) else model
     if isinstance(model, PeftModel):
         return copy.deepcopy(model).merge_and_unload()
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -297,7 +326,7 @@ def _attack(evidence: Evidence, name: str) -> dict:
     attack = evidence.attack(name)
     plain = ("auc_balanced", "mia_efficacy", "tpr_at_1_fpr", "advantage", "logistic_accuracy")
     nan = float("nan")
-    return {"auc": _triple(attack, "auc")} | {k: {"value": attack[k], "low": nan, "high": nan} for k in plain}
+    return {"auc": evidence.auc(name).as_dict()} | {k: {"value": attack[k], "low": nan, "high": nan} for k in plain}
 
 
 def _not_measured(evidence: Evidence) -> list[str]:

@@ -17,6 +17,7 @@ from .observe import Observation, observe, processes
 PROBE_ROWS = 2000
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 RELEARN_BATCH, RELEARN_RATE = 32, 1e-4
+RELEARN_DRAWS = 3  # of the few forget rows, and of everything else that is random
 RELEARN_RATIO = 0.5  # of the retrained model's steps
 RMIA_A = 0.3  # how a model that saw the row is inferred from those that did not, as published for small models
 SURVIVES = 0.25  # share of the way back to the reference that compression may give back
@@ -60,8 +61,9 @@ def _say_estimate(models, sets, processing_class) -> None:
         model(**{k: v.to(device) for k, v in inputs.items()})
     one = (time.perf_counter() - start) / len(labels)
     subjects = min(len(models), 3)
-    evaluations = (subjects * (len(COMPRESSIONS) + 3 * len(RELEARN_STEPS)) + len(SCALES)) * len(sets["test"])
-    training = subjects * 3 * RELEARN_STEPS[-1] * RELEARN_BATCH * 3
+    curves = subjects * 3 * RELEARN_DRAWS
+    evaluations = (subjects * len(COMPRESSIONS) + curves * len(RELEARN_STEPS) + len(SCALES)) * len(sets["test"])
+    training = curves * RELEARN_STEPS[-1] * RELEARN_BATCH * 3
     seconds = one * (evaluations + training) * 2  # the probes, and what is not a forward pass
     if processes().is_main_process:
         print(f"Deep audit: about {max(seconds / 60, 0.1):.1f} minutes.", flush=True)
@@ -158,45 +160,56 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
     ``retain``: retained rows alone; ``forget``: 1% of the forget set (at least 16 rows) besides; ``unrelated``: retained inputs
     whose pixels or tokens are shuffled, with the labels the model gives them.
 
+    Every curve is the mean of `RELEARN_DRAWS` draws of the rows.
+
     Returns:
-        ``curve[kind]``: ``[steps, bias]`` pairs; ``half``: the first step at which half of the reference's bias is there, or None.
+        ``curve[kind]``: ``[steps, bias, spread]``; ``half[kind]``: the first step at which half of the reference's bias is
+        there, or None.
     """
     curves: dict = {"curve": {}, "half": {}}
     start = _reference_bias(evidence)
-    kinds = ("retain", "forget", "unrelated") if "retain" in sets else ("forget",)
-    for kind in kinds:
-        rng = np.random.default_rng(seed)
-        trained = copy.deepcopy(model).train().requires_grad_(True)
-        for module in trained.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=RELEARN_RATE, weight_decay=0.0)
-        collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
-        few = rng.permutation(len(sets["forget"]))[: max(16, evidence.sizes["forget"] // 100)]
-        curve, done = [], 0
-        for mark in RELEARN_STEPS:
-            for _ in range(mark - done):
-                rows = []
-                if "retain" in sets:
-                    rows += fetch(sets["retain"], rng.integers(0, len(sets["retain"]), RELEARN_BATCH).tolist())
-                if kind == "forget":
-                    half = rows[: RELEARN_BATCH // 2]
-                    rows = half + fetch(sets["forget"], rng.choice(few, RELEARN_BATCH - len(half)).tolist())
-                inputs = {k: v.to(device) for k, v in collator(rows).items()}
-                labels = inputs.pop("labels")
-                if kind == "unrelated":
-                    inputs = _shuffled(inputs, model.main_input_name, rng)
-                    with torch.no_grad():
-                        labels = model(**inputs).logits.argmax(-1)
-                F.cross_entropy(trained(**inputs).logits, labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            done = mark
-            curve.append([mark, _bias_of(trained, sets["test"], evidence, processing_class)["bias"]])
-        curves["curve"][kind] = curve
-        back = [step for step, bias in curve if bias >= start / 2]
+    for kind in ("retain", "forget", "unrelated") if "retain" in sets else ("forget",):
+        draws = [
+            _relearning_curve(model, kind, sets, evidence, processing_class, seed + i) for i in range(RELEARN_DRAWS)
+        ]
+        mean, spread = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=1)
+        curves["curve"][kind] = [list(row) for row in zip(RELEARN_STEPS, mean.tolist(), spread.tolist(), strict=True)]
+        back = [step for step, bias in zip(RELEARN_STEPS, mean, strict=True) if bias >= start / 2]
         curves["half"][kind] = back[0] if back else None
     return curves
+
+
+def _relearning_curve(model, kind: str, sets: dict, evidence: Evidence, processing_class, seed: int) -> list[float]:
+    """The bias at each of `RELEARN_STEPS`."""
+    rng = np.random.default_rng(seed)
+    trained = copy.deepcopy(model).train().requires_grad_(True)
+    for module in trained.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=RELEARN_RATE, weight_decay=0.0)
+    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    few = rng.permutation(len(sets["forget"]))[: max(16, evidence.sizes["forget"] // 100)]
+    curve, done = [], 0
+    for mark in RELEARN_STEPS:
+        for _ in range(mark - done):
+            rows = []
+            if "retain" in sets:
+                rows += fetch(sets["retain"], rng.integers(0, len(sets["retain"]), RELEARN_BATCH).tolist())
+            if kind == "forget":
+                half = rows[: RELEARN_BATCH // 2]
+                rows = half + fetch(sets["forget"], rng.choice(few, RELEARN_BATCH - len(half)).tolist())
+            inputs = {k: v.to(device) for k, v in collator(rows).items()}
+            labels = inputs.pop("labels")
+            if kind == "unrelated":
+                inputs = _shuffled(inputs, model.main_input_name, rng)
+                with torch.no_grad():
+                    labels = model(**inputs).logits.argmax(-1)
+            F.cross_entropy(trained(**inputs).logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        done = mark
+        curve.append(_bias_of(trained, sets["test"], evidence, processing_class)["bias"])
+    return curve
 
 
 def _shuffled(inputs: dict, main_input: str, rng: np.random.Generator) -> dict:

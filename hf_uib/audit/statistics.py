@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..metrics.bias_correlation import cramers_v_of
+from ..metrics.membership_attack import weighted_auc
 
 
 @dataclass
@@ -73,3 +74,12 @@ class Resampler:
         tables = np.concatenate([cells.sum(0)[None], self.weights @ cells]).reshape(-1, *shape)
         values = cramers_v_of(tables)
         return Estimate(float(values[0]), (values[1:] - values[1:].mean() + values[0]).clip(0, 1))
+
+    def auc(self, scores: np.ndarray, others: np.ndarray, theirs: "Resampler") -> Estimate:
+        """AUC of ``scores [n]`` of these rows against ``others [m]`` of another set's."""
+        mine, order = np.argsort(scores), np.argsort(others)
+        scores, others = scores[mine], others[order]
+        counts, other_counts = self.weights[:, self.ids[mine]], theirs.weights[:, theirs.ids[order]]
+        total = counts.sum(1) * other_counts.sum(1) / (len(scores) * len(others))
+        samples = weighted_auc(scores, others, counts, other_counts) / total
+        return Estimate(float(weighted_auc(scores, others)[0]), samples)
