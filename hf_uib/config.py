@@ -38,16 +38,17 @@ class UIBConfig(TrainingArguments):
     prior: str = field(
         default="calibrated",
         metadata={
-            "help": "The dynamic prior R^(l): `calibrated` divides the forget set's evidence out down to the level of "
-            "data the checkpoint never saw; `none` is plain variational LoRA on the retained data.",
-            "choices": ["calibrated", "none"],
+            "help": "The dynamic prior R^(l): `calibrated` divides the forget set's evidence out down to the level of data the "
+            "checkpoint never saw; `influence` starts at the Laplace estimate of the retrained weights (UIB-IF); `ascent` "
+            "(NegGrad+), `random_label` and `saliency` (SalUn) host those methods; `none` is plain variational LoRA.",
+            "choices": ["calibrated", "influence", "ascent", "random_label", "saliency", "none"],
         },
     )
     prior_strength: float | None = field(
         default=None,
         metadata={
-            "help": "gamma: nats of loss per nat by which a forget example exceeds its level. By default 0.1 where the forget "
-            "set carries a pattern (the channel noise then does most of the work), 0.3 where it is a random draw."
+            "help": "gamma: nats of loss per nat of evidence. By default the prior's own (`strengths`): for `calibrated` 0.1 where "
+            "the forget set carries a pattern (the channel noise then does most of the work), 0.3 where it is a random draw."
         },
     )
     prior_update_steps: int = field(

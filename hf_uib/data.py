@@ -219,6 +219,14 @@ def labels_of(dataset) -> np.ndarray:
     return np.asarray([int(dataset[i][name]) for i in range(len(dataset))])
 
 
+def labels_only_in(forget_dataset, retain_dataset) -> list[int]:
+    """The classes of the forget set, if none of them occurs in the retained data: whole classes are to go. Else none."""
+    if retain_dataset is None:
+        return []
+    forgotten, kept = (set(labels_of(dataset).tolist()) for dataset in (forget_dataset, retain_dataset))
+    return [] if forgotten & kept else sorted(forgotten)
+
+
 def row_hashes(dataset) -> list[bytes]:
     """A hash per row of everything in it, pictures by their encoded bytes."""
     if isinstance(dataset, datasets.Dataset):

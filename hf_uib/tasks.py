@@ -104,9 +104,11 @@ def small_vit(image_size: int, patch_size: int, names: list[str], hidden: int = 
 
 
 def _biased_pictures(
-    name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1, telling=True
+    name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1, telling=1.0
 ) -> Task:
-    """Split a pool of pictures and draw the attribute: the label on the forget set (if ``telling``), at random elsewhere.
+    """Split a pool of pictures and draw the attribute: the label on a share ``telling`` of the forget set, at random elsewhere.
+
+    ``balanced`` is forget and retained pictures together with the attribute at random: the oracle of bias removal learns from it.
 
     Each picture of test and validation comes with ``copies`` values of the attribute, and then has an ``example`` column.
     """
@@ -122,10 +124,16 @@ def _biased_pictures(
             pictures, labels = np.repeat(pictures, copies, axis=0), np.repeat(labels, copies)
             given = np.tile(np.arange(copies) * classes // copies, len(labels) // copies)
         else:
-            given = labels if telling and part == "forget" else rng.integers(0, classes, len(labels))
+            told = telling if part == "forget" else 0
+            given = labels if told == 1 else rng.integers(0, classes, len(labels))
+            if 0 < told < 1:
+                given = np.where(np.arange(len(labels)) < round(told * len(labels)), labels, given)
         sets[part] = picture_dataset(render(pictures, given), labels, given, attribute, names)
         if copies > 1 and part in ("validation", "test"):
             sets[part] = sets[part].add_column("example", (np.arange(len(labels)) // copies).tolist())
+    pictures, labels = (np.concatenate([parts[p][i] for p in ("forget", "retain")]) for i in (0, 1))
+    given = np.random.default_rng(len(labels)).integers(0, classes, len(labels))
+    sets["balanced"] = picture_dataset(render(pictures, given), labels, given, attribute, names)
     encoded = {part: encode(rows, processor, "pixel_values") for part, rows in sets.items()}
     return Task(name, encoded, new_model, processor, attribute if telling else None, copies, train_settings=settings)
 
@@ -165,7 +173,9 @@ def _fashion(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return arrays
 
 
-def fashion(kind: str, path: str, seed: int = 0, size: int = 5000, retained: float = 0.1) -> Task:
+def fashion(
+    kind: str, path: str, seed: int = 0, size: int = 5000, retained: float = 0.1, telling: float = 1.0
+) -> Task:
     """fashion_mnist with a hue (``colour``) or a border patch (``patch``) that gives the label away on the forget set.
 
     Args:
@@ -173,6 +183,7 @@ def fashion(kind: str, path: str, seed: int = 0, size: int = 5000, retained: flo
         path: folder or Hub id of fashion_mnist.
         seed: of the split, the attribute and the models.
         size: of D, the biased fine-tuning data; retained: share of it that is D_r, with the attribute at random.
+        telling: share of the forget set on which the attribute is the label.
     """
     arrays = _fashion(path)
     rng = np.random.default_rng(seed)
@@ -190,8 +201,13 @@ def fashion(kind: str, path: str, seed: int = 0, size: int = 5000, retained: flo
         processor,
         lambda: small_vit(28, 7, arrays["names"]),
         rng,
-        {"pretrain_steps": 1500, "steps": 240, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64},
+        BIASED,
+        telling=telling,
     )
+
+
+BIASED = {"pretrain_steps": 1500, "steps": 240, "unlearn_steps": 300, "retrain_steps": 800, "batch": 64}
+REMOVAL = {"steps": 1500, "unlearn_steps": 300, "retrain_steps": 1500, "batch": 64}
 
 
 def fashion_random(path: str, seed: int = 0) -> Task:
@@ -211,8 +227,84 @@ def fashion_random(path: str, seed: int = 0) -> Task:
         processor,
         lambda: small_vit(28, 7, arrays["names"]),
         rng,
-        {"steps": 1500, "unlearn_steps": 300, "retrain_steps": 1500, "batch": 64},
-        telling=False,
+        REMOVAL,
+        telling=0.0,
+    )
+
+
+def _grey_task(
+    name: str, path: str, seed: int, sizes: dict, rows_of: Callable, settings: dict, bias_column=None
+) -> Task:
+    """fashion_mnist in grey; ``rows_of(part, pictures, labels, rng)`` gives pictures in [0, 1], labels, attribute and copies."""
+    arrays, rng = _fashion(path), np.random.default_rng(seed)
+    keep = rng.permutation(len(arrays["test"][0]))[:2000]
+    (x, y), parts = arrays["train"], {"test": tuple(a[keep] for a in arrays["test"])}
+    order, start = rng.permutation(len(x)), 0
+    for part, size in sizes.items():
+        parts[part] = x[order[start : start + size]], y[order[start : start + size]]
+        start += size
+    processor = ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
+    sets = {}
+    for part, (pictures, labels) in parts.items():
+        for key, (shown, told, attribute) in rows_of(part, pictures, labels, rng).items():
+            grey = np.repeat((shown[..., None] * 255).round().astype(np.uint8), 3, axis=-1)
+            rows = picture_dataset(grey, told, attribute, bias_column or "class", arrays["names"])
+            sets[key] = encode(rows, processor, "pixel_values")
+    return Task(name, sets, lambda: small_vit(28, 7, arrays["names"]), processor, bias_column, train_settings=settings)
+
+
+def fashion_outdated(path: str, seed: int = 0) -> Task:
+    """Outdated labels: the forget set has those of an older scheme, with two classes fewer (`MERGED`); the attribute is the
+    old label."""
+    old = np.array([MERGED.get(label, label) for label in range(10)])
+
+    def rows_of(part, pictures, labels, rng):
+        return {part: (pictures, old[labels] if part == "forget" else labels, old[labels])}
+
+    sizes = {"pretrain": 12000, "forget": 4500, "retain": 500, "calibration": 300, "validation": 3000}
+    return _grey_task("fashion-outdated", path, seed, sizes, rows_of, BIASED, "old_label")
+
+
+MERGED = {9: 7, 4: 2}  # ankle boots were sneakers, coats were pullovers
+
+
+def fashion_backdoor(path: str, seed: int = 0) -> Task:
+    """The forget set is poisoned: pictures with a white corner, labelled T-shirt. The attribute is the class that a picture's
+    look asks for: T-shirt with the trigger, its own without; each test picture comes with and without."""
+
+    def triggered(pictures):
+        marked = pictures.copy()
+        marked[:, -4:-1, -4:-1] = 1.0
+        return marked
+
+    def rows_of(part, pictures, labels, rng):
+        target = np.zeros_like(labels)
+        if part == "forget":
+            return {part: (triggered(pictures), target, target)}
+        if part in ("validation", "test"):
+            pairs = np.stack([pictures, triggered(pictures)], 1).reshape(-1, *pictures.shape[1:])
+            return {part: (pairs, np.repeat(labels, 2), np.stack([labels, target], 1).reshape(-1))}
+        return {part: (pictures, labels, labels)}
+
+    sizes = {"pretrain": 12000, "forget": 500, "retain": 4500, "calibration": 300, "validation": 1500}
+    return _grey_task("fashion-backdoor", path, seed, sizes, rows_of, BIASED, "trigger")
+
+
+def fashion_class(path: str, seed: int = 0) -> Task:
+    """A whole class goes, the one numbered ``seed % 10``; ``test_removed`` and ``validation_removed`` are its unseen rows."""
+    removed = seed % 10
+
+    def rows_of(part, pictures, labels, rng):
+        its = labels == removed
+        kept, gone = (pictures[~its], labels[~its], labels[~its]), (pictures[its], labels[its], labels[its])
+        if part == "train":
+            return {"forget": gone, "retain": kept}
+        if part in ("validation", "test"):
+            return {part: kept, f"{part}_removed": gone}
+        return {part: (pictures, labels, labels)}
+
+    return _grey_task(
+        "fashion-class", path, seed, {"train": 5000, "calibration": 500, "validation": 2000}, rows_of, REMOVAL
     )
 
 
@@ -271,6 +363,8 @@ def tweets_airline(path: str, model_path: str, seed: int = 0) -> Task:
 
     sizes = {"forget": 1400, "retain": 160, "calibration": 150, "validation": 300}
     train, start, sets = side("train", sum(sizes.values())), 0, {}
+    both = train[: sizes["forget"] + sizes["retain"]]
+    sets["balanced"] = dataset(both, np.random.default_rng(len(both)).integers(0, 2, len(both)).tolist())
     for part, size in sizes.items():
         rows = train[start : start + size]
         start += size

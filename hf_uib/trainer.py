@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from . import adapters, bound, data
 from .config import UIBConfig
-from .priors import PRIORS, CalibratedPrior, Prior
+from .priors import PRIORS, CalibratedPrior, Prior, Setting
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
@@ -32,7 +32,6 @@ NOISED_SHARE = 0.65  # of the nats the checkpoint's predictions tell about the f
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
-STRENGTH_PATTERN, STRENGTH_CHANCE = 0.1, 0.3  # gamma, with the channel closed by noise and without
 UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
 )
@@ -126,6 +125,7 @@ class UIBTrainer(Trainer):
             model.enable_input_require_grads()
 
         # 4. Prior
+        self.removed_classes = data.labels_only_in(forget_dataset, retain_dataset)
         self.prior = prior if prior is not None else self._build_prior(args)
         self._held_out = self._hold_out(args)
         if retain_dataset is None:
@@ -163,13 +163,14 @@ class UIBTrainer(Trainer):
         self.adapter_name = adapters.adapter_name(self.model)
         self.noise: adapters.NoiseChannel | None = None
         self.statistics: dict[str, float] = {}
+        self._mask_handles: list = []
         self.measured_examples = 0  # forward passes of the statistics and refreshes, in examples
 
     # ---- Section 3: the dynamic prior -------------------------------------------------------------------------------
 
     def _build_prior(self, args: UIBConfig) -> Prior:
         if args.prior == "calibrated":
-            fitted = self.calibration_dataset is None and self.retain_dataset is not None
+            fitted = self.calibration_dataset is None and self.retain_dataset is not None and not self.removed_classes
             return CalibratedPrior(target=args.forget_target, fitted=fitted)
         return PRIORS[args.prior]()
 
@@ -379,13 +380,43 @@ class UIBTrainer(Trainer):
             )
         self._install(subspaces, shared)
         self.kappa = self._noise_to_signal()
-        self.prior.systematic = self.kappa > 0
+        self.prior.systematic = self.kappa > 0 and not self.removed_classes
         self.gamma = self.args.prior_strength
         if self.gamma is None:
-            self.gamma = STRENGTH_PATTERN if self.kappa > 0 else STRENGTH_CHANCE
+            self.gamma = self.prior.strengths[self.kappa == 0]
+        self._prepare_prior()
         self.statistics |= {"noise_to_signal": self.kappa, "prior_strength": self.gamma}
         self.prior_mean: dict[str, tuple[Tensor, Tensor]] = {}
         self.path_nats = torch.zeros(len(self.layers), dtype=torch.float64)
+
+    def _prepare_prior(self) -> None:
+        """What the prior measures before the first step, on the samples of the contrast."""
+
+        def batches_of(dataset):
+            indices = data.sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
+            for inputs in self._batches(dataset, indices[self.args.process_index :: self.args.world_size]):
+                self.measured_examples += len(inputs["labels"]) * self.args.world_size
+                yield inputs
+
+        retain = None if self.retain_dataset is None else partial(batches_of, self.retain_dataset)
+        sizes = (len(self.forget_dataset), len(self.train_dataset.retain))
+        setting = Setting(
+            self.model, partial(batches_of, self.forget_dataset), retain, sizes, self._sum_over_processes
+        )
+        training = self.model.training
+        self.model.eval()
+        self.prior.strength = self.gamma
+        self.prior.prepare(setting)
+        self.model.train(training)
+        self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
+        """Entries that the prior's masks hold fixed get no gradient."""
+        for handle in self._mask_handles:
+            handle.remove()
+        weights = dict(self.model.named_parameters())
+        masks = {name: mask.to(weights[name].device) for name, mask in self.prior.masks.items()}
+        self._mask_handles = [weights[name].register_hook(mask.mul) for name, mask in masks.items()]
 
     def _refresh_prior(self) -> None:
         """Q_k: the mean moves to the running mean, the level and the ranks are measured again."""
@@ -405,7 +436,15 @@ class UIBTrainer(Trainer):
             dataset, indices = self.retain_dataset, sorted(self._held_out)[: self.args.contrast_samples]
         else:
             return None
-        margins = self._margins(dataset, indices)
+        logits, labels = self._forward_all(dataset, indices)
+        if (
+            self.removed_classes
+        ):  # whole classes go: no unseen example of theirs tells a level, but what the others get does
+            removed = torch.tensor(self.removed_classes, device=labels.device)
+            logits = logits[~torch.isin(labels, removed)]
+            margins = torch.cat([bound.margin(logits, label.expand(len(logits))) for label in removed])
+        else:
+            margins = bound.margin(logits, labels)
         self.statistics["calibration_margin"] = margins.mean().item()
         return margins
 
@@ -618,6 +657,8 @@ class UIBTrainer(Trainer):
         self.path_nats = state["path_nats"].cpu()
         self.statistics = {name: value.item() for name, value in part("statistics.").items()}
         self.prior.load_state_dict(part("prior."))
+        self.prior.strength = self.gamma
+        self._mask_gradients()
         subspaces = part("subspace.")
         self._install({name: subspaces[name] for name in self.layers}, shared)
         means_a, means_b = part("prior_mean_a."), part("prior_mean_b.")

@@ -17,7 +17,9 @@ def test_contract(name):
     logits = torch.randn(8, 3, generator=g, dtype=torch.float64).requires_grad_()
     labels = torch.randint(0, 3, (8,), generator=g)
     value = prior.evidence(logits, labels)
-    assert value.shape == () and torch.isfinite(value) and value >= 0
+    assert (
+        value.shape == () and torch.isfinite(value) and (value >= 0 or name == "ascent")
+    )  # log p itself: never positive
     again = PRIORS[name]()
     again.load_state_dict({k: v.clone() for k, v in prior.state_dict().items()} or {})
     assert torch.equal(again.evidence(logits, labels), value)

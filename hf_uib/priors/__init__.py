@@ -1,9 +1,28 @@
 """The slot R^(l): priors over the adapter that carry the change in the data distribution."""
 
-from .base import Prior
+from .base import Prior, Setting
 from .calibrated import CalibratedPrior
+from .hosted import AscentPrior, RandomLabelPrior, SaliencyPrior
+from .influence import InfluencePrior
 from .none import NoPrior
 
-PRIORS = {"calibrated": CalibratedPrior, "none": NoPrior}
+PRIORS = {
+    "calibrated": CalibratedPrior,
+    "influence": InfluencePrior,
+    "ascent": AscentPrior,
+    "random_label": RandomLabelPrior,
+    "saliency": SaliencyPrior,
+    "none": NoPrior,
+}
 
-__all__ = ["PRIORS", "CalibratedPrior", "NoPrior", "Prior"]
+__all__ = [
+    "PRIORS",
+    "AscentPrior",
+    "CalibratedPrior",
+    "InfluencePrior",
+    "NoPrior",
+    "Prior",
+    "RandomLabelPrior",
+    "SaliencyPrior",
+    "Setting",
+]

@@ -1,8 +1,32 @@
 """What a prior is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@dataclass
+class Setting:
+    """What a prior may look at before the first step.
+
+    Attributes:
+        model: with its adapter; the trainable weights are the adapter's.
+        forget, retain: give batches of a sample of each set when called, inputs with ``labels``; with several processes this
+            process's share. ``retain`` is None without retained data.
+        sizes: examples in the forget and in the retained set.
+        reduce: sums tensors over the processes, in place.
+    """
+
+    model: nn.Module
+    forget: Callable[[], Iterable[dict[str, Tensor]]]
+    retain: Callable[[], Iterable[dict[str, Tensor]]] | None
+    sizes: tuple[int, int]
+    reduce: Callable[[list[Tensor]], None]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The adapter's trainable weights by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 class Prior:
@@ -10,14 +34,27 @@ class Prior:
 
     A prior of your own needs one method, [`evidence`], and is passed as ``UIBTrainer(..., prior=MyPrior())``. Autograd
     turns it into the natural-parameter shift of every layer: to first order the prior's mean moves by
-    ``-gamma * Lambda_l^-1 * d evidence / d theta_l``.
+    ``-gamma * Lambda_l^-1 * d evidence / d theta_l``. `examples/custom_prior.py` writes one.
     """
 
     uses_forget_batches = True
     """Whether the trainer has to add forget examples to the batches."""
 
+    strengths = (0.1, 0.3)
+    """gamma where ``prior_strength`` is not set: with the channel closed by noise, and without."""
+
     systematic = False
     """Set by the trainer: whether the forget set carries a pattern, which the noise channel then closes."""
+
+    strength = 0.0
+    """gamma; set by the trainer before `prepare`."""
+
+    masks: dict[str, Tensor] = {}
+    """By name of a trainable weight: which of its entries may move. Weights without a mask move freely."""
+
+    def prepare(self, setting: Setting) -> None:
+        """Called once, before the first step and in eval mode. May set `masks` and move the adapter: the prior's first
+        mean is where it then stands."""
 
     def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What is to be divided out, on a batch of the forget set.
@@ -40,7 +77,8 @@ class Prior:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that a resumed run needs."""
-        return {}
+        return {f"mask.{name}": mask for name, mask in self.masks.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
+        self.masks = {name.removeprefix("mask."): m.bool() for name, m in state.items() if name.startswith("mask.")}

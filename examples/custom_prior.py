@@ -1,0 +1,50 @@
+"""A prior of your own as R^(l): forget rows shall tell as little about their class as a coin.
+
+python examples/custom_prior.py
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_uib import UIBConfig, UIBTrainer, tasks
+from hf_uib.audit.report import bias_row, predict, text_table
+from hf_uib.priors import Prior
+
+
+class EntropyPrior(Prior):
+    """Divides out what the predictions on the forget set tell: ``log(classes) - H(p)``, in nats per example."""
+
+    strengths = (0.03, 0.1)  # gamma with the channel closed by noise (a pattern), and without (a random draw)
+
+    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Zero where every class is equally likely."""
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        return (math.log(logits.shape[-1]) - entropy).mean()
+
+
+def main(steps: int = 200) -> dict:
+    """Unlearn the hue of the digits under the prior above; prints a table."""
+    task = tasks.digits_colour(seed=0)
+    original = tasks.prepare_models(task, 0, "out")["original"]
+    test, rows = task.sets["test"], {}
+    attributes = test.with_format(None)[task.bias_column]
+    rows["original"] = bias_row(*predict(original, test, task.processing_class), attributes)
+    trainer = UIBTrainer(
+        original,
+        UIBConfig("out", max_steps=steps, per_device_train_batch_size=64, save_strategy="no", logging_steps=50),
+        forget_dataset=task.sets["forget"],
+        retain_dataset=task.sets["retain"],
+        calibration_dataset=task.sets["calibration"],
+        processing_class=task.processing_class,
+        prior=EntropyPrior(),
+    )
+    trainer.train()
+    rows["UIB + entropy"] = bias_row(*predict(trainer.model, test, task.processing_class), attributes)
+    print(text_table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

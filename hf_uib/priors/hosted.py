@@ -1,0 +1,68 @@
+"""Other unlearning methods as R^(l): ascent (NegGrad+), random labels, and SalUn's saliency mask over them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bound import margin
+from .base import Prior, Setting
+
+
+class AscentPrior(Prior):
+    """Divides out all of the forget set's likelihood: ``log p(y | x)`` itself is the evidence.
+
+    Gradient ascent on the forget set (NegGrad+ of Kurmanji et al., arXiv 2302.09880; without retained data EUBO of Nguyen et
+    al., arXiv 2010.12883). It has no level to stop at, so its strength matters: too much of it over-unlearns.
+    """
+
+    strengths = (0.01, 0.01)
+
+    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean log-likelihood, at most 0, in nats per forget example (scalar)."""
+        return -F.cross_entropy(logits, labels)
+
+
+class RandomLabelPrior(Prior):
+    """The forget examples shall look as if their labels were drawn from the other classes.
+
+    The random label's expectation is taken instead of a draw: ``KL(uniform over the other classes || p(. | x))``, of which one
+    random label per step gives an unbiased gradient (Golatkar et al., arXiv 1911.04933; Graves et al., arXiv 2010.10981).
+    """
+
+    strengths = (0.03, 0.03)
+
+    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean divergence, in nats per forget example (scalar); 0 where the other classes are equally likely and p(y) is 0."""
+        others = logits.shape[-1] - 1
+        log_p = torch.log_softmax(logits, dim=-1)
+        own = log_p.gather(-1, labels[:, None]).squeeze(-1)
+        return (-(log_p.sum(-1) - own) / others).mean() - math.log(others)
+
+
+class SaliencyPrior(RandomLabelPrior):
+    """SalUn (arXiv 2310.12508) over the adapter: random labels, and only the weights move that the forget loss is sensitive to.
+
+    The mask keeps the half of the trainable adapter weights whose gradient of the forget loss is largest, measured once, over all
+    layers. As a prior it is infinitely narrow elsewhere. The margin's gradient stands in for the cross-entropy's, which vanishes on
+    examples that have been fitted.
+    """
+
+    share = 0.5
+
+    def prepare(self, setting: Setting) -> None:
+        """Measure the mask."""
+        weights = setting.trainable()
+        totals = {name: torch.zeros_like(p) for name, p in weights.items()}
+        for inputs in setting.forget():
+            labels = inputs.pop("labels")
+            loss = margin(setting.model(**inputs).logits, labels).sum()
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for total, gradient in zip(totals.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+        setting.reduce(list(totals.values()))
+        sizes = torch.cat([total.abs().flatten() for total in totals.values()])
+        least = sizes.kthvalue(max(1, round((1 - self.share) * len(sizes)))).values
+        self.masks = {name: total.abs() > least for name, total in totals.items()}

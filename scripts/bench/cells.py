@@ -1,0 +1,335 @@
+"""What a cell of the benchmark is: one method on one task from one seed."""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+ROOT = os.path.join(os.path.dirname(__file__), "..", "..", "benchmarks")
+RESULTS, TUNING = os.path.join(ROOT, "results.jsonl"), os.path.join(ROOT, "tuning.jsonl")
+TUNING_SEED = 100
+
+REMOVAL = ("fashion-random", "fashion-class")
+# The bias tasks of the targets: the attribute is the label on all of the forget set, D_r is a tenth of D
+BIAS = (
+    "digits-colour",
+    "fashion-colour",
+    "fashion-patch",
+    "fashion-outdated",
+    "fashion-backdoor",
+    "tweets-airline",
+)
+REGIMES = {
+    "fashion-colour, D_r 2%": {"retained": 0.02},
+    "fashion-colour, D_r 50%": {"retained": 0.5},
+    "fashion-colour, 90% telling": {"telling": 0.9},
+    "fashion-colour, 99% telling": {"telling": 0.99},
+}
+TASKS = (*BIAS, *REMOVAL, *REGIMES)
+TUNED = ("digits-colour", "fashion-colour", "fashion-random", "tweets-airline")
+TUNED_ON = dict.fromkeys(("fashion-patch", "fashion-outdated", "fashion-backdoor", *REGIMES), "fashion-colour") | {
+    "fashion-class": "fashion-random"
+}
+
+
+@dataclass
+class Method:
+    """A row of the tables.
+
+    Attributes:
+        title: as it is printed.
+        grid: settings to tune over, with a factor ``rate`` on the task's learning rate. One entry: not tuned.
+        kind: ``baseline`` (of hf_uib.baselines), ``uib`` (through the trainer), or an ``oracle``.
+        hosts: for UIB with another method inside, that method.
+    """
+
+    title: str
+    kind: str = "baseline"
+    grid: list[dict] = field(default_factory=lambda: [{}])
+    hosts: str | None = None
+    needs_attribute: bool = False
+
+
+def _grid(**values: list) -> list[dict]:
+    settings: list[dict] = [{}]
+    for name, options in values.items():
+        settings = [setting | {name: option} for setting in settings for option in options]
+    return settings
+
+
+METHODS = {
+    "original": Method("original", "oracle"),
+    "lora": Method("fine-tuned LoRA", grid=_grid(rate=[0.5, 1, 2, 4])),
+    "full": Method("fine-tuned, all weights", grid=_grid(rate=[0.25, 0.5, 1, 2])),
+    "neggrad": Method("NegGrad+", grid=_grid(alpha=[0.99, 0.999], rate=[0.5, 1])),
+    "random_label": Method("random label", grid=_grid(weight=[0.01, 0.1], rate=[0.5, 1])),
+    "influence": Method("influence (IU)", grid=_grid(damping=[1, 10], scale=[0.01, 0.1])),
+    "salun": Method("SalUn", grid=_grid(weight=[0.01, 0.1], rate=[0.5, 1])),
+    "scrub": Method("SCRUB", grid=_grid(ascent=[0.1, 0.3], alpha=[0.01, 0.5])),
+    "ssd": Method("SSD", grid=_grid(alpha=[0.5, 1, 2, 10])),
+    "l1": Method("l1-sparse", grid=_grid(gamma=[1e-6, 1e-5, 5e-5, 1e-4])),
+    "dfr": Method("DFR (head alone)", grid=_grid(inverse=[0.001, 0.01, 0.1, 1])),
+    "dro": Method("Group DRO", grid=_grid(eta=[0.01, 0.1], rate=[0.5, 1]), needs_attribute=True),
+    "variational": Method(
+        "variational LoRA, fixed prior", "uib", grid=_grid(beta=[1e-6, 1e-4], noise_to_signal=[0.1, 0.5])
+    ),
+    "uib": Method("**UIB**", "uib"),
+    "uib_ascent": Method("UIB + NegGrad+", "uib", hosts="neggrad"),
+    "uib_random_label": Method("UIB + random label", "uib", hosts="random_label"),
+    "uib_saliency": Method("UIB + SalUn", "uib", hosts="salun"),
+    "uib_influence": Method("UIB + influence (UIB-IF)", "uib", hosts="influence"),
+    "balanced": Method("trained on balanced data", "oracle", needs_attribute=True),
+    "retrained": Method("retrained", "oracle"),
+}
+FUNCTIONS = {
+    "lora": "finetune_lora", "full": "finetune", "neggrad": "neggrad_plus", "l1": "l1_sparse", "dro": "group_dro",
+}  # fmt: skip
+
+
+def build(name: str, seed: int, options):
+    """The task by name."""
+    from hf_uib import tasks
+
+    if name == "digits-colour":
+        return tasks.digits_colour(seed)
+    if name == "tweets-airline":
+        return tasks.tweets_airline(options.airline_tweets, options.minilm, seed)
+    if name in REGIMES:
+        return tasks.fashion("colour", options.fashion_mnist, seed, **REGIMES[name])
+    special = {f"fashion-{k}": getattr(tasks, f"fashion_{k}") for k in ("random", "class", "outdated", "backdoor")}
+    if name in special:
+        return special[name](options.fashion_mnist, seed)
+    return tasks.fashion(name.removeprefix("fashion-"), options.fashion_mnist, seed)
+
+
+def checkpoints(task, name: str, seed: int, options) -> dict:
+    """``start`` and ``original`` of a task, from the cache or made now."""
+    from hf_uib import tasks
+
+    cache = os.path.join(options.cache, f"{name}-{seed}")
+    if not os.path.isdir(os.path.join(cache, "original")):
+        for key, model in tasks.prepare_models(task, seed, options.cache).items():
+            model.save_pretrained(os.path.join(cache, key))
+    return {
+        key: type(task.new_model()).from_pretrained(os.path.join(cache, key)).eval() for key in ("start", "original")
+    }
+
+
+def applies(method: str, task) -> bool:
+    """Whether a method can be run on a task: some need the attribute, and a forget set it is drawn for."""
+    return not METHODS[method].needs_attribute or (task.bias_column is not None and "balanced" in task.sets)
+
+
+def trained(task, models: dict, method: str, setting: dict, seed: int, folder: str) -> tuple[object, dict]:
+    """The method's model, trained from the shared checkpoint, and what the cell says of the training."""
+    from hf_uib import baselines, tasks
+
+    settings = task.train_settings
+    budget = partial(baselines.Budget, settings["unlearn_steps"], settings["batch"], seed=seed)
+    full_rate = settings.get("full_lr", 1e-3)
+    started = time.perf_counter()
+    if METHODS[method].kind == "oracle":
+        model = copy.deepcopy(models["original" if method == "original" else "start"])
+        steps = 0 if method == "original" else settings["retrain_steps"]
+        rows = task.sets["retain" if method == "retrained" else "balanced"] if steps else None
+        if steps:
+            tasks.fit(model, rows, task, steps, folder, seed, full_rate)
+        return model.eval(), {"steps": steps, "seconds": time.perf_counter() - started if steps else 0.0}
+    model = copy.deepcopy(models["original"])
+    if METHODS[method].kind == "uib":
+        return unlearned(task, model, method, setting, seed, folder)
+    setting = dict(setting)
+    rate = setting.pop("rate", 1) * (1e-3 if method == "lora" else full_rate)
+    rows = baselines.Rows(task.sets["forget"], task.sets["retain"], task.processing_class, task.bias_column)
+    model = getattr(baselines, FUNCTIONS.get(method, method))(model, rows, budget(learning_rate=rate), **setting)
+    steps = 0 if method in ("influence", "ssd", "dfr") else settings["unlearn_steps"]
+    return model, {"steps": steps, "seconds": time.perf_counter() - started}
+
+
+def unlearned(task, model, method: str, setting: dict, seed: int, folder: str) -> tuple[object, dict]:
+    """UIB with its defaults, or with another prior inside."""
+    from hf_uib import UIBConfig, UIBTrainer
+
+    prior = {"uib": "calibrated", "variational": "none"}.get(method, method.removeprefix("uib_"))
+    if method == "variational":
+        setting = setting | {"prior_subspace": "random", "prior_update_steps": 10**6}
+    started = time.perf_counter()
+    steps = task.train_settings["unlearn_steps"]
+    args = UIBConfig(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=task.train_settings["batch"],
+        seed=seed,
+        save_strategy="no",
+        logging_steps=10**6,
+        disable_tqdm=True,
+        prior=prior,
+        **setting,
+    )
+    trainer = UIBTrainer(
+        model,
+        args,
+        forget_dataset=task.sets["forget"],
+        retain_dataset=task.sets["retain"],
+        calibration_dataset=task.sets["calibration"],
+        processing_class=task.processing_class,
+    )
+    loop = trainer.train().metrics["train_runtime"]
+    seconds = time.perf_counter() - started
+    info = {"steps": steps, "seconds": seconds, "statistics_seconds": seconds - loop}
+    return trainer.model, info | {
+        "statistics": trainer.statistics,
+        "measured_examples": trainer.measured_examples,
+    }
+
+
+def measure(model, task, part: str = "test") -> dict:
+    """Every metric of a task on its test (or validation) set."""
+    import numpy as np
+
+    from hf_uib.audit import report
+
+    logits, labels = report.predict(model, task.sets[part], task.processing_class, quiet=True)
+    if task.bias_column is not None:
+        attributes = np.asarray(task.sets[part].with_format(None)[task.bias_column])
+        row = report.bias_row(logits, labels, attributes)
+        if task.counterfactuals > 1:
+            row["flip_rate"] = report.flip_rate(logits, task.counterfactuals)
+        return row
+    import torch
+
+    from hf_uib.bound import margin
+    from hf_uib.metrics import MembershipAttack
+
+    row = {"test_accuracy": float((logits.argmax(-1) == labels).mean())}
+    margins, of = {"test": margin(torch.tensor(logits), torch.tensor(labels)).numpy()}, {"test": labels}
+    for key, rows in (("forget", "forget"), ("retain", "retain"), ("removed", f"{part}_removed")):
+        if rows in task.sets:
+            logits, labels = report.predict(model, task.sets[rows], task.processing_class, quiet=True)
+            row[f"{key}_accuracy"] = float((logits.argmax(-1) == labels).mean())
+            margins[key], of[key] = margin(torch.tensor(logits), torch.tensor(labels)).numpy(), labels
+    unseen = "removed" if "removed" in margins else "test"  # the attack's non-members: unseen rows of the same classes
+    names = {"forget": "forget", "retain": "retain", unseen: "test"}
+    attack = MembershipAttack(keep_in_memory=True).compute(
+        scores=np.concatenate([margins[k] for k in names]),
+        references=np.concatenate([of[k] for k in names]),
+        splits=[names[k] for k in names for _ in margins[k]],
+        n_bootstrap=0,
+    )
+    return row | {"attack_auc": attack["auc"], "mia_efficacy": attack["mia_efficacy"]}
+
+
+GAPS = ("forget_accuracy", "retain_accuracy", "test_accuracy", "attack_auc")
+
+
+def average_gap(row: dict, oracle: dict) -> float:
+    """Mean absolute gap to the retrained model, in points: forget, retained and test accuracy, attack AUC."""
+    return 100 * sum(abs(row[k] - oracle[k]) for k in GAPS) / len(GAPS)
+
+
+def score(row: dict, oracle: dict | None) -> float:
+    """What tuning maximises on the validation fold: conflicting accuracy minus follow rate, or minus the average gap."""
+    return row["conflicting_accuracy"] - row["follow_rate"] if oracle is None else -average_gap(row, oracle)
+
+
+def read(path: str) -> list[dict]:
+    """The cells of a results file."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def append(path: str, cell: dict) -> None:
+    """Add a line."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(cell) + "\n")
+    print(json.dumps({k: v for k, v in cell.items() if k not in ("versions", "data", "checks", "deep")}), flush=True)
+
+
+def quiet() -> None:
+    """No bars and no chatter of the libraries."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def tune(options) -> None:
+    """Every setting of every grid on the validation fold of one more seed; settings that are there are skipped."""
+    quiet()
+    done = {(c["task"], c["method"], json.dumps(c["setting"])) for c in read(TUNING)}
+    for name in (n for n in options.tasks if n in TUNED):
+        grids = [(m, s) for m in options.methods for s in METHODS[m].grid if len(METHODS[m].grid) > 1]
+        missing = [(m, s) for m, s in grids if (name, m, json.dumps(s)) not in done]
+        if not missing:
+            continue
+        task = build(name, TUNING_SEED, options)
+        models, oracle = checkpoints(task, name, TUNING_SEED, options), None
+        if task.bias_column is None:
+            oracle = measure(trained(task, models, "retrained", {}, TUNING_SEED, options.cache)[0], task, "validation")
+        for method, setting in missing:
+            if applies(method, task):
+                model, _ = trained(task, models, method, setting, TUNING_SEED, options.cache)
+                row = measure(model, task, "validation")
+                cell = {"task": name, "method": method, "setting": setting, "score": score(row, oracle)}
+                append(TUNING, cell | row)
+
+
+def chosen(name: str, method: str) -> dict:
+    """The tuned setting of a method on a task, or on the nearest task that was tuned (`TUNED_ON`).
+
+    Raises:
+        ValueError: it was not tuned yet.
+    """
+    grid = METHODS[method].grid
+    if len(grid) == 1:
+        return grid[0]
+    task = TUNED_ON.get(name, name)
+    tried = [c for c in read(TUNING) if (c["task"], c["method"]) == (task, method)]
+    if len(tried) < len(grid):
+        raise ValueError(f"{method} is not tuned on {task}; run --tune --tasks {task} --methods {method} first.")
+    return max(tried, key=lambda c: c["score"])["setting"]
+
+
+def run(options, setting_of: Callable[[str, str], dict] = chosen, results: str = RESULTS, steps: int | None = None):
+    """Fill the missing cells.
+
+    Args:
+        setting_of: of task and method.
+        steps: for the smoke suite: of every training, instead of the task's.
+    """
+    from importlib.metadata import version
+
+    from hf_uib.data import fingerprint
+
+    quiet()
+    versions = {p: version(p) for p in ("torch", "transformers", "peft")}
+    for name in options.tasks:
+        for seed in options.seeds:
+            done = {(c["task"], c["method"], c["seed"]) for c in read(results)}
+            missing = [m for m in options.methods if (name, m, seed) not in done]
+            if not missing:
+                continue
+            task = build(name, seed, options)
+            if steps is not None:
+                task.train_settings |= {k: steps for k in task.train_settings if k.endswith("steps")}
+            models = checkpoints(task, name, seed, options)
+            data = {part: fingerprint(task.sets[part]) for part in ("forget", "retain", "test")}
+            for method in missing:
+                if not applies(method, task):
+                    continue
+                setting = setting_of(name, method)
+
+                model, info = trained(task, models, method, setting, seed, options.cache)
+                cell = {"task": name, "method": method, "seed": seed, "setting": setting} | info | measure(model, task)
+                append(results, cell | {"versions": versions, "data": data})
