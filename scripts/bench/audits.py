@@ -42,7 +42,7 @@ def run_audit(options) -> None:
                 )
                 for fake, make in FAKES.items()
             }
-            subjects |= {"UIB": unlearned} | ({DEEP: unlearned} if seed == AUDITED[name][0][0] else {})
+            subjects |= {"UIB": unlearned} | ({DEEP: unlearned} if (name, seed) == ("digits-colour", 0) else {})
             for subject, make in subjects.items():
                 if (name, seed, subject) in done:
                     continue

@@ -286,7 +286,7 @@ def tune(options) -> None:
 
 
 def chosen(name: str, method: str) -> dict:
-    """The tuned setting of a method on a task, or on the nearest task that was tuned (`TUNED_ON`).
+    """The tuned setting of a method on a task, or on the nearest task that was (`TUNED_ON`, else fashion-colour).
 
     Raises:
         ValueError: it was not tuned yet.
@@ -294,11 +294,12 @@ def chosen(name: str, method: str) -> dict:
     grid = METHODS[method].grid
     if len(grid) == 1:
         return grid[0]
-    task = TUNED_ON.get(name, name)
-    tried = [c for c in read(TUNING) if (c["task"], c["method"]) == (task, method)]
-    if len(tried) < len(grid):
-        raise ValueError(f"{method} is not tuned on {task}; run --tune --tasks {task} --methods {method} first.")
-    return max(tried, key=lambda c: c["score"])["setting"]
+    results = read(TUNING)
+    for task in (TUNED_ON.get(name, name), "fashion-colour"):
+        tried = [c for c in results if (c["task"], c["method"]) == (task, method)]
+        if len(tried) == len(grid):
+            return max(tried, key=lambda c: c["score"])["setting"]
+    raise ValueError(f"{method} is not tuned; run --tune --tasks fashion-colour --methods {method} first.")
 
 
 def run(options, setting_of: Callable[[str, str], dict] = chosen, results: str = RESULTS, steps: int | None = None):

@@ -264,8 +264,8 @@ def tuning_table() -> list[str]:
     lines = [
         "### What was tuned\n",
         f"Grid search on the validation fold of seed {cells.TUNING_SEED}, by conflicting accuracy minus follow rate (bias) or "
-        "average gap (removal); the other fashion tasks take over the settings of fashion-colour, fashion-class those of fashion-random. "
-        "UIB and UIB + X have one set of defaults for all tasks and are not tuned here.\n",
+        "average gap (removal). Where a method was not tuned it takes over its setting of fashion-colour (fashion-class: of "
+        "fashion-random). UIB and UIB + X have one set of defaults for all tasks and are not tuned here.\n",
         "| | grid | " + " | ".join(tasks) + " |",
         "|---" * (len(tasks) + 2) + "|",
     ]  # fmt: skip
@@ -302,8 +302,8 @@ def write_report() -> None:
     with open(os.path.join(DOCS, "benchmark.md"), "w", encoding="utf-8") as file:
         file.write(
             "# Benchmark\n\nWritten by `python scripts/benchmark.py --report` from benchmarks/*.jsonl. Mean ± standard deviation "
-            "over seeds; every method starts from the same checkpoint, the oracles (trained on balanced data; retrained) from the model "
-            "before it. No published code was used: `hf_uib/baselines.py` has each rule and its source.\n\n" + body
+            "over seeds; every method starts from the same checkpoint, the oracles (trained on balanced data; retrained) from the "
+            "model before it. No published code was used: `hf_uib/baselines.py` has each rule and its source.\n\n" + body
         )  # fmt: skip
     path = os.path.join(DOCS, "..", "README.md")
     with open(path, encoding="utf-8") as file:
