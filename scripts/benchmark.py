@@ -5,6 +5,7 @@ python scripts/benchmark.py --tune --fashion_mnist ../shared/data/fashion_mnist 
 python scripts/benchmark.py --fashion_mnist ../shared/data/fashion_mnist ...          # the cpu suite: hours on two cores
 python scripts/benchmark.py --suite gpu               # step time and memory at ViT-B and BERT-base size in bf16
 python scripts/benchmark.py --cost | --scaling | --audit      # cost of a step, of the statistics pass; the audit on planted fakes
+python scripts/benchmark.py --research                # what the defaults rest on, and what was tried without gain
 python scripts/benchmark.py --report
 """
 
@@ -12,7 +13,7 @@ import argparse
 import os
 import tempfile
 
-from bench import audits, cells, cost, report
+from bench import audits, cells, cost, report, research
 
 
 def smoke(options) -> None:
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="measure how the statistics pass grows")
     parser.add_argument("--cost_cell", nargs=4, help="used by --cost: variant, model, retained and forget examples")
     parser.add_argument("--audit", action="store_true", help="audit planted fakes and retrained models instead")
+    parser.add_argument("--research", action="store_true", help="vary one setting at a time, on validation folds")
     parser.add_argument("--report", action="store_true", help="write the tables from the results")
     options = parser.parse_args()
     if options.cost_cell:
@@ -60,6 +62,8 @@ def main() -> None:
         cost.run_scaling(options)
     elif options.audit:
         audits.run_audit(options)
+    elif options.research:
+        research.run_research(options)
     elif options.report:
         report.write_report()
     elif options.suite == "smoke":

@@ -6,7 +6,7 @@ import numpy as np
 
 from hf_uib.audit.columns import COLUMNS
 
-from . import audits, cells, cost
+from . import audits, cells, cost, research
 
 DOCS = os.path.join(cells.ROOT, "..", "docs")
 TITLES = {key: column[0] for key, column in COLUMNS.items()} | {
@@ -305,13 +305,17 @@ def write_report() -> None:
             "over seeds; every method starts from the same checkpoint, the oracles (trained on balanced data; retrained) from the "
             "model before it. No published code was used: `hf_uib/baselines.py` has each rule and its source.\n\n" + body
         )  # fmt: skip
-    path = os.path.join(DOCS, "..", "README.md")
-    with open(path, encoding="utf-8") as file:
-        readme = file.read()
-    begin, end = "<!-- results -->", "<!-- /results -->"
-    if begin in readme:
-        head, tail = readme.split(begin)[0], readme.split(end)[1]
-        table = "\n".join(task_table("digits-colour", cells.read(cells.RESULTS), MAIN)[1:]).strip()
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(f"{head}{begin}\n{table}\n{end}{tail}")
+    table = "\n".join(task_table("digits-colour", cells.read(cells.RESULTS), MAIN)[1:]).strip()
+    _between_marks(os.path.join(DOCS, "..", "README.md"), table)
+    _between_marks(os.path.join(DOCS, "research.md"), "\n".join(research.table()).strip())
     print(body)
+
+
+def _between_marks(path: str, table: str) -> None:
+    """Put a table in its place in a page."""
+    with open(path, encoding="utf-8") as file:
+        page = file.read()
+    begin, end = "<!-- results -->", "<!-- /results -->"
+    head, tail = page.split(begin)[0], page.split(end)[1]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"{head}{begin}\n{table}\n{end}{tail}")
