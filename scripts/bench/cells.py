@@ -166,8 +166,7 @@ def unlearned(task, model, method: str, setting: dict, seed: int, folder: str) -
         save_strategy="no",
         logging_steps=10**6,
         disable_tqdm=True,
-        prior=prior,
-        **setting,
+        **({"prior": prior} | setting),
     )
     trainer = UIBTrainer(
         model,
