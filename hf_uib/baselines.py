@@ -147,7 +147,8 @@ def salun(model: nn.Module, rows: Rows, budget: Budget, weight: float = 1.0, sha
 
     def mask(step: int) -> None:
         for p, m in masks:
-            p.grad.mul_(m)
+            if p.grad is not None:
+                p.grad.mul_(m)
 
     return random_label(model, rows, budget, weight, mask)
 
@@ -252,7 +253,8 @@ def ssd(model: nn.Module, rows: Rows, budget: Budget, alpha: float = 10.0, dampi
 
 
 def l1_sparse(model: nn.Module, rows: Rows, budget: Budget, gamma: float = 1e-4) -> nn.Module:
-    """Fine-tuning on retained rows with ``gamma |theta|_1``, falling linearly to zero (Jia et al., arXiv 2304.04934)."""
+    """Fine-tuning on retained rows with ``gamma |theta|_1`` in the loss, falling linearly to zero (Jia et al., arXiv 2304.04934).
+    Published with SGD; under AdamW weights without another gradient (embeddings of absent tokens) shrink at the full rate."""
     retain = batches(model, rows.retain, rows.processing_class, budget.batch_size, budget.seed)
     weights = [p for p in model.parameters() if p.requires_grad]
 
@@ -266,7 +268,7 @@ def l1_sparse(model: nn.Module, rows: Rows, budget: Budget, gamma: float = 1e-4)
 
 def dfr(model: nn.Module, rows: Rows, budget: Budget, inverse: float = 1.0) -> nn.Module:
     """Deep feature reweighting: only the head is fitted anew, by logistic regression on retained features (Kirichenko et al.,
-    arXiv 2204.02937; L2 with inverse strength ``inverse`` here, as the published L1 is not offered for several classes)."""
+    arXiv 2204.02937; with an L2 penalty of inverse strength ``inverse``, where the paper has L1)."""
     from sklearn.linear_model import LogisticRegression
 
     seen = observe(model, rows.retain, rows.processing_class)
@@ -278,8 +280,8 @@ def dfr(model: nn.Module, rows: Rows, budget: Budget, inverse: float = 1.0) -> n
         coefficients, intercept = np.concatenate([-coefficients, coefficients]) / 2, np.r_[-intercept, intercept] / 2
     head = head_of(model)
     weight, bias = torch.zeros_like(head.weight), torch.full_like(head.bias, -30.0)  # classes without rows
-    weight[fitted.classes_] = torch.as_tensor(coefficients / spread, dtype=weight.dtype)
-    bias[fitted.classes_] = torch.as_tensor(intercept - (coefficients / spread) @ mean, dtype=bias.dtype)
+    weight[fitted.classes_] = torch.as_tensor(coefficients / spread).to(weight)
+    bias[fitted.classes_] = torch.as_tensor(intercept - (coefficients / spread) @ mean).to(bias)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)

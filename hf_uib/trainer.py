@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from . import adapters, bound, data
 from .config import UIBConfig
-from .priors import PRIORS, CalibratedPrior, Prior, Setting
+from .priors import PRIORS, CalibratedPrior, InfluencePrior, NoPrior, Prior, Setting
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
@@ -129,6 +129,11 @@ class UIBTrainer(Trainer):
         self.prior = prior if prior is not None else self._build_prior(args)
         self._held_out = self._hold_out(args)
         if retain_dataset is None:
+            if isinstance(self.prior, (InfluencePrior, NoPrior)):
+                name = args.prior if prior is None else type(prior).__name__
+                raise ValueError(
+                    f"prior {name} forgets through the retained data alone; give a retain_dataset, or take another prior."
+                )
             warnings.warn(
                 "No retain_dataset: what the model knows is kept only through its own predictions on the forget set, and the "
                 "level to forget to is a guess unless calibration_dataset or forget_target is given. Expect to lose accuracy.",
@@ -163,7 +168,6 @@ class UIBTrainer(Trainer):
         self.adapter_name = adapters.adapter_name(self.model)
         self.noise: adapters.NoiseChannel | None = None
         self.statistics: dict[str, float] = {}
-        self._mask_handles: list = []
         self.measured_examples = 0  # forward passes of the statistics and refreshes, in examples
 
     # ---- Section 3: the dynamic prior -------------------------------------------------------------------------------
@@ -325,7 +329,7 @@ class UIBTrainer(Trainer):
             return 0.0
         if self.args.noise_to_signal is not None:
             return self.args.noise_to_signal
-        if self.statistics["pattern_z"] < PATTERN_Z:
+        if self.removed_classes or self.statistics["pattern_z"] < PATTERN_Z:
             return 0.0
         indices = self._probe_indices()[:PROBE_ROWS]
 
@@ -408,15 +412,6 @@ class UIBTrainer(Trainer):
         self.prior.strength = self.gamma
         self.prior.prepare(setting)
         self.model.train(training)
-        self._mask_gradients()
-
-    def _mask_gradients(self) -> None:
-        """Entries that the prior's masks hold fixed get no gradient."""
-        for handle in self._mask_handles:
-            handle.remove()
-        weights = dict(self.model.named_parameters())
-        masks = {name: mask.to(weights[name].device) for name, mask in self.prior.masks.items()}
-        self._mask_handles = [weights[name].register_hook(mask.mul) for name, mask in masks.items()]
 
     def _refresh_prior(self) -> None:
         """Q_k: the mean moves to the running mean, the level and the ranks are measured again."""
@@ -485,6 +480,15 @@ class UIBTrainer(Trainer):
         if self.retain_dataset is not None:
             self._record(retain_margin=bound.margin(logits[:n].detach(), labels[:n]).mean())
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """Trainer's; entries of weights that the prior's masks hold fixed then lose their gradient."""
+        loss = super().training_step(*args, **kwargs)
+        weights = dict(self.model.named_parameters()) if self.prior.masks else {}
+        for name, mask in self.prior.masks.items():
+            if weights[name].grad is not None:
+                weights[name].grad.mul_(mask)
+        return loss
 
     def _begin_step(self) -> None:
         """Once per optimizer step: refresh the prior when it is due, draw the noise."""
@@ -624,6 +628,7 @@ class UIBTrainer(Trainer):
             f"statistics.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.statistics.items()
         }
         tensors |= {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
+        tensors |= {f"mask.{name}": mask for name, mask in self.prior.masks.items()}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         return tensors, {"format": "pt", "forget": self.forget_fingerprint, "base": self.base_fingerprint}
 
@@ -657,8 +662,8 @@ class UIBTrainer(Trainer):
         self.path_nats = state["path_nats"].cpu()
         self.statistics = {name: value.item() for name, value in part("statistics.").items()}
         self.prior.load_state_dict(part("prior."))
+        self.prior.masks = {name: mask.bool() for name, mask in part("mask.").items()}
         self.prior.strength = self.gamma
-        self._mask_gradients()
         subspaces = part("subspace.")
         self._install({name: subspaces[name] for name in self.layers}, shared)
         means_a, means_b = part("prior_mean_a."), part("prior_mean_b.")

@@ -50,7 +50,8 @@ class Prior:
     """gamma; set by the trainer before `prepare`."""
 
     masks: dict[str, Tensor] = {}
-    """By name of a trainable weight: which of its entries may move. Weights without a mask move freely."""
+    """By name of a trainable weight: which of its entries may move (with ``weight_decay`` 0, the default). Weights without a mask
+    move freely."""
 
     def prepare(self, setting: Setting) -> None:
         """Called once, before the first step and in eval mode. May set `masks` and move the adapter: the prior's first
@@ -69,16 +70,15 @@ class Prior:
         raise NotImplementedError
 
     def refresh(self, forget_margins: Callable[[], Tensor], calibration_margins: Callable[[], Tensor | None]) -> None:
-        """Called before the first step and every ``prior_update_steps``, under the running mean.
+        """Called before the first step and every ``prior_update_steps`` while forget batches come, under the running mean.
 
         Both arguments measure margins, ``[n]`` in nats, when called: of a sample of the forget set, and of data the
         checkpoint never saw (None where there is none). A prior that does not need them does nothing here.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that a resumed run needs."""
-        return {f"mask.{name}": mask for name, mask in self.masks.items()}
+        """Tensors that a resumed run needs; `masks` are kept by the trainer."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self.masks = {name.removeprefix("mask."): m.bool() for name, m in state.items() if name.startswith("mask.")}

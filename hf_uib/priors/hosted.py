@@ -13,8 +13,8 @@ from .base import Prior, Setting
 class AscentPrior(Prior):
     """Divides out all of the forget set's likelihood: ``log p(y | x)`` itself is the evidence.
 
-    Gradient ascent on the forget set (NegGrad+ of Kurmanji et al., arXiv 2302.09880; without retained data EUBO of Nguyen et
-    al., arXiv 2010.12883). It has no level to stop at, so its strength matters: too much of it over-unlearns.
+    Gradient ascent on the forget set (NegGrad+ of Kurmanji et al., arXiv 2302.09880; without retained data, with two classes and
+    a fixed mean, EUBO of Nguyen et al., arXiv 2010.12883). It has no level to stop at: too much of it over-unlearns.
     """
 
     strengths = (0.01, 0.01)
@@ -45,8 +45,8 @@ class SaliencyPrior(RandomLabelPrior):
     """SalUn (arXiv 2310.12508) over the adapter: random labels, and only the weights move that the forget loss is sensitive to.
 
     The mask keeps the half of the trainable adapter weights whose gradient of the forget loss is largest, measured once, over all
-    layers. As a prior it is infinitely narrow elsewhere. The margin's gradient stands in for the cross-entropy's, which vanishes on
-    examples that have been fitted.
+    layers (A counts only where it has a gradient: not while B is zero). As a prior it is infinitely narrow elsewhere. The
+    margin's gradient stands in for the cross-entropy's, which vanishes on examples that have been fitted.
     """
 
     share = 0.5
@@ -63,6 +63,9 @@ class SaliencyPrior(RandomLabelPrior):
                 if gradient is not None:
                     total += gradient
         setting.reduce(list(totals.values()))
-        sizes = torch.cat([total.abs().flatten() for total in totals.values()])
+        totals = {
+            name: total.abs() for name, total in totals.items() if total.any()
+        }  # A has no gradient while B is zero
+        sizes = torch.cat([total.flatten() for total in totals.values()])
         least = sizes.kthvalue(max(1, round((1 - self.share) * len(sizes)))).values
-        self.masks = {name: total.abs() > least for name, total in totals.items()}
+        self.masks = {name: total > least for name, total in totals.items()}

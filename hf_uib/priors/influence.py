@@ -69,7 +69,7 @@ class InfluencePrior(Prior):
         mean = mu + gamma * Lambda^-1 * sum_forget grad loss_i(mu),    Lambda = Lambda_0 + sum_retain H_i
 
     with H the generalised Gauss-Newton matrix at the checkpoint. Deletion is ``gamma = 1`` (for a linear-Gaussian model the mean
-    and the precision are then the retrain posterior's, tested). In a deep network that step leaves the region where the second
+    is then the retrain posterior's, tested). In a deep network that step leaves the region where the second
     order holds, so the default goes a hundredth of the way. The sums are estimated on samples. The prior's mean, and with it the
     adapter, starts there; no forget batches are needed.
 

@@ -98,8 +98,8 @@ def table() -> list[str]:
     tasks = [t for t in FOLDS if any(c["task"] == t for c in made)]
     of = {(c["task"], c["seed"], c["variant"]): c for c in made}
     lines = [
-        "Bias tasks: bias-conflicting accuracy / follow rate (tweets: flip rate); fashion-random: average gap to the retrained model, "
-        "in points. Validation folds, mean over seeds; default settings but for the one named.\n",
+        "Bias tasks: bias-conflicting accuracy / follow rate (tweets: flip rate); fashion-random: average gap to the retrained "
+        "model, in points. Validation folds, mean over seeds; default settings but for the one named.\n",
         "| | " + " | ".join(f"{t} (seeds {', '.join(map(str, FOLDS[t]))})" for t in tasks) + " |",
         "|---" * (len(tasks) + 1) + "|",
     ]  # fmt: skip
