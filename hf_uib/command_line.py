@@ -1,5 +1,6 @@
 """What the scripts share: reading the command line, and errors in one line. Imports nothing heavy."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -34,3 +35,9 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("HF_UIB_TRACEBACK"):
             raise
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    finally:
+        if (
+            "accelerate" in sys.modules
+        ):  # several processes: the model goes before its process group, and that before the end
+            gc.collect()
+            sys.modules["accelerate"].PartialState().destroy_process_group()

@@ -1,0 +1,53 @@
+"""One process and two compute the same: started through accelerate, sets that two does not divide."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+HERE = os.path.dirname(__file__)
+CONFIG = os.path.join(HERE, "..", "scripts", "accelerate_configs", "cpu_two_processes.yaml")
+
+
+def launched(path, processes, batch, accumulation=1, seed=0, prior="calibrated"):
+    """What tests/two_processes.py wrote."""
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", str(port)]
+    command += [os.path.join(HERE, "two_processes.py"), str(path), str(batch), str(accumulation), str(seed), prior]
+    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{os.path.join(HERE, '..')}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(path, weights_only=True)
+    assert found.pop("world") == processes
+    return found
+
+
+def differences(first, second):
+    """Largest difference of each entry, relative where the values are larger than 1."""
+
+    def flat(value):
+        return torch.cat([t.double().flatten() for t in value.values()]) if isinstance(value, dict) else value.double()
+
+    given = [k for k, value in first.items() if value is not None and not (isinstance(value, dict) and not value)]
+    pairs = {k: (flat(first[k]), flat(second[k])) for k in given}
+    return {k: ((a - b).abs() / (1 + b.abs())).max().item() for k, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("prior", ["calibrated", "saliency", "influence"])
+def test_two_processes_compute_what_one_does(tmp_path, prior):
+    one = launched(tmp_path / "one.pt", 1, 8, prior=prior)
+    two = launched(tmp_path / "two.pt", 2, 4, prior=prior)
+    seen = differences(one, two)
+    assert max(seen.values()) < 2e-4, seen
+    if prior == "calibrated":
+        split = launched(tmp_path / "split.pt", 2, 2, accumulation=2, prior=prior)
+        assert max(differences(one, split).values()) < 2e-4
+        other = differences(one, launched(tmp_path / "other.pt", 2, 4, seed=1, prior=prior))  # the control
+        assert other["adapter"] > 1e-2 and other["losses"] > 1e-2

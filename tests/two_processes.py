@@ -1,0 +1,63 @@
+"""Started by test_processes.py under one or two processes: trains a small model and writes what was computed."""
+
+import gc
+import sys
+
+import torch
+from accelerate import PartialState
+from conftest import make_model, make_rows
+from transformers import TrainerCallback
+
+from hf_uib import UIBConfig, UIBTrainer
+
+
+class Losses(TrainerCallback):
+    """The logged parts of the bound."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "fit_nats" in logs and "train_loss" not in logs:
+            self.rows.append([logs[k] for k in ("loss", "fit_nats", "kl_nats", "retain_margin")])
+
+
+def main(path: str, batch: int, accumulation: int, seed: int, prior: str) -> None:
+    """Train where two processes get uneven shares of forget and calibration rows.
+
+    The retained rows are a multiple of the batch: otherwise accelerate fills up the last batch of an epoch with rows of its start.
+    """
+    args = UIBConfig(
+        path + ".run", max_steps=6, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, seed=seed,
+        subspace_rank=4, learning_rate=0.01, use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1,
+        prior_update_steps=2, noise_to_signal=0.5, report_to="none", prior=prior, prior_fraction=0.7,
+    )  # fmt: skip
+    losses = Losses()
+    trainer = UIBTrainer(
+        make_model(), args, make_rows(n=27, seed=1), make_rows(n=32, seed=2),
+        calibration_dataset=make_rows(n=13, seed=3), callbacks=[losses],
+    )  # fmt: skip
+    trainer.train()
+    if trainer.is_world_process_zero():
+        adapter = {
+            n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if "lora" in n
+        }
+        torch.save(
+            {
+                "world": args.world_size,
+                "subspaces": trainer.subspaces,
+                "unit_width": trainer.unit_width,
+                "pattern_z": torch.tensor(trainer.statistics["pattern_z"]),
+                "level": getattr(trainer.prior, "level", None),
+                "masks": trainer.prior.masks,
+                "losses": torch.tensor(losses.rows, dtype=torch.float64),
+                "adapter": adapter,
+            },
+            path,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    gc.collect()  # the trainer goes before its process group
+    PartialState().destroy_process_group()
