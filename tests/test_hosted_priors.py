@@ -224,3 +224,20 @@ def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
     assert not trainer.prior.systematic
     forgotten = trainer._margins(trainer.forget_dataset, list(range(len(trainer.forget_dataset))))
     assert forgotten.median() < margins.median() + 0.5
+
+
+@pytest.mark.parametrize("prior", ["influence", "none"])
+def test_what_forgets_through_the_retained_data_needs_some(tmp_path, prior):
+    with pytest.raises(ValueError, match="give a retain_dataset"):
+        UIBTrainer(make_model(), config(tmp_path, prior=prior), make_rows(n=8, seed=1))
+
+
+def test_saliency_leaves_a_free_while_b_is_zero_and_measures_anew(tmp_path):
+    trainer = make_trainer(tmp_path, prior="saliency", trainable_factors="both", max_steps=4, save_strategy="no")
+    trainer.train()
+    first = trainer.prior.masks
+    assert first and all("lora_B" in name for name in first)
+    trainer.train()
+    second = trainer.prior.masks
+    assert any("lora_A" in name for name in second)  # B has moved: A counts now
+    assert any(not torch.equal(first[name], second[name]) for name in first if name in second)
