@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -95,8 +96,7 @@ class UIBTrainer(Trainer):
         if args is None:
             name = (getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
             args = UIBConfig(f"{name}-UIB")
-        if args.n_gpu > 1:
-            raise ValueError("UIBTrainer does not run under DataParallel; start it with `accelerate launch` instead.")
+        _refuse_what_cannot_hold(args)
         if getattr(model.config, "problem_type", None) in ("regression", "multi_label_classification"):
             raise ValueError(
                 f"UIBTrainer unlearns single-label classifiers; the model's problem_type is {model.config.problem_type}."
@@ -105,6 +105,15 @@ class UIBTrainer(Trainer):
         # 2. Data
         if forget_dataset is None:
             raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model shall unlearn.")
+        for name, dataset in (
+            ("forget", forget_dataset),
+            ("retain", retain_dataset),
+            ("calibration", calibration_dataset),
+        ):
+            if isinstance(dataset, (torch.utils.data.IterableDataset, IterableDataset)):
+                raise ValueError(
+                    f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length."
+                )
         data.check_sets(forget_dataset, retain_dataset, model.config.num_labels)
         main_input = getattr(model, "main_input_name", "input_ids")
         prepare = partial(data.encode, processing_class=processing_class, main_input=main_input)
@@ -746,6 +755,22 @@ class UIBTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = sorted(self.data_collator.columns)
+
+
+def _refuse_what_cannot_hold(args: UIBConfig) -> None:
+    """Strategies under which a layer's weights are not whole on every process, or hooks do not fire."""
+    if args.n_gpu > 1:
+        raise ValueError("UIBTrainer does not run under DataParallel; start it with `accelerate launch` instead.")
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "UIBTrainer does not run under FSDP: prior and posterior need each layer's weight whole. Use data parallel training "
+            "(scripts/accelerate_configs/ddp.yaml) or DeepSpeed ZeRO-2."
+        )
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    if deepspeed is not None and deepspeed.is_zero3():
+        raise ValueError(
+            "UIBTrainer does not run under DeepSpeed ZeRO-3: prior and posterior need each layer's weight whole. Use ZeRO-2."
+        )
 
 
 class _Rows(torch.utils.data.Dataset):
