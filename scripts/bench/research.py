@@ -13,7 +13,7 @@ from . import cells
 RESEARCH = os.path.join(cells.ROOT, "research.jsonl")
 FOLDS = {
     "digits-colour": (100, 101, 102),
-    "fashion-colour": (100,),
+    "fashion-colour": (100, 101),
     "fashion-random": (100,),
     "tweets-airline": (100,),
 }
@@ -36,7 +36,12 @@ VARIANTS: dict[str, dict] = {
     "evidence for all steps": {"prior_fraction": 1.0},
     "beta = 0": {"beta": 0.0},
     "beta x 10": {"beta": 0.1},
-    "V refreshed half-way": {"RESTARTS": 2},
+    "V refreshed half-way (merged, started again)": {"RESTARTS": 2},
+    "started again half-way, the same V": {"RESTARTS": 2, "SAME_V": True},
+    "k = 8 and beta x 10": {"subspace_rank": 8, "beta": 0.1},
+    "learning rate / 2": {"learning_rate": 5e-4},
+    "learning rate x 2": {"learning_rate": 2e-3},
+    "noise falls as the root of 1 - t/T": {"ANNEAL": 0.5},
     "a fixed level (c = 3)": {"forget_target": 3.0},
     "no calibration set": {"CALIBRATION": False},
     "128 rows of each set for V": {"contrast_samples": 128},
@@ -46,16 +51,30 @@ VARIANTS: dict[str, dict] = {
 @contextlib.contextmanager
 def _changed(variant: dict):
     """The trainer's constants, for the time of a run."""
-    from hf_uib import trainer
+    from unittest.mock import patch
+
+    from hf_uib import bound, trainer
     from hf_uib.priors import CalibratedPrior
 
-    share, strengths = trainer.NOISED_SHARE, CalibratedPrior.strengths
-    trainer.NOISED_SHARE = variant.get("NOISED_SHARE", share)
-    CalibratedPrior.strengths = tuple(s * variant.get("STRENGTH", 1.0) for s in strengths)
-    try:
+    strengths = tuple(s * variant.get("STRENGTH", 1.0) for s in CalibratedPrior.strengths)
+    anneal, measure, first = bound.anneal, trainer.UIBTrainer._measure_contrast, {}
+
+    def contrast(self):
+        found = measure(self)
+        if not first:
+            first.update(subspaces=found, unit_width=self.unit_width, pattern_z=self.statistics["pattern_z"])
+        if variant.get("SAME_V"):
+            self.unit_width, self.statistics["pattern_z"] = first["unit_width"], first["pattern_z"]
+            return first["subspaces"]
+        return found
+
+    with (
+        patch.object(trainer, "NOISED_SHARE", variant.get("NOISED_SHARE", trainer.NOISED_SHARE)),
+        patch.object(CalibratedPrior, "strengths", strengths),
+        patch.object(bound, "anneal", lambda step, total: anneal(step, total) ** variant.get("ANNEAL", 1.0)),
+        patch.object(trainer.UIBTrainer, "_measure_contrast", contrast),
+    ):
         yield
-    finally:
-        trainer.NOISED_SHARE, CalibratedPrior.strengths = share, strengths
 
 
 def run_research(options) -> None:
