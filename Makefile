@@ -1,12 +1,12 @@
 .PHONY: style quality test demo
 
 style:
-	ruff format hf_uib scripts tests
-	ruff check --fix hf_uib scripts tests
+	ruff format hf_uib scripts tests examples
+	ruff check --fix hf_uib scripts tests examples
 
 quality:
-	ruff format --check hf_uib scripts tests
-	ruff check hf_uib scripts tests
+	ruff format --check hf_uib scripts tests examples
+	ruff check hf_uib scripts tests examples
 	mypy
 
 test:

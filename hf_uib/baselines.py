@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ class Rows:
         bias_column: the retained rows' attribute, for the methods that use groups.
     """
 
-    forget: object
-    retain: object
+    forget: Any
+    retain: Any
     processing_class: object = None
     bias_column: str | None = None
 
