@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import (
@@ -26,11 +27,25 @@ def load_classifier(name_or_path: str, **kwargs) -> nn.Module:
         kwargs: passed to ``from_pretrained``.
 
     Raises:
-        ValueError: the checkpoint is no image or sequence classifier.
+        ValueError: there is no such checkpoint, it cannot be read, or it is no image or sequence classifier.
     """
+    try:
+        return _load_classifier(name_or_path, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights (model.safetensors) of {name_or_path} cannot be read ({error}); save or download them again."
+        ) from error
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"No checkpoint {name_or_path} here or on the Hub; check the name. ({reason})") from error
+
+
+def _load_classifier(name_or_path: str, **kwargs) -> nn.Module:
     if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
         base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
         return PeftModel.from_pretrained(load_classifier(base, **kwargs), name_or_path, is_trainable=True)
+    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+        raise ValueError(f"{name_or_path} has no config.json; give a folder that save_pretrained wrote.")
     config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k == "revision"})
     architecture = (config.architectures or [""])[0]
     if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():

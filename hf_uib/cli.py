@@ -271,9 +271,13 @@ def load_splits(name: str, config: str | None = None) -> DatasetDict:
         )
         if kind is None:
             raise ValueError(f"{name} is no CSV, JSON or Parquet file; give one, a folder, or a Hub id.")
-        return datasets.load_dataset(
-            kind, data_files={"train": name}, **({"sep": "\t"} if name.endswith(".tsv") else {})
-        )
+        try:
+            return datasets.load_dataset(
+                kind, data_files={"train": name}, **({"sep": "\t"} if name.endswith(".tsv") else {})
+            )
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ValueError(f"{name} cannot be read as {kind} ({reason}); save or download it again.") from error
     if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
         loaded = datasets.load_from_disk(name)
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)

@@ -277,13 +277,26 @@ def check_labels(name: str, dataset, num_labels: int) -> None:
         )
 
 
-def check_sets(forget_dataset, retain_dataset, num_labels: int) -> None:
+def check_inputs(name: str, dataset, main_input: str) -> None:
+    """Refuse rows that the model cannot take; ``name`` is what the message calls the set."""
+    if dataset is not None and not {main_input, "inputs_embeds"} & set(dataset[0]):
+        raise ValueError(
+            f"{name} has no {main_input} among {', '.join(dataset[0])}; encode it, or give the processing_class of this model."
+        )
+
+
+def check_sets(forget_dataset, retain_dataset, num_labels: int, calibration_dataset=None) -> None:
     """Refuse what cannot be unlearned.
 
     Raises:
         ValueError: an empty set, rows in both sets, or a label outside the model's classes.
     """
-    for name, dataset in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
+    sets = {
+        "forget_dataset": forget_dataset,
+        "retain_dataset": retain_dataset,
+        "calibration_dataset": calibration_dataset,
+    }
+    for name, dataset in sets.items():
         if dataset is None:
             continue
         if len(dataset) == 0:

@@ -114,11 +114,13 @@ class UIBTrainer(Trainer):
                 raise ValueError(
                     f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length."
                 )
-        data.check_sets(forget_dataset, retain_dataset, model.config.num_labels)
+        data.check_sets(forget_dataset, retain_dataset, model.config.num_labels, calibration_dataset)
         main_input = getattr(model, "main_input_name", "input_ids")
         prepare = partial(data.encode, processing_class=processing_class, main_input=main_input)
         self.forget_dataset, self.calibration_dataset = prepare(forget_dataset), prepare(calibration_dataset)
         self.retain_dataset = prepare(retain_dataset)
+        for name in ("forget_dataset", "retain_dataset", "calibration_dataset"):
+            data.check_inputs(name, getattr(self, name), main_input)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
         else:
