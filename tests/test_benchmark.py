@@ -43,16 +43,20 @@ def test_targets_and_ranks_and_hosting():
         *(bias_cell("neggrad", s, 0.70, 0.040) for s in range(3)),
         *(bias_cell("uib_ascent", s, 0.75, 0.030) for s in range(3)),
         *(bias_cell("retrained", s, 0.81, 0.020, steps=1500) for s in range(3)),
-        *(removal_cell(m, 0, f) for m, f in (("uib", 0.82), ("lora", 0.90), ("retrained", 0.80))),
+        *(removal_cell(m, s, f) for s in range(3) for m, f in (("uib", 0.82), ("lora", 0.90), ("retrained", 0.80))),
     ]
     others = [m for m in report.main_methods() if m not in ("uib", "lora", "full", "neggrad")]
-    filled = made + [bias_cell(m, 0, 0.1, 0.5) for m in others]
-    filled += [removal_cell(m, 0, 0.2) for m in (*others, "full", "neggrad")]
+    filled = made + [bias_cell(m, s, 0.1, 0.5) for m in others for s in range(3)]
+    filled += [removal_cell(m, s, 0.2) for m in (*others, "full", "neggrad") for s in range(3)]
+    few = [c for c in filled if c["seed"] == 0]
+    assert not [
+        line for line in report.rank_table(few) if line.startswith("| ") and "UIB" in line
+    ]  # one seed is no figure
     assert "0.820 / 0.810 | 0.010 / 0.030 / 0.020 / 0.020" in "\n".join(report.target_table(made))
     assert report.target_table(made)[-2].endswith("| all |")
     worse = [c | {"follow_rate": 0.016} if c["method"] == "uib" else c for c in made]
     assert report.target_table(worse)[-2].endswith("| all but half of LoRA |")
-    assert "Not ranked, as not every method was run: digits-colour, fashion-colour" in "\n".join(
+    assert "Not ranked, as not every method was run from 3 seeds: digits-colour, fashion-colour" in "\n".join(
         report.rank_table(made)
     )
     ranked = [line for line in report.rank_table(filled) if line.startswith("| ") and "**" in line][1:]

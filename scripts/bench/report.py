@@ -26,7 +26,13 @@ REMOVAL_COLUMNS = [
     "attack_auc",
     "mia_efficacy",
 ]
+SEEDS = 3  # of a figure that is compared
 MAIN = ("original", "lora", "full", "uib", "balanced", "retrained")  # the README's rows
+
+
+def measured(rows: dict[str, list[dict]], methods) -> bool:
+    """Whether each of the methods was run from at least `SEEDS` seeds."""
+    return all(len(rows.get(m, [])) >= SEEDS for m in methods)
 
 
 def main_methods() -> list[str]:
@@ -116,7 +122,7 @@ def target_table(results: list[dict]) -> list[str]:
     ]  # fmt: skip
     for task in (*cells.BIAS, *cells.REGIMES):
         rows = by_method(results, task)
-        if any(m not in rows for m in ("uib", "lora", "full", "retrained")):
+        if not measured(rows, ("uib", "lora", "full", "retrained")):
             continue
         of = lambda m, k, rows=rows: mean(rows[m], k)  # noqa: E731
         conflicting = of("uib", "conflicting_accuracy"), of("retrained", "conflicting_accuracy")
@@ -160,7 +166,7 @@ def rank_table(results: list[dict]) -> list[str]:
     for task in (*cells.BIAS, *cells.REMOVAL):
         rows = by_method(results, task)
         there = [m for m in table if m in rows]
-        if "retrained" not in rows or any(m not in rows for m in everywhere):
+        if not measured(rows, (*everywhere, "retrained")):
             continue
         if task in cells.BIAS:
             tasks.append(task)
@@ -176,7 +182,7 @@ def rank_table(results: list[dict]) -> list[str]:
         "### Target 2: ranks\n",
         "Bias tasks: mean of the ranks by conflicting accuracy, follow rate and accuracy. Removal tasks: rank by average gap to "
         "the retrained model."
-        + (f" Not ranked, as not every method was run: {', '.join(missing)}." if missing else "")
+        + (f" Not ranked, as not every method was run from {SEEDS} seeds: {', '.join(missing)}." if missing else "")
         + "\n",
         "| | " + " | ".join([*tasks, "**mean, bias tasks**", *removal]) + " |",
         "|---" * (len(tasks) + len(removal) + 2) + "|",
@@ -211,7 +217,7 @@ def hosting_table(results: list[dict]) -> list[str]:
         shown = []
         for task in tasks:
             rows = by_method(results, task)
-            if m not in rows or host not in rows:
+            if not measured(rows, (m, host)):
                 shown.append("not run")
                 continue
             pair = [[mean(rows[x], k) for k in ("conflicting_accuracy", "follow_rate")] for x in (host, m)]
