@@ -183,7 +183,7 @@ def tables() -> list[str]:
     if points:
         parts += [
             "### How the statistics pass grows\n",
-            "Seconds of the pass over both samples against one quantity at a time (ViT, two CPU cores, median of three); "
+            "Seconds of the pass over both samples against one quantity at a time (ViT, two CPU cores, median of the repeats); "
             "exponent of a fitted power.\n",
             "| varied | values | seconds | exponent |",
             "|---|---|---|---|",

@@ -239,6 +239,7 @@ def draw(results: list[dict]) -> list[str]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     tasks = [t for t in (*cells.BIAS, *cells.REMOVAL) if "uib" in by_method(results, t)]
     if not tasks:
@@ -269,6 +270,7 @@ def draw(results: list[dict]) -> list[str]:
             "average gap, points (lower is better)" if task in cells.REMOVAL else "conflicting accuracy", fontsize=7
         )
         axis.set_xlabel("seconds", fontsize=7)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(labelsize=6)
         axis.spines[["top", "right"]].set_visible(False)
         if task in cells.BIAS:
@@ -302,8 +304,8 @@ def tuning_table() -> list[str]:
     for method in dict.fromkeys(c["method"] for c in tried):
         best = []
         for task in tasks:
-            mine = [c for c in tried if (c["task"], c["method"]) == (task, method)]
-            best.append(show(max(mine, key=lambda c: c["score"])["setting"]) if mine else "-")
+            setting = cells.best_of(tried, task, method)
+            best.append(show(setting) if setting else "-")
         lines.append(
             f"| {cells.METHODS[method].title} | {len(cells.METHODS[method].grid)} | " + " | ".join(best) + " |"
         )
