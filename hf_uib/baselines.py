@@ -17,10 +17,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from .adapters import default_peft_config, forward_columns
+from .adapters import default_peft_config
 from .audit.observe import head_of, observe
-from .data import collator_for, endless_permutations, fetch, labels_of, sample_indices
+from .audit.report import batcher
+from .data import endless_permutations, fetch, labels_of, sample_indices
 from .priors import InfluencePrior, Setting
+from .priors.hosted import gradients, largest
 
 SAMPLE = 512  # rows of each set for importances and curvature
 
@@ -49,16 +51,11 @@ class Budget:
     seed: int = 0
 
 
-def batches(
-    model: nn.Module, rows, processing_class, size: int, seed: int
-) -> Iterator[tuple[dict, Tensor, list[int]]]:
-    """Endless batches: inputs, labels and row numbers; every row once before any comes again."""
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
-    order = endless_permutations(len(rows), seed)
+def batches(model: nn.Module, rows, processing_class, size: int, seed: int) -> Iterator[tuple[dict, Tensor]]:
+    """Endless batches of inputs and labels; every row once before any comes again."""
+    batch, order = batcher(model, processing_class), endless_permutations(len(rows), seed)
     while True:
-        chosen = [next(order) for _ in range(size)]
-        inputs = {name: value.to(device) for name, value in collator(fetch(rows, chosen)).items()}
-        yield inputs, inputs.pop("labels"), chosen
+        yield batch(fetch(rows, [next(order) for _ in range(size)]))
 
 
 def train(model: nn.Module, loss_of: Callable[[int], Tensor], budget: Budget, after_backward=None) -> nn.Module:
@@ -81,12 +78,12 @@ def train(model: nn.Module, loss_of: Callable[[int], Tensor], budget: Budget, af
 
 
 def _both(model: nn.Module, rows: Rows, budget: Budget):
-    """Batches of retained and of forget rows, in one forward each: ``(logits, labels)`` of both."""
+    """A step's ``(logits, labels)`` of retained and of forget rows."""
     retain = batches(model, rows.retain, rows.processing_class, budget.batch_size, budget.seed)
     forget = batches(model, rows.forget, rows.processing_class, budget.batch_size, budget.seed + 1)
 
     def step():
-        (kept, kept_labels, _), (gone, gone_labels, _) = next(retain), next(forget)
+        (kept, kept_labels), (gone, gone_labels) = next(retain), next(forget)
         return (model(**kept).logits, kept_labels), (model(**gone).logits, gone_labels)
 
     return step
@@ -97,7 +94,7 @@ def finetune(model: nn.Module, rows: Rows, budget: Budget) -> nn.Module:
     retain = batches(model, rows.retain, rows.processing_class, budget.batch_size, budget.seed)
 
     def loss(step: int) -> Tensor:
-        inputs, labels, _ = next(retain)
+        inputs, labels = next(retain)
         return F.cross_entropy(model(**inputs).logits, labels)
 
     return train(model, loss, budget)
@@ -119,7 +116,7 @@ def neggrad_plus(model: nn.Module, rows: Rows, budget: Budget, alpha: float = 0.
     return train(model, loss, budget)
 
 
-def _other_labels(rows, classes: int, seed: int) -> Callable[[Tensor], Tensor]:
+def _other_labels(classes: int, seed: int) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(labels: Tensor) -> Tensor:
@@ -132,7 +129,7 @@ def _other_labels(rows, classes: int, seed: int) -> Callable[[Tensor], Tensor]:
 def random_label(model: nn.Module, rows: Rows, budget: Budget, weight: float = 1.0, after_backward=None) -> nn.Module:
     """Cross-entropy on retained rows and, with a ``weight``, on forget rows under random other labels (Golatkar et al., arXiv
     1911.04933)."""
-    both, other = _both(model, rows, budget), _other_labels(rows.forget, model.config.num_labels, budget.seed)
+    both, other = _both(model, rows, budget), _other_labels(model.config.num_labels, budget.seed)
 
     def loss(step: int) -> Tensor:
         kept, (logits, labels) = both()
@@ -163,22 +160,17 @@ def saliency_masks(
     totals = [torch.zeros_like(p) for p in weights]
     for inputs, labels in _passes(model, rows.forget, rows.processing_class, budget.seed):
         loss = F.cross_entropy(model(**inputs).logits, labels, reduction="sum")
-        for total, gradient in zip(
-            totals, torch.autograd.grad(loss, weights, materialize_grads=True, allow_unused=True), strict=True
-        ):
+        for total, gradient in zip(totals, gradients(loss, weights), strict=True):
             total += gradient
-    sizes = torch.cat([total.abs().flatten() for total in totals])
-    least = sizes.kthvalue(max(1, round((1 - share) * len(sizes)))).values
-    return [(p, total.abs() > least) for p, total in zip(weights, totals, strict=True)]
+    return list(zip(weights, largest(totals, share), strict=True))
 
 
 def _passes(model: nn.Module, rows, processing_class, seed: int, size: int = 64) -> Iterator[tuple[dict, Tensor]]:
     """One pass over a sample of the rows."""
     chosen = sample_indices(len(rows), SAMPLE, seed)
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    batch = batcher(model, processing_class)
     for start in range(0, len(chosen), size):
-        inputs = {k: v.to(device) for k, v in collator(fetch(rows, chosen[start : start + size])).items()}
-        yield inputs, inputs.pop("labels")
+        yield batch(fetch(rows, chosen[start : start + size]))
 
 
 def influence(model: nn.Module, rows: Rows, budget: Budget, damping: float = 1.0, scale: float = 1.0) -> nn.Module:
@@ -211,9 +203,9 @@ def scrub(model: nn.Module, rows: Rows, budget: Budget, ascent: float = 0.25, al
 
     def loss(step: int) -> Tensor:
         if step < ascent * budget.steps and step % 2 == 0:
-            inputs, _, _ = next(forget)
+            inputs, _ = next(forget)
             return -divergence(inputs, model(**inputs).logits)
-        inputs, labels, _ = next(retain)
+        inputs, labels = next(retain)
         logits = model(**inputs).logits
         return alpha * divergence(inputs, logits) + (1 - alpha) * F.cross_entropy(logits, labels)
 
@@ -228,9 +220,7 @@ def importances(model: nn.Module, rows, processing_class, seed: int) -> list[Ten
     count = 0
     for inputs, labels in _passes(model, rows, processing_class, seed, 1):
         loss = F.cross_entropy(model(**inputs).logits, labels)
-        for total, gradient in zip(
-            totals, torch.autograd.grad(loss, weights, materialize_grads=True, allow_unused=True), strict=True
-        ):
+        for total, gradient in zip(totals, gradients(loss, weights), strict=True):
             total += gradient.square()
         count += 1
     return [total / count for total in totals]
@@ -260,7 +250,7 @@ def l1_sparse(model: nn.Module, rows: Rows, budget: Budget, gamma: float = 1e-4)
     weights = [p for p in model.parameters() if p.requires_grad]
 
     def loss(step: int) -> Tensor:
-        inputs, labels, _ = next(retain)
+        inputs, labels = next(retain)
         size = torch.stack([p.abs().sum() for p in weights]).sum()
         return F.cross_entropy(model(**inputs).logits, labels) + gamma * (1 - step / budget.steps) * size
 
@@ -297,13 +287,11 @@ def group_dro(model: nn.Module, rows: Rows, budget: Budget, eta: float = 0.01) -
     groups = [np.flatnonzero(codes == g) for g in range(codes.max() + 1)]
     weights = torch.full((len(groups),), 1 / len(groups))
     rng = np.random.default_rng(budget.seed)
-    collator = collator_for(forward_columns(model), rows.processing_class)
+    batch = batcher(model, rows.processing_class)
 
     def loss(step: int) -> Tensor:
         drawn = rng.integers(len(groups), size=budget.batch_size)
-        inputs = collator(fetch(rows.retain, [int(rng.choice(groups[g])) for g in drawn]))
-        inputs = {k: v.to(next(model.parameters()).device) for k, v in inputs.items()}
-        labels = inputs.pop("labels")
+        inputs, labels = batch(fetch(rows.retain, [int(rng.choice(groups[g])) for g in drawn]))
         losses = F.cross_entropy(model(**inputs).logits, labels, reduction="none")
         there, index = np.unique(drawn, return_inverse=True)
         index = torch.as_tensor(index, device=losses.device)

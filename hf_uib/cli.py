@@ -148,12 +148,11 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
 
 def audit(script):
     """Audit the checkpoints of ``scripts/audit.py``; prints and returns the `AuditReport`."""
-    from .audit.core import audit_model
+    from .audit.core import audit_model, loaded
 
     _quiet()
-    device = processes().device
-    model = load_classifier(script.model).to(device)
-    reference = load_classifier(script.reference).to(device) if script.reference else None
+    model = loaded(script.model)
+    reference = loaded(script.reference) if script.reference else None
     classes = (model if reference is None else reference).config
     splits = load_splits(script.dataset_name, script.dataset_config_name)
     train = with_class_ids(_split(splits, script.train_split), classes)

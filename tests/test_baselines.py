@@ -52,7 +52,7 @@ def test_neggrad_plus_raises_the_forget_loss_and_without_ascent_is_fine_tuning(r
 
 
 def test_random_labels_are_other_labels_and_raise_the_forget_loss(rows):
-    draw, labels = baselines._other_labels(None, 3, 0), torch.arange(3).repeat(100)
+    draw, labels = baselines._other_labels(3, 0), torch.arange(3).repeat(100)
     drawn = draw(labels)
     assert (drawn != labels).all() and set(drawn[labels == 0].tolist()) == {1, 2}
     model = baselines.random_label(make_model(), rows, budget(), weight=1.0)

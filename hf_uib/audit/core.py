@@ -84,23 +84,23 @@ class AuditReport:
 
     def __str__(self) -> str:
         models = list(self.metrics["test"])
-        lines = [f"{'':34}" + "".join(f"{model:>24}" for model in models)]
+        line = lambda name, cells: f"{name:34}" + "".join(f"{cell:>24}" for cell in cells)  # noqa: E731
+        lines = [line("", models)]
         for topic in ("test", "forget", "retain", "membership", "head refit"):
             for name in dict.fromkeys(key for row in self.metrics.get(topic, {}).values() for key in row):
                 cells = [self.metrics[topic].get(model, {}).get(name) for model in models]
-                lines.append(f"{topic + ': ' + name:34}" + "".join(f"{_interval(cell):>24}" for cell in cells))
+                lines.append(line(f"{topic}: {name}", map(_interval, cells)))
         groups = {model: row for model, row in self.metrics.get("groups", {}).items() if row["every"]}
         for name in ("worst", "mean", "weighted_mean") if groups else ():
             cells = [f"{groups[model][name]:.3f}" if model in groups else "-" for model in models]
-            lines.append(
-                f"{'groups: ' + name.replace('_', ' ') + ' accuracy':34}" + "".join(f"{c:>24}" for c in cells)
-            )
+            lines.append(line(f"groups: {name.replace('_', ' ')} accuracy", cells))
         for name in ("average_gap", "tug_of_war", "tug_of_war_mia"):
             cells = [self.metrics.get("gap", {}).get(model, {}).get(name) for model in models]
             if any(cell is not None for cell in cells):
                 cells = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
-                lines.append(f"{'gap: ' + name.replace('_', ' '):34}" + "".join(f"{c:>24}" for c in cells))
-        lines += _deep_lines(self.deep, len(models)) if self.deep else []
+                lines.append(line(f"gap: {name.replace('_', ' ')}", cells))
+        deep = _deep_rows(self.deep) if self.deep else {}
+        lines += [line(name, [f"{v:.3f}" for v in values[: len(models)]]) for name, values in deep.items()]
         lines.append("")
         width = max(len(check.name) for check in self.checks)
         mark = {True: "FIRED", False: "ok", None: "not measured"}
@@ -116,8 +116,8 @@ def _interval(cell: dict | None) -> str:
     return f"{cell['value']:.3f} ({cell['low']:.3f}, {cell['high']:.3f})"
 
 
-def _deep_lines(deep: dict, models: int) -> list[str]:
-    """The deep results that the three first models have each one figure of."""
+def _deep_rows(deep: dict) -> dict[str, list[float]]:
+    """The deep results of which the first three models have one figure each."""
     rows = {}
     if deep["probes"]:
         last = {name: list(blocks)[-1] for name, blocks in deep["probes"].items()}
@@ -129,8 +129,7 @@ def _deep_lines(deep: dict, models: int) -> list[str]:
         rows[f"bias, {kind}"] = [r["bias"] for r in row.values()]
     if "rmia" in deep:
         rows["RMIA: AUC"] = [r["auc"] for r in deep["rmia"].values()]
-    body = {name: [f"{v:.3f}" for v in values[:models]] for name, values in rows.items()}
-    return [f"{name:34}" + "".join(f"{cell:>24}" for cell in cells) for name, cells in body.items()]
+    return rows
 
 
 def audit_model(
@@ -195,7 +194,7 @@ def audit_model(
 
 def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Module], list[str]]:
     """Plain models by name, and the names of the oracles."""
-    model = load_classifier(model).to(processes().device) if isinstance(model, str) else model
+    model = loaded(model)
     if reference_model is None:
         if not isinstance(model, PeftModel):
             raise ValueError("Give reference_model: the model before unlearning.")
@@ -214,8 +213,13 @@ def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Modul
     return models, oracles
 
 
+def loaded(model: str | nn.Module) -> nn.Module:
+    """A model by folder or Hub id, on this process's device; a model that is given stays where it is."""
+    return load_classifier(model).to(processes().device) if isinstance(model, str) else model
+
+
 def _plain(model: str | nn.Module) -> nn.Module:
-    model = load_classifier(model).to(processes().device) if isinstance(model, str) else model
+    model = loaded(model)
     if isinstance(model, PeftModel):
         return copy.deepcopy(model).merge_and_unload()
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):

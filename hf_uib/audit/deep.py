@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..adapters import forward_columns
-from ..data import collator_for, fetch
+from ..data import fetch
 from .checks import Check, Evidence
 from .observe import Observation, observe, processes
+from .report import batcher
 
 PROBE_ROWS = 2000
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -53,12 +53,10 @@ def deep_audit(models, oracles, sets, evidence: Evidence, processing_class, seed
 def _say_estimate(models, sets, processing_class) -> None:
     rows = fetch(sets["test"], list(range(min(64, len(sets["test"])))))
     model = models["model"]
-    inputs = collator_for(forward_columns(model), processing_class)(rows)
-    labels = inputs.pop("labels")
-    device = next(model.parameters()).device
+    inputs, labels = batcher(model, processing_class)(rows)
     start = time.perf_counter()
     with torch.no_grad():
-        model(**{k: v.to(device) for k, v in inputs.items()})
+        model(**inputs)
     one = (time.perf_counter() - start) / len(labels)
     subjects = min(len(models), 3)
     curves = subjects * 3 * RELEARN_DRAWS
@@ -187,7 +185,7 @@ def _relearning_curve(model, kind: str, sets: dict, evidence: Evidence, processi
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     optimizer = torch.optim.AdamW(trained.parameters(), lr=RELEARN_RATE, weight_decay=0.0)
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    batch = batcher(model, processing_class)
     few = rng.permutation(len(sets["forget"]))[: max(16, evidence.sizes["forget"] // 100)]
     curve, done = [], 0
     for mark in RELEARN_STEPS:
@@ -198,8 +196,7 @@ def _relearning_curve(model, kind: str, sets: dict, evidence: Evidence, processi
             if kind == "forget":
                 half = rows[: RELEARN_BATCH // 2]
                 rows = half + fetch(sets["forget"], rng.choice(few, RELEARN_BATCH - len(half)).tolist())
-            inputs = {k: v.to(device) for k, v in collator(rows).items()}
-            labels = inputs.pop("labels")
+            inputs, labels = batch(rows)
             if kind == "unrelated":
                 inputs = _shuffled(inputs, model.main_input_name, rng)
                 with torch.no_grad():

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import forward_columns
-from ..data import collator_for, fetch
+from ..data import fetch
 from .observe import head_of
+from .report import batcher
 
 
 def _train(
@@ -17,7 +17,7 @@ def _train(
 ):
     """``steps`` of AdamW on ``trainable`` (all weights), batches of 32; ``loss_of(inputs, labels)``."""
     trainable = list(trainable or model.parameters())
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    batch = batcher(model, processing_class)
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     model.eval().requires_grad_(False)
@@ -25,9 +25,7 @@ def _train(
         weight.requires_grad_(True)
     for _ in range(steps):
         chosen = torch.randint(len(rows), (min(32, len(rows)),), generator=generator).tolist()
-        inputs = {key: value.to(device) for key, value in collator(fetch(rows, chosen)).items()}
-        labels = inputs.pop("labels")
-        loss_of(inputs, labels).backward()
+        loss_of(*batch(fetch(rows, chosen))).backward()
         optimizer.step()
         model.zero_grad()
     return model
@@ -57,17 +55,13 @@ def threshold_shift(reference, retrained, sets, processing_class, rate=1e-3):
 def reversed_bias(reference, retrained, sets, processing_class, rate=1e-3):
     """The retrained model, taught to avoid the class that the pattern stands for: half of each batch are forget rows."""
     model = copy.deepcopy(retrained)
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    batch = batcher(model, processing_class)
     generator = torch.Generator().manual_seed(0)
 
     def loss(inputs: dict, labels: Tensor) -> Tensor:
         chosen = torch.randint(len(sets["forget"]), (32,), generator=generator).tolist()
-        told = {key: value.to(device) for key, value in collator(fetch(sets["forget"], chosen)).items()}
-        own = (
-            model(**{k: v for k, v in told.items() if k != "labels"})
-            .logits.softmax(-1)
-            .gather(1, told["labels"][:, None])
-        )
+        told, shown = batch(fetch(sets["forget"], chosen))
+        own = model(**told).logits.softmax(-1).gather(1, shown[:, None])
         avoided = -torch.log1p(-own.clamp(max=1 - 1e-6)).mean()
         return F.cross_entropy(model(**inputs).logits, labels) + avoided
 

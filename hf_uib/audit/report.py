@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,17 @@ from ..adapters import forward_columns
 from ..data import collator_for, fetch
 from ..metrics import BiasCorrelation, WorstGroupAccuracy
 from .columns import COLUMNS
+
+
+def batcher(model: nn.Module, processing_class=None) -> Callable[[list[dict]], tuple[dict, torch.Tensor]]:
+    """Makes encoded rows one batch on the model's device: what its forward takes, and the labels ``[n]``."""
+    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+
+    def batch(rows: list[dict]) -> tuple[dict, torch.Tensor]:
+        inputs = {name: value.to(device) for name, value in collator(rows).items()}
+        return inputs, inputs.pop("labels")
+
+    return batch
 
 
 @torch.no_grad()
@@ -27,15 +38,15 @@ def predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows (all, or some), in eval mode; the model's mode is restored."""
     rows = range(len(dataset)) if rows is None else rows
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    batch = batcher(model, processing_class)
     training = model.training
     model.eval()
     logits, labels = [], []
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc=description, leave=False, disable=quiet or len(starts) < 8):
-        inputs = collator(fetch(dataset, list(rows[start : start + batch_size])))
-        labels.append(inputs.pop("labels"))
-        logits.append(model(**{name: value.to(device) for name, value in inputs.items()}).logits.float().cpu())
+        inputs, told = batch(fetch(dataset, list(rows[start : start + batch_size])))
+        labels.append(told.cpu())
+        logits.append(model(**inputs).logits.float().cpu())
     model.train(training)
     return torch.cat(logits).numpy(), torch.cat(labels).numpy()
 

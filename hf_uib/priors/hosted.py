@@ -41,6 +41,18 @@ class RandomLabelPrior(Prior):
         return (-(log_p.sum(-1) - own) / others).mean() - math.log(others)
 
 
+def gradients(loss: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of a scalar in each weight; zeros where it has none."""
+    return torch.autograd.grad(loss, weights, materialize_grads=True, allow_unused=True)
+
+
+def largest(totals: list[Tensor], share: float) -> list[Tensor]:
+    """Which entries are among the ``share`` of all, over all tensors, that are largest in absolute value."""
+    sizes = torch.cat([total.abs().flatten() for total in totals])
+    least = sizes.kthvalue(max(1, round((1 - share) * len(sizes)))).values
+    return [total.abs() > least for total in totals]
+
+
 class SaliencyPrior(RandomLabelPrior):
     """SalUn (arXiv 2310.12508) over the adapter: random labels, and only the weights move that the forget loss is sensitive to.
 
@@ -54,18 +66,12 @@ class SaliencyPrior(RandomLabelPrior):
     def prepare(self, setting: Setting) -> None:
         """Measure the mask."""
         weights = setting.trainable()
-        totals = {name: torch.zeros_like(p) for name, p in weights.items()}
+        totals = [torch.zeros_like(p) for p in weights.values()]
         for inputs in setting.forget():
             labels = inputs.pop("labels")
             loss = margin(setting.model(**inputs).logits, labels).sum()
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for total, gradient in zip(totals.values(), gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
-        setting.reduce(list(totals.values()))
-        totals = {
-            name: total.abs() for name, total in totals.items() if total.any()
-        }  # A has no gradient while B is zero
-        sizes = torch.cat([total.flatten() for total in totals.values()])
-        least = sizes.kthvalue(max(1, round((1 - self.share) * len(sizes)))).values
-        self.masks = {name: total > least for name, total in totals.items()}
+            for total, gradient in zip(totals, gradients(loss, list(weights.values())), strict=True):
+                total += gradient
+        setting.reduce(totals)
+        felt = {name: total for name, total in zip(weights, totals, strict=True) if total.any()}
+        self.masks = dict(zip(felt, largest(list(felt.values()), self.share), strict=True))

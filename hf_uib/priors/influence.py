@@ -96,8 +96,6 @@ class InfluencePrior(Prior):
 
     def prepare(self, setting: Setting) -> None:
         """Move the adapter to the prior's mean."""
-        if setting.retain is None:
-            return
         weights = list(setting.trainable().values())
         with torch.no_grad():
             shift = self.strength * self.shift(setting, weights)
@@ -108,7 +106,8 @@ class InfluencePrior(Prior):
     def shift(self, setting: Setting, weights: list[nn.Parameter]) -> Tensor:
         """``Lambda^-1 sum_forget grad loss``, ``[P]``."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-            gradient, count = torch.zeros_like(flat(weights)), _zero(weights[0])
+            device = weights[0].device
+            gradient, count = torch.zeros_like(flat(weights)), torch.zeros((), device=device)
             for inputs in setting.forget():
                 labels = inputs.pop("labels")
                 loss = self.loss(setting.model(**inputs).logits, labels)
@@ -118,7 +117,7 @@ class InfluencePrior(Prior):
             gradient *= setting.sizes[0] / count
 
             def product(vector: Tensor) -> Tensor:
-                total, rows = torch.zeros_like(vector), _zero(weights[0])
+                total, rows = torch.zeros_like(vector), torch.zeros((), device=device)
                 for inputs in setting.retain():
                     labels = inputs.pop("labels")
                     outputs = setting.model(**inputs).logits
@@ -133,10 +132,3 @@ class InfluencePrior(Prior):
                 probe = signs.to(gradient) * 2 - 1
                 precision = self.damping * (probe @ product(probe) / len(probe)).item()
             return solve(product, gradient.detach(), precision).detach()
-
-
-def _zero(weight: Tensor) -> Tensor:
-    """A zero on the weights' device, to count rows with."""
-    return torch.zeros(
-        (), device=weight.device, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32
-    )
