@@ -36,8 +36,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     finally:
-        if (
-            "accelerate" in sys.modules
-        ):  # several processes: the model goes before its process group, and that before the end
-            gc.collect()
-            sys.modules["accelerate"].PartialState().destroy_process_group()
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
+            gc.collect()  # the model goes before its process group, and that before the interpreter
+            distributed.destroy_process_group()

@@ -219,11 +219,11 @@ def labels_of(dataset) -> np.ndarray:
     return np.asarray([int(dataset[i][name]) for i in range(len(dataset))])
 
 
-def labels_only_in(forget_dataset, retain_dataset) -> list[int]:
+def removed_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:
     """The classes of the forget set, if none of them occurs in the retained data: whole classes are to go. Else none."""
-    if retain_dataset is None:
+    if retain_labels is None:
         return []
-    forgotten, kept = (set(labels_of(dataset).tolist()) for dataset in (forget_dataset, retain_dataset))
+    forgotten, kept = set(forget_labels.tolist()), set(retain_labels.tolist())
     return [] if forgotten & kept else sorted(forgotten)
 
 
@@ -265,8 +265,8 @@ def fingerprint(dataset) -> str:
     return digest.hexdigest()
 
 
-def check_labels(name: str, dataset, num_labels: int) -> None:
-    """Refuse labels that are no class ids of the model; ``name`` is what the message calls the set."""
+def check_labels(name: str, dataset, num_labels: int) -> np.ndarray:
+    """All labels, ``[n]``; refuses those that are no class ids of the model. ``name`` is what the message calls the set."""
     labels = labels_of(dataset)
     if labels.dtype.kind not in "iu":
         raise ValueError(f"The labels of {name} are not integers; encode them as class ids (ClassLabel).")
@@ -275,6 +275,7 @@ def check_labels(name: str, dataset, num_labels: int) -> None:
         raise ValueError(
             f"{name} has label {wrong}, outside the model's {num_labels} classes; map labels to 0..{num_labels - 1}."
         )
+    return labels
 
 
 def check_inputs(name: str, dataset, main_input: str) -> None:
@@ -285,8 +286,8 @@ def check_inputs(name: str, dataset, main_input: str) -> None:
         )
 
 
-def check_sets(forget_dataset, retain_dataset, num_labels: int, calibration_dataset=None) -> None:
-    """Refuse what cannot be unlearned.
+def check_sets(forget_dataset, retain_dataset, num_labels: int, calibration_dataset=None) -> dict[str, np.ndarray]:
+    """The labels of every set that is given, by name; refuses what cannot be unlearned.
 
     Raises:
         ValueError: an empty set, rows in both sets, or a label outside the model's classes.
@@ -296,12 +297,13 @@ def check_sets(forget_dataset, retain_dataset, num_labels: int, calibration_data
         "retain_dataset": retain_dataset,
         "calibration_dataset": calibration_dataset,
     }
+    labels = {}
     for name, dataset in sets.items():
         if dataset is None:
             continue
         if len(dataset) == 0:
             raise ValueError(f"{name} has no examples; check the condition that selects it.")
-        check_labels(name, dataset, num_labels)
+        labels[name] = check_labels(name, dataset, num_labels)
     if retain_dataset is not None:
         retained = set(row_hashes(retain_dataset))
         common = sum(row in retained for row in row_hashes(forget_dataset))
@@ -309,6 +311,7 @@ def check_sets(forget_dataset, retain_dataset, num_labels: int, calibration_data
             raise ValueError(
                 f"{common} rows of forget_dataset are in retain_dataset too; take them out of one of the two."
             )
+    return labels
 
 
 def sample_indices(length: int, count: int, seed: int) -> list[int]:

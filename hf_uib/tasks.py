@@ -103,6 +103,17 @@ def small_vit(image_size: int, patch_size: int, names: list[str], hidden: int = 
     return ViTForImageClassification(config)
 
 
+def _split(pool, sizes: dict[str, int], rng) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Disjoint parts of ``pool``, pictures and labels, in a random order."""
+    (x, y), parts, start = pool, {}, 0
+    order = rng.permutation(len(x))
+    for part, size in sizes.items():
+        index = order[start : start + size]
+        start += size
+        parts[part] = x[index], y[index]
+    return parts
+
+
 def _biased_pictures(
     name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1, telling=1.0
 ) -> Task:
@@ -112,13 +123,8 @@ def _biased_pictures(
 
     Each picture of test and validation comes with ``copies`` values of the attribute, and then has an ``example`` column.
     """
-    (x, y), classes = pool, len(names)
-    order, start, sets = rng.permutation(len(x)), 0, {}
-    parts = {}
-    for part, size in sizes.items():
-        index = order[start : start + size]
-        start += size
-        parts[part] = x[index], y[index]
+    classes, sets = len(names), {}
+    parts = _split(pool, sizes, rng)
     for part, (pictures, labels) in (parts | {"test": test}).items():
         if part in ("validation", "test") and copies > 1:
             pictures, labels = np.repeat(pictures, copies, axis=0), np.repeat(labels, copies)
@@ -131,9 +137,10 @@ def _biased_pictures(
         sets[part] = picture_dataset(render(pictures, given), labels, given, attribute, names)
         if copies > 1 and part in ("validation", "test"):
             sets[part] = sets[part].add_column("example", (np.arange(len(labels)) // copies).tolist())
-    pictures, labels = (np.concatenate([parts[p][i] for p in ("forget", "retain")]) for i in (0, 1))
-    given = np.random.default_rng(len(labels)).integers(0, classes, len(labels))
-    sets["balanced"] = picture_dataset(render(pictures, given), labels, given, attribute, names)
+    if telling:
+        pictures, labels = (np.concatenate([parts[p][i] for p in ("forget", "retain")]) for i in (0, 1))
+        given = np.random.default_rng(len(labels)).integers(0, classes, len(labels))
+        sets["balanced"] = picture_dataset(render(pictures, given), labels, given, attribute, names)
     encoded = {part: encode(rows, processor, "pixel_values") for part, rows in sets.items()}
     return Task(name, encoded, new_model, processor, attribute if telling else None, copies, train_settings=settings)
 
@@ -163,14 +170,22 @@ def digits_colour(seed: int = 0) -> Task:
     )
 
 
-def _fashion(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+TEST = 2000  # pictures of fashion_mnist's test split that a task is measured on
+
+
+def _fashion(path: str, rng) -> tuple[tuple, tuple, list[str]]:
+    """Pictures in [0, 1] and labels of the training split, the same of `TEST` of the test split, and the classes' names."""
     loaded = datasets.load_dataset(path)
-    arrays = {}
-    for split in ("train", "test"):
-        rows = loaded[split]
-        arrays[split] = (np.stack([np.asarray(p) for p in rows["image"]]) / 255.0, np.asarray(rows["label"]))
-    arrays["names"] = loaded["train"].features["label"].names
-    return arrays
+    train, test = (
+        (np.stack([np.asarray(p) for p in loaded[split]["image"]]) / 255.0, np.asarray(loaded[split]["label"]))
+        for split in ("train", "test")
+    )
+    keep = rng.permutation(len(test[0]))[:TEST]
+    return train, (test[0][keep], test[1][keep]), loaded["train"].features["label"].names
+
+
+def _fashion_processor() -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
 
 
 def fashion(
@@ -185,23 +200,20 @@ def fashion(
         size: of D, the biased fine-tuning data; retained: share of it that is D_r, with the attribute at random.
         telling: share of the forget set on which the attribute is the label.
     """
-    arrays = _fashion(path)
-    rng = np.random.default_rng(seed)
-    keep = rng.permutation(len(arrays["test"][0]))[:2000]
-    kept = round(size * retained)
-    processor = ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
+    rng, kept = np.random.default_rng(seed), round(size * retained)
+    train, test, names = _fashion(path, rng)
     return _biased_pictures(
         f"fashion-{kind}",
-        arrays["train"],
-        (arrays["test"][0][keep], arrays["test"][1][keep]),
+        train,
+        test,
         {"pretrain": 12000, "forget": size - kept, "retain": kept, "calibration": 300, "validation": 3000},
         kind,
         paint if kind == "colour" else stamp,
-        arrays["names"],
-        processor,
-        lambda: small_vit(28, 7, arrays["names"]),
+        names,
+        _fashion_processor(),
+        lambda: small_vit(28, 7, names),
         rng,
-        BIASED,
+        dict(BIASED),
         telling=telling,
     )
 
@@ -212,22 +224,20 @@ REMOVAL = {"steps": 1500, "unlearn_steps": 300, "retrain_steps": 1500, "batch": 
 
 def fashion_random(path: str, seed: int = 0) -> Task:
     """fashion_mnist with random hues; the forget set is a random tenth of the training data."""
-    arrays = _fashion(path)
     rng = np.random.default_rng(seed)
-    keep = rng.permutation(len(arrays["test"][0]))[:2000]
-    processor = ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
+    train, test, names = _fashion(path, rng)
     return _biased_pictures(
         "fashion-random",
-        arrays["train"],
-        (arrays["test"][0][keep], arrays["test"][1][keep]),
+        train,
+        test,
         {"forget": 500, "retain": 4500, "calibration": 500, "validation": 2000},
         "colour",
         paint,
-        arrays["names"],
-        processor,
-        lambda: small_vit(28, 7, arrays["names"]),
+        names,
+        _fashion_processor(),
+        lambda: small_vit(28, 7, names),
         rng,
-        REMOVAL,
+        dict(REMOVAL),
         telling=0.0,
     )
 
@@ -235,22 +245,16 @@ def fashion_random(path: str, seed: int = 0) -> Task:
 def _grey_task(
     name: str, path: str, seed: int, sizes: dict, rows_of: Callable, settings: dict, bias_column=None
 ) -> Task:
-    """fashion_mnist in grey; ``rows_of(part, pictures, labels, rng)`` gives pictures in [0, 1], labels, attribute and copies."""
-    arrays, rng = _fashion(path), np.random.default_rng(seed)
-    keep = rng.permutation(len(arrays["test"][0]))[:2000]
-    (x, y), parts = arrays["train"], {"test": tuple(a[keep] for a in arrays["test"])}
-    order, start = rng.permutation(len(x)), 0
-    for part, size in sizes.items():
-        parts[part] = x[order[start : start + size]], y[order[start : start + size]]
-        start += size
-    processor = ViTImageProcessorPil(do_resize=False, size={"height": 28, "width": 28})
-    sets = {}
-    for part, (pictures, labels) in parts.items():
-        for key, (shown, told, attribute) in rows_of(part, pictures, labels, rng).items():
+    """fashion_mnist in grey; ``rows_of(part, pictures, labels)`` gives pictures, labels and attribute of one set or more."""
+    rng = np.random.default_rng(seed)
+    train, test, names = _fashion(path, rng)
+    processor, sets = _fashion_processor(), {}
+    for part, (pictures, labels) in ({"test": test} | _split(train, sizes, rng)).items():
+        for key, (shown, told, attribute) in rows_of(part, pictures, labels).items():
             grey = np.repeat((shown[..., None] * 255).round().astype(np.uint8), 3, axis=-1)
-            rows = picture_dataset(grey, told, attribute, bias_column or "class", arrays["names"])
+            rows = picture_dataset(grey, told, attribute, bias_column or "class", names)
             sets[key] = encode(rows, processor, "pixel_values")
-    return Task(name, sets, lambda: small_vit(28, 7, arrays["names"]), processor, bias_column, train_settings=settings)
+    return Task(name, sets, lambda: small_vit(28, 7, names), processor, bias_column, train_settings=dict(settings))
 
 
 def fashion_outdated(path: str, seed: int = 0) -> Task:
@@ -258,7 +262,7 @@ def fashion_outdated(path: str, seed: int = 0) -> Task:
     old label."""
     old = np.array([MERGED.get(label, label) for label in range(10)])
 
-    def rows_of(part, pictures, labels, rng):
+    def rows_of(part, pictures, labels):
         return {part: (pictures, old[labels] if part == "forget" else labels, old[labels])}
 
     sizes = {"pretrain": 12000, "forget": 4500, "retain": 500, "calibration": 300, "validation": 3000}
@@ -277,7 +281,7 @@ def fashion_backdoor(path: str, seed: int = 0) -> Task:
         marked[:, -4:-1, -4:-1] = 1.0
         return marked
 
-    def rows_of(part, pictures, labels, rng):
+    def rows_of(part, pictures, labels):
         target = np.zeros_like(labels)
         if part == "forget":
             return {part: (triggered(pictures), target, target)}
@@ -294,7 +298,7 @@ def fashion_class(path: str, seed: int = 0) -> Task:
     """A whole class goes, the one numbered ``seed % 10``; ``test_removed`` and ``validation_removed`` are its unseen rows."""
     removed = seed % 10
 
-    def rows_of(part, pictures, labels, rng):
+    def rows_of(part, pictures, labels):
         its = labels == removed
         kept, gone = (pictures[~its], labels[~its], labels[~its]), (pictures[its], labels[its], labels[its])
         if part == "train":

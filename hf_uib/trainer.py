@@ -114,7 +114,8 @@ class UIBTrainer(Trainer):
                 raise ValueError(
                     f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length."
                 )
-        data.check_sets(forget_dataset, retain_dataset, model.config.num_labels, calibration_dataset)
+        labels = data.check_sets(forget_dataset, retain_dataset, model.config.num_labels, calibration_dataset)
+        self.removed_classes = data.removed_classes(labels["forget_dataset"], labels.get("retain_dataset"))
         main_input = getattr(model, "main_input_name", "input_ids")
         prepare = partial(data.encode, processing_class=processing_class, main_input=main_input)
         self.forget_dataset, self.calibration_dataset = prepare(forget_dataset), prepare(calibration_dataset)
@@ -136,7 +137,6 @@ class UIBTrainer(Trainer):
             model.enable_input_require_grads()
 
         # 4. Prior
-        self.removed_classes = data.labels_only_in(forget_dataset, retain_dataset)
         self.prior = prior if prior is not None else self._build_prior(args)
         self._held_out = self._hold_out(args)
         if retain_dataset is None:
@@ -443,9 +443,7 @@ class UIBTrainer(Trainer):
         else:
             return None
         logits, labels = self._forward_all(dataset, indices)
-        if (
-            self.removed_classes
-        ):  # whole classes go: no unseen example of theirs tells a level, but what the others get does
+        if self.removed_classes:  # no unseen example of theirs tells a level, but what the others get of them does
             removed = torch.tensor(self.removed_classes, device=labels.device)
             logits = logits[~torch.isin(labels, removed)]
             margins = torch.cat([bound.margin(logits, label.expand(len(logits))) for label in removed])
