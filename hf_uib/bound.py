@@ -119,5 +119,6 @@ def capacity(noise_to_signal: float) -> float:
 
 
 def anneal(step: int, total: int) -> float:
-    """Width of the channel noise at optimizer step ``step`` of ``total``, relative to its first width: ``1 - t / T``."""
-    return max(0.0, 1.0 - step / max(total, 1))
+    """Width of the channel noise at optimizer step ``step`` of ``total``, relative to its first: the root of ``1 - t / T``,
+    so that its variance falls in a straight line."""
+    return math.sqrt(max(0.0, 1.0 - step / max(total, 1)))

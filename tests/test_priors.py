@@ -5,7 +5,7 @@ import torch
 
 from hf_uib import bound
 from hf_uib.priors import PRIORS, CalibratedPrior, Prior
-from hf_uib.priors.calibrated import interpolate, quantiles
+from hf_uib.priors.calibrated import disputed_z, interpolate, quantiles
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -106,3 +106,39 @@ def test_under_a_pattern_the_level_keeps_the_labels():
     pattern = prior.level_of(seen)
     assert chance.min() < 0 and pattern.min() == pytest.approx(0.5, abs=0.02)
     torch.testing.assert_close(pattern[51:], chance[51:])
+
+
+def test_labels_that_the_running_model_refuses_are_disputed():
+    """Wrong labels: refused rows get the level of a refused label, and forget batches come to the end. Under a bias, not."""
+    unseen = torch.linspace(-1, 4, 200)  # a fifth of them wrong
+    biased, wrong = torch.linspace(-0.5, 6, 300), torch.linspace(-4, 4, 300)
+
+    def run(later, **settings):
+        prior = CalibratedPrior(**settings)
+        prior.systematic = True
+        for margins in (torch.full((300,), 5.0), later, later):
+            prior.refresh(lambda m=margins: m, lambda: unseen)
+        return prior
+
+    prior = run(wrong)
+    assert prior.lasting
+    at = torch.tensor([-3.0, -0.1, 0.1, 3.9])
+    torch.testing.assert_close(prior.level_of(at)[:2], torch.full((2,), -1.5), atol=0.02, rtol=0)
+    assert (prior.level_of(at)[2:] >= 1.48).all()
+    again = CalibratedPrior()
+    again.load_state_dict(prior.state_dict())
+    assert again.lasting and torch.equal(again.level_of(at), prior.level_of(at))
+
+    for prior in (run(biased), run(wrong, fitted=True)):  # a fold that the checkpoint fitted says nothing about errors
+        assert not prior.lasting and (prior.level_of(at) >= 1.48).all()
+
+
+def test_disputed_z_is_the_pooled_test_of_two_proportions():
+    forget, unseen = torch.tensor([-1.0] * 30 + [1.0] * 70), torch.tensor([-1.0] * 10 + [1.0] * 40)
+    pooled = 40 / 150
+    expected = (0.3 - 0.2) / (pooled * (1 - pooled) * (1 / 100 + 1 / 50)) ** 0.5
+    assert disputed_z(forget, unseen) == pytest.approx(expected, abs=1e-12)
+    assert disputed_z(torch.ones(5), torch.ones(5)) == 0
+    g = torch.Generator().manual_seed(0)
+    draws = [disputed_z(torch.rand(512, generator=g) - 0.2, torch.rand(300, generator=g) - 0.2) for _ in range(400)]
+    assert torch.tensor(draws).std().item() == pytest.approx(1, abs=0.1)

@@ -46,6 +46,10 @@ class Prior:
     systematic = False
     """Set by the trainer: whether the forget set carries a pattern, which the noise channel then closes."""
 
+    lasting = False
+    """Whether forget batches come to the last step, whatever ``prior_fraction`` says. Read as training goes; a prior that finds
+    out by itself has to know by its third `refresh`."""
+
     strength = 0.0
     """gamma; set by the trainer before `prepare`."""
 
