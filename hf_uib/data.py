@@ -46,6 +46,8 @@ class PairingSampler(Sampler):
         forget_per_retain: forget rows per retained row.
         held_out: retained rows held out while the prior is on.
         prior_is_on: whether the prior acts at a position of an epoch.
+        epoch_of: the epoch that begins, or that is gone on with. (accelerate's ``set_epoch`` does not reach the sampler where the
+            first batches of an epoch are skipped under several processes.)
     """
 
     def __init__(
@@ -55,30 +57,26 @@ class PairingSampler(Sampler):
         forget_per_retain: float,
         held_out: set[int],
         prior_is_on: Callable[[int, int], bool],
+        epoch_of: Callable[[], int],
     ):
         self.dataset, self.seed, self.forget_per_retain = dataset, seed, forget_per_retain
-        self.prior_is_on, self.epoch = prior_is_on, 0
+        self.prior_is_on, self.epoch_of = prior_is_on, epoch_of
         self.held_out = held_out
         self.available = [i for i in range(len(dataset.retain)) if i not in held_out] if held_out else None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        retain = endless_permutations(len(self.dataset.retain), self.seed + self.epoch)
-        forget = endless_permutations(len(self.dataset.forget), self.seed + self.epoch + 2**31)
-        replacement = (
-            endless_permutations(len(self.available), self.seed + self.epoch + 2**32) if self.available else None
-        )
+        epoch = self.epoch_of()
+        retain = endless_permutations(len(self.dataset.retain), self.seed + epoch)
+        forget = endless_permutations(len(self.dataset.forget), self.seed + epoch + 2**31)
+        replacement = endless_permutations(len(self.available), self.seed + epoch + 2**32) if self.available else None
         given = 0
         for position in range(len(self.dataset)):
             row = next(retain)
             many: tuple[int, ...] = ()
-            if self.prior_is_on(self.epoch, position):
+            if self.prior_is_on(epoch, position):
                 due = int((position + 1) * self.forget_per_retain)
                 many = tuple(next(forget) for _ in range(due - given))
                 given = due
@@ -87,7 +85,6 @@ class PairingSampler(Sampler):
             else:
                 given = int((position + 1) * self.forget_per_retain)
             yield position, row, many
-        self.epoch += 1
 
 
 def endless_permutations(length: int, seed: int) -> Iterator[int]:

@@ -7,6 +7,7 @@ adapter to it and starts Transformers' own loop; `compute_loss` is equation (3);
 import copy
 import math
 import os
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from datasets import IterableDataset
+from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PushInProgress
 
 from . import adapters, bound, data
 from .config import UIBConfig
@@ -29,6 +34,7 @@ from .priors import PRIORS, CalibratedPrior, InfluencePrior, NoPrior, Prior, Set
 from .priors import subspace as contrast
 
 STATE_NAME = "uib_state.safetensors"
+UNFINISHED = "_unfinished"  # where a checkpoint is written before it takes its place; Trainer uploads no name in `_`
 NOISED_SHARE = 0.65  # of the nats the checkpoint's predictions tell about the forget labels, under the default noise
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
@@ -72,6 +78,7 @@ class UIBTrainer(Trainer):
     model: PeftModel
     data_collator: data.UIBCollator
     train_dataset: data.PairedDataset
+    push_in_progress: PushInProgress | None
 
     def __init__(
         self,
@@ -173,6 +180,7 @@ class UIBTrainer(Trainer):
         self._base_fingerprint: str | None = None
         self.request = "the examples of the forget set"  # in words, for the card
         self._last_step = -1
+        self._unfinished = False
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.audit_report = None
         self.layers = adapters.lora_layers(self.model)
@@ -453,7 +461,8 @@ class UIBTrainer(Trainer):
         return margins
 
     def _prior_is_on(self, step: int) -> bool:
-        return self.prior.uses_forget_batches and step < math.ceil(self.args.prior_fraction * self.state.max_steps)
+        until = math.ceil(self.args.prior_fraction * self.state.max_steps)
+        return self.prior.uses_forget_batches and (step < until or self.prior.lasting)
 
     # ---- Equation (3): the loss -------------------------------------------------------------------------------------
 
@@ -581,7 +590,9 @@ class UIBTrainer(Trainer):
 
         ratio = (args.forget_batch_size or args.per_device_train_batch_size) / args.per_device_train_batch_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return data.PairingSampler(paired, seed, ratio, self._held_out, prior_is_on)
+        return data.PairingSampler(
+            paired, seed, ratio, self._held_out, prior_is_on, lambda: self.state.global_step // steps_per_epoch
+        )
 
     def _record(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -607,13 +618,75 @@ class UIBTrainer(Trainer):
 
     # ---- Saving and resuming ----------------------------------------------------------------------------------------
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's, in a folder of its own that takes the checkpoint's name once all is written: whole or not at all."""
+        run_folder, step = self._get_output_dir(trial), self.state.global_step
+        unfinished, name = os.path.join(run_folder, UNFINISHED), f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        written, final = os.path.join(unfinished, name), os.path.join(run_folder, name)
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._unfinished = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._unfinished = False
+        self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == written:
+            self.state.best_model_checkpoint = final
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(written, final)
+            os.rmdir(unfinished)
+            rotate_checkpoints(
+                run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._unfinished else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, without the pickled arguments, which hold the token: adapter, state and card, then the whole checkpoint
+        where `hub_strategy` asks for it."""
+        args, before = self.args, self.push_in_progress
+        under_way = before is not None and not before.is_done()
+        if self._unfinished or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if under_way and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, STATE_NAME, "README.md"):
+            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(args.output_dir)
+        upload = partial(
+            HfApi().upload_folder,
+            repo_id=self.hub_model_id,
+            token=args.hub_token,
+            revision=args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            run_as_future=True,
+        )
+        hidden = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", TRAINING_ARGS_NAME]
+        jobs = [upload(folder_path=args.output_dir, ignore_patterns=hidden)]
+        if args.hub_strategy != HubStrategy.EVERY_SAVE:
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
+            jobs.append(upload(folder_path=checkpoint_folder, path_in_repo=name))
+        self.push_in_progress = PushInProgress(jobs + before.jobs if before is not None and under_way else jobs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Adapter, statistics of prior and posterior, and the card; never the pickled arguments, which may hold a token."""
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        pickled = os.path.join(output_dir, "training_args.bin")
+        pickled = os.path.join(output_dir, TRAINING_ARGS_NAME)
         if os.path.isfile(pickled):
             os.remove(pickled)
         if self.noise is not None:
@@ -765,6 +838,15 @@ def _refuse_what_cannot_hold(args: UIBConfig) -> None:
         raise ValueError(
             "UIBTrainer does not run under FSDP: prior and posterior need each layer's weight whole. Use data parallel training "
             "(scripts/accelerate_configs/ddp.yaml) or DeepSpeed ZeRO-2."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "UIBTrainer does not run with auto_find_batch_size: a second try would go on from weights the first one moved. Set "
+            "per_device_train_batch_size (with gradient_accumulation_steps the trajectory is that of the larger batch)."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "UIBTrainer has no label_smoothing_factor: the fit term of the bound is the cross-entropy; leave it out."
         )
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     if deepspeed is not None and deepspeed.is_zero3():

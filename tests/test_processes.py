@@ -1,27 +1,15 @@
 """One process and two compute the same: started through accelerate, sets that two does not divide."""
 
-import os
-import socket
 import subprocess
-import sys
 
 import pytest
 import torch
-
-HERE = os.path.dirname(__file__)
-CONFIG = os.path.join(HERE, "..", "scripts", "accelerate_configs", "cpu_two_processes.yaml")
+from launching import command_for
 
 
 def launched(path, processes, batch, accumulation=1, seed=0, prior="calibrated"):
     """What tests/two_processes.py wrote."""
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", str(port)]
-    command += [os.path.join(HERE, "two_processes.py"), str(path), str(batch), str(accumulation), str(seed), prior]
-    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{os.path.join(HERE, '..')}", "OMP_NUM_THREADS": "1"}
+    command, environment = command_for("two_processes.py", processes, path, batch, accumulation, seed, prior)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(path, weights_only=True)

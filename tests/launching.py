@@ -1,0 +1,23 @@
+"""Starting a script of the tests under one or several processes."""
+
+import os
+import socket
+import sys
+
+HERE = os.path.dirname(__file__)
+CONFIG = os.path.join(HERE, "..", "scripts", "accelerate_configs", "cpu_two_processes.yaml")
+
+
+def command_for(script: str, processes: int, *arguments) -> tuple[list[str], dict[str, str]]:
+    """Command and environment; several processes are started by accelerate."""
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", str(port)]
+    command += [os.path.join(HERE, script), *map(str, arguments)]
+    return command, os.environ | {
+        "PYTHONPATH": f"{HERE}{os.pathsep}{os.path.join(HERE, '..')}",
+        "OMP_NUM_THREADS": "1",
+    }

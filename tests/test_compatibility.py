@@ -1,0 +1,136 @@
+"""What else a TrainingArguments can ask for: the same result, or a refusal in one line. The table is in docs/scale.md."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_rows
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback
+
+from hf_uib import UIBConfig, UIBTrainer
+
+
+def train(path, callbacks=None, eval_dataset=None, **settings):
+    given = dict(
+        max_steps=8, per_device_train_batch_size=4, subspace_rank=4, learning_rate=0.01, use_cpu=True, disable_tqdm=True,
+        logging_steps=1, prior_update_steps=3, noise_to_signal=0.5, report_to="none", save_strategy="no",
+    )  # fmt: skip
+    trainer = UIBTrainer(
+        make_model(), UIBConfig(str(path), **(given | settings)), make_rows(n=27, seed=1), make_rows(n=32, seed=2),
+        make_rows(n=13, seed=3), eval_dataset=eval_dataset, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def parts(trainer, *names):
+    logs = [row for row in trainer.state.log_history if "fit_nats" in row and "train_loss" not in row]
+    return torch.tensor([[row[name] for name in names] for row in logs])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return parts(train(tmp_path_factory.mktemp("plain")), "loss", "fit_nats", "kl_nats")
+
+
+SAME = {
+    "gradient checkpointing, reentrant": dict(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
+    ),
+    "gradient checkpointing, not reentrant": dict(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    ),
+    "workers": dict(dataloader_num_workers=2),
+    "compiled": dict(torch_compile=True, torch_compile_backend="eager"),
+    "evaluated": dict(eval_strategy="steps", eval_steps=3),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_trajectory(tmp_path, plain, name):
+    sets = {"first": make_rows(n=12, seed=9), "second": make_rows(n=5, seed=8)} if name == "evaluated" else None
+    trainer = train(tmp_path, eval_dataset=sets, **SAME[name])
+    torch.testing.assert_close(parts(trainer, "loss", "fit_nats", "kl_nats"), plain, rtol=2e-3, atol=2e-3)
+    if name == "evaluated":
+        assert {"eval_first_loss", "eval_second_loss"} <= {key for row in trainer.state.log_history for key in row}
+
+
+def test_another_noise_is_another_trajectory(tmp_path, plain):
+    other = parts(train(tmp_path, noise_to_signal=0.1), "loss", "fit_nats", "kl_nats")
+    assert (other - plain).abs().max() > 0.05  # what the comparisons above would see
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(tmp_path, plain, precision):
+    trainer = train(tmp_path, **{precision: True})
+    fit = parts(trainer, "fit_nats")[:, 0]
+    assert torch.isfinite(fit).all() and (fit[0] - plain[0, 1]).abs() < 0.1  # the same first step, but for rounding
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_the_best_checkpoint_comes_back(tmp_path):
+    """Written in a folder of another name: what points to it has the final one, and `save_total_limit` spares it."""
+    trainer = train(
+        tmp_path, callbacks=[EarlyStoppingCallback(2)], eval_dataset=make_rows(n=12, seed=9), eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, save_total_limit=1, load_best_model_at_end=True, learning_rate=0.3,
+    )  # fmt: skip
+    best = trainer.state.best_model_checkpoint
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    assert best == os.path.join(str(tmp_path), f"checkpoint-{min(losses, key=losses.get)}")
+    assert trainer.state.global_step < 8 and not os.path.exists(tmp_path / "_unfinished")
+    saved = load_file(os.path.join(best, "adapter_model.safetensors"))
+    now = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if ".lora_" in n}
+    assert all(torch.equal(saved[name], now[name]) for name in saved)
+    assert not any(p.requires_grad for n, p in trainer.model.named_parameters() if "lora_A" in n)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(auto_find_batch_size=True), "does not run with auto_find_batch_size"),
+        (dict(label_smoothing_factor=0.1), "no label_smoothing_factor"),
+    ],
+)
+def test_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tmp_path, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "strategy, uploads", [("end", 0), ("every_save", 2), ("checkpoint", 4), ("all_checkpoints", 4)]
+)
+def test_what_is_pushed_while_training(tmp_path, monkeypatch, strategy, uploads):
+    """No pickled arguments, which hold the token, and no token in any file; the adapter each time."""
+    from concurrent.futures import Future
+
+    seen = []
+
+    def upload_folder(self, *, folder_path, ignore_patterns=(), **kwargs):
+        hidden = [pattern.rstrip("*") for pattern in ignore_patterns]
+        names = [n for n in os.listdir(folder_path) if not any(n.startswith(h) for h in hidden)]
+        seen.append((kwargs.get("path_in_repo"), {n: (Path(folder_path) / n).read_bytes() for n in names}))
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr("hf_uib.trainer.HfApi.upload_folder", upload_folder)
+
+    def init_hf_repo(self, token=None, private=None):
+        self.hub_model_id, self.push_in_progress = "me/it", None
+
+    monkeypatch.setattr(UIBTrainer, "init_hf_repo", init_hf_repo)
+    train(
+        tmp_path, save_strategy="steps", save_steps=4, push_to_hub=True, hub_token="hf_secret", hub_strategy=strategy,
+        hub_always_push=True,
+    )  # fmt: skip
+    pushed = [(path, files) for path, files in seen if files.keys() & {"adapter_model.safetensors"}]
+    assert len(pushed) >= uploads and (uploads or strategy == "end")
+    for _, files in seen:
+        assert "training_args.bin" not in files and "_unfinished" not in files
+        assert not any(b"hf_secret" in content for content in files.values())
+        assert "adapter_model.safetensors" in files
+    expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-4", "checkpoint-8"}}
+    assert {path for path, _ in seen} - {None} == expected.get(strategy, set())
