@@ -5,6 +5,7 @@ adapter to it and starts Transformers' own loop; `compute_loss` is equation (3);
 """
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -712,7 +713,14 @@ class UIBTrainer(Trainer):
         tensors |= {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
         tensors |= {f"mask.{name}": mask for name, mask in self.prior.masks.items()}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        return tensors, {"format": "pt", "forget": self.forget_fingerprint, "base": self.base_fingerprint}
+        metadata = {"format": "pt", "forget": self.forget_fingerprint, "base": self.base_fingerprint}
+        return tensors, metadata | {"settings": json.dumps(self._settings_that_matter())}
+
+    def _settings_that_matter(self) -> dict:
+        """What a resumed run has to share with the one it goes on with."""
+        names = ("seed", "subspace_rank", "prior_subspace", "trainable_factors", "posterior", "beta", "prior_fraction",
+                 "prior_update_steps", "forget_target")  # fmt: skip
+        return {"prior": type(self.prior).__name__} | {name: getattr(self.args, name) for name in names}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Takes up adapter, prior and posterior where they were; A stays frozen where it was."""
@@ -730,6 +738,12 @@ class UIBTrainer(Trainer):
             if metadata[key] != mine:
                 raise ValueError(
                     f"{resume_from_checkpoint} belongs to another {what}; resume with the one it was started with."
+                )
+        for name, was in json.loads(metadata["settings"]).items():
+            now = self._settings_that_matter()[name]
+            if now != was:
+                raise ValueError(
+                    f"{resume_from_checkpoint} was made with {name} {was}, not {now}; resume with the settings it was started with."
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         adapters.freeze_factors(self.model, self.args.trainable_factors)

@@ -240,6 +240,9 @@ def test_resume_refuses_another_model_or_forget_set(tmp_path):
     )
     with pytest.raises(ValueError, match="another forget set"):
         other.train(resume_from_checkpoint=checkpoint)
+    for setting, named in ((dict(prior="none"), "prior CalibratedPrior, not NoPrior"), (dict(seed=7), "seed")):
+        with pytest.raises(ValueError, match=named):
+            make_trainer(tmp_path / "d", **setting).train(resume_from_checkpoint=checkpoint)
 
 
 def test_saved_folder(tmp_path):
