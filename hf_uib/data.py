@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -224,17 +225,32 @@ def removed_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None)
     return [] if forgotten & kept else sorted(forgotten)
 
 
-def row_hashes(dataset) -> list[bytes]:
-    """A hash per row of everything in it, pictures by their encoded bytes."""
+def row_hashes(dataset) -> np.ndarray:
+    """A hash per row of everything in it, pictures by their encoded bytes: ``[n, 2]`` unsigned 64-bit, in one streaming pass."""
     if isinstance(dataset, datasets.Dataset):
         raw = dataset.with_format(None)
         for name, feature in dataset.features.items():
             if isinstance(feature, datasets.Image):
                 raw = raw.cast_column(name, datasets.Image(decode=False))
-        rows = (_without_paths(row) for row in raw)
+        rows = (
+            _without_paths(dict(zip(batch, values, strict=True)))
+            for batch in raw.iter(100)
+            for values in zip(*batch.values(), strict=True)
+        )
     else:
         rows = (dataset[i] for i in range(len(dataset)))
-    return [hashlib.blake2b(_bytes_of(row), digest_size=16).digest() for row in rows]
+    digests = bytearray()
+    for row in tqdm(rows, "Hashing rows", len(dataset), delay=2, leave=False):
+        digests += hashlib.blake2b(_bytes_of(row), digest_size=16).digest()
+    return np.frombuffer(digests, ">u8").reshape(-1, 2)
+
+
+def rows_in_common(first: np.ndarray, second: np.ndarray) -> int:
+    """How many rows of ``first`` are in ``second`` too, both as `row_hashes`."""
+    first, second = first.astype(np.uint64), second.astype(np.uint64)  # isin takes the machine's byte order alone
+    near = first[np.isin(first[:, 0], second[:, 0], kind="sort")]
+    there = set(map(tuple, second[np.isin(second[:, 0], first[:, 0], kind="sort")].tolist()))
+    return sum(tuple(row) in there for row in near.tolist())
 
 
 def _without_paths(row: dict) -> dict:
@@ -257,8 +273,8 @@ def _bytes_of(value) -> bytes:
 def fingerprint(dataset) -> str:
     """A hash of a dataset's rows, whatever their order; names a data set without showing any of it."""
     digest = hashlib.blake2b(digest_size=8)
-    for row in sorted(row_hashes(dataset)):
-        digest.update(row)
+    rows = row_hashes(dataset)
+    digest.update(rows[np.lexsort((rows[:, 1], rows[:, 0]))].tobytes())
     return digest.hexdigest()
 
 
@@ -302,8 +318,7 @@ def check_sets(forget_dataset, retain_dataset, num_labels: int, calibration_data
             raise ValueError(f"{name} has no examples; check the condition that selects it.")
         labels[name] = check_labels(name, dataset, num_labels)
     if retain_dataset is not None:
-        retained = set(row_hashes(retain_dataset))
-        common = sum(row in retained for row in row_hashes(forget_dataset))
+        common = rows_in_common(row_hashes(forget_dataset), row_hashes(retain_dataset))
         if common:
             raise ValueError(
                 f"{common} rows of forget_dataset are in retain_dataset too; take them out of one of the two."

@@ -84,3 +84,16 @@ def test_sample_indices():
     assert data.sample_indices(5, 9, 0) == list(range(5))
     drawn = data.sample_indices(50, 9, 0)
     assert len(set(drawn)) == 9 and drawn == data.sample_indices(50, 9, 0) != data.sample_indices(50, 9, 1)
+
+
+def test_rows_in_common_and_the_fingerprint_against_plain_sets():
+    import hashlib
+
+    rows = make_rows(n=40)
+    first, second = rows.select(range(25)), rows.select([30, 3, 31, 24, 3])
+    hashes = data.row_hashes(first)
+    assert hashes.shape == (25, 2) and data.rows_in_common(hashes, data.row_hashes(second)) == 2
+    assert data.rows_in_common(data.row_hashes(second), hashes) == 3  # a row twice counts twice
+    assert data.rows_in_common(hashes, data.row_hashes(rows.select(range(25, 40)))) == 0
+    expected = hashlib.blake2b(b"".join(sorted(row.tobytes() for row in hashes)), digest_size=8).hexdigest()
+    assert data.fingerprint(first) == data.fingerprint(first.select(range(24, -1, -1))) == expected
