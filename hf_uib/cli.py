@@ -338,20 +338,20 @@ def matching_rows(dataset: Dataset, conditions: list[str]) -> np.ndarray:
     for condition in conditions:
         column, equals, value = condition.partition("=")
         if not equals or not column:
-            raise ValueError(f"'{condition}' is no condition; write COLUMN=VALUE.")
+            raise ValueError(f"{condition!r} is no condition; write COLUMN=VALUE.")
         if column not in dataset.column_names:
-            raise ValueError(f"Column '{column}' is not in the dataset; it has {', '.join(dataset.column_names)}.")
+            raise ValueError(f"Column {column!r} is not in the dataset; it has {', '.join(dataset.column_names)}.")
         feature = dataset.features[column]
         if isinstance(feature, ClassLabel):
             if value in feature.names:
                 wanted = feature.str2int(value)
-            elif value.isdigit() and int(value) < feature.num_classes:
+            elif value.isdecimal() and int(value) < feature.num_classes:
                 wanted = int(value)
             else:
-                raise ValueError(f"'{value}' is no class of column '{column}'; it has {', '.join(feature.names)}.")
+                raise ValueError(f"{value!r} is no class of column {column!r}; it has {', '.join(feature.names)}.")
         elif not isinstance(feature, datasets.Value):
             raise ValueError(
-                f"Column '{column}' holds {type(feature).__name__}, which cannot be compared; choose another."
+                f"Column {column!r} holds {type(feature).__name__}, which cannot be compared; choose another."
             )
         else:
             wanted = _as_type(value, feature.dtype, column)
@@ -363,11 +363,11 @@ def _as_type(value: str, dtype: str, column: str):
     if dtype == "bool":
         if value.lower() in ("true", "1", "false", "0"):
             return value.lower() in ("true", "1")
-        raise ValueError(f"Column '{column}' holds true or false, not '{value}'.")
+        raise ValueError(f"Column {column!r} holds true or false, not {value!r}.")
     for prefix, kind in (("int", int), ("uint", int), ("float", float)):
         if dtype.startswith(prefix):
             try:
                 return kind(value)
             except ValueError:
-                raise ValueError(f"Column '{column}' holds numbers ({dtype}), not '{value}'.") from None
+                raise ValueError(f"Column {column!r} holds numbers ({dtype}), not {value!r}.") from None
     return value

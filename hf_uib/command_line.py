@@ -19,12 +19,51 @@ def parse(doc: str, *kinds: type, lists: dict[str, str | None], **defaults) -> t
 
     parser = HfArgumentParser(kinds, description=doc.partition("\n\n")[0])
     parser.set_defaults(**defaults)
+    parser.error = _refuse  # type: ignore[method-assign]
     for action in parser._actions:
         if action.dest in lists:
             action.nargs, action.metavar = "+", lists[action.dest]
-    if "--config" in sys.argv:
-        return parser.parse_yaml_file(sys.argv[sys.argv.index("--config") + 1])
-    return parser.parse_args_into_dataclasses()
+    given = sys.argv[1:]
+    if "--config" in given:
+        at = given.index("--config")
+        if at + 1 == len(given):
+            raise ValueError("--config needs the path of a YAML file.")
+        known = {action.dest for action in parser._actions}
+        given = _flags_of(given[at + 1], known) + given[:at] + given[at + 2 :]
+    try:
+        return parser.parse_args_into_dataclasses(given)
+    except Exception as error:  # whatever a library says about a setting
+        if isinstance(error, (ValueError, OSError)) and "\n" not in str(error):
+            raise
+        raise ValueError(f"the settings do not work: {str(error).partition(chr(10))[0]}") from error
+
+
+def _refuse(message: str):
+    raise ValueError(message)
+
+
+def _flags_of(path: str, known: set[str]) -> list[str]:
+    """The settings of a YAML file as flags, so that they are read and checked as those of the command line, which overrule them."""
+    import json
+
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            settings = yaml.safe_load(file)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings; write one `name: value` a line.")
+    flags = []
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"{path} has a setting {name!r} that is not known; --help lists them.")
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
 
 
 def run(main: Callable[[], None]) -> None:
