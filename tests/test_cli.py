@@ -144,11 +144,24 @@ def test_text_csv(tmp_path):
     done = run(
         "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "tweets.csv",
         "--forget_where", "airline=x", "label=1",
-        "--output_dir", tmp_path / "out", "--max_length", "5", *FAST,
+        "--output_dir", tmp_path / "out", "--max_length", "5", "--save_merged", "--save_strategy", "steps", "--save_steps", "2",
+        "--hub_token", "hf_theflag", *FAST, HF_TOKEN="hf_theenvironment",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 5
     assert json.loads((tmp_path / "out" / "report.json").read_text())["forget_where"] == ["airline=x", "label=1"]
+    # Nowhere a token, a row of the data, or where things lie on this machine
+    rows = [line.split(",")[0] for line in (tmp_path / "tweets.csv").read_text().splitlines()[1:]]
+    hidden = [entry.encode() for entry in (*rows, "hf_theflag", "hf_theenvironment")]
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert any("checkpoint-4" in str(path) for path in written) and any("merged" in str(path) for path in written)
+    for path in written:
+        content = path.read_bytes()
+        assert not any(entry in content for entry in hidden), path
+        assert str(tmp_path).encode() not in content or path.name in ("trainer_state.json", "adapter_config.json"), (
+            path
+        )
+    assert not any(entry.decode() in done.stdout + done.stderr for entry in hidden)
 
 
 BAD = [
