@@ -294,8 +294,9 @@ def tuning_table() -> list[str]:
         f"Grid search on the validation fold of seed {cells.TUNING_SEED}, by conflicting accuracy minus follow rate (bias) or "
         "average gap (removal). Where a method was not tuned it takes over its setting of fashion-colour. UIB and UIB + X are not "
         "tuned here: they have one set of defaults for all tasks, chosen on validation folds of digits-colour, fashion-colour, "
-        "fashion-random and tweets-airline ([research.md](research.md)), with more trials than any grid here. UIB also sees the "
-        "calibration set (its margins alone); the row without it shows what that is worth.\n",
+        "-patch, -outdated, -backdoor, -random and tweets-airline ([research.md](research.md)), "
+        "with more trials than any grid here. UIB also sees the calibration set (its margins alone); the row without it shows "
+        "what that is worth.\n",
         "| | grid | " + " | ".join(tasks) + " |",
         "|---" * (len(tasks) + 2) + "|",
     ]  # fmt: skip
