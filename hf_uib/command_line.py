@@ -11,8 +11,8 @@ def parse(doc: str, *kinds: type, lists: dict[str, str | None], **defaults) -> t
 
     Args:
         doc: the script's docstring; its first paragraph is shown by ``--help``.
-        lists: flags that take several values, with what ``--help`` calls one (None: the flag's own name). ``--flag A B`` and
-            one flag for each value both work.
+        lists: flags that take several values, with what ``--help`` calls one (None: the flag's own name). ``--flag A B``; a flag
+            given twice is refused.
         defaults: in place of those of the dataclasses.
     """
     from transformers import HfArgumentParser
@@ -23,7 +23,12 @@ def parse(doc: str, *kinds: type, lists: dict[str, str | None], **defaults) -> t
     for action in parser._actions:
         if action.dest in lists:
             action.nargs, action.metavar = "+", lists[action.dest]
-    given = sys.argv[1:]
+    given = [
+        part for entry in sys.argv[1:] for part in (entry.split("=", 1) if entry.startswith("--config=") else [entry])
+    ]
+    for name in lists:
+        if given.count(f"--{name}") > 1:
+            raise ValueError(f"--{name} is given more than once; write --{name} A B.")
     if "--config" in given:
         at = given.index("--config")
         if at + 1 == len(given):
@@ -62,7 +67,7 @@ def _flags_of(path: str, known: set[str]) -> list[str]:
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            flags.append(f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
     return flags
 
 

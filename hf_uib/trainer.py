@@ -163,6 +163,7 @@ class UIBTrainer(Trainer):
         retained = self.forget_dataset if self.retain_dataset is None else self.retain_dataset
         uses_forget = self.prior.uses_forget_batches and self.retain_dataset is not None
         length = max(len(retained), len(self.forget_dataset)) if uses_forget else len(retained)
+        self.push_in_progress = None  # Trainer sets it on the first process alone
         super().__init__(
             model=model,
             args=args,
@@ -582,7 +583,8 @@ class UIBTrainer(Trainer):
         paired = self.train_dataset
         args = self.args
         per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        batches = math.ceil(len(paired) / (args.train_batch_size * args.world_size))
+        whole = math.floor if args.dataloader_drop_last else math.ceil
+        batches = max(1, whole(len(paired) / (args.train_batch_size * args.world_size)))
         steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
         with_forget = self.retain_dataset is not None
 
@@ -633,8 +635,10 @@ class UIBTrainer(Trainer):
         finally:
             self._unfinished = False
         self.accelerator.wait_for_everyone()
-        if self.state.best_model_checkpoint == written:
-            self.state.best_model_checkpoint = final
+        if self.state.best_global_step:
+            best = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == final or os.path.isdir(best):
+                self.state.best_model_checkpoint = best
         if self.args.should_save:
             self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
             shutil.rmtree(final, ignore_errors=True)
@@ -654,15 +658,17 @@ class UIBTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As Trainer's, without the pickled arguments, which hold the token: adapter, state and card, then the whole checkpoint
         where `hub_strategy` asks for it."""
-        args, before = self.args, self.push_in_progress
-        under_way = before is not None and not before.is_done()
+        args = self.args
         if self._unfinished or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
+        before = self.push_in_progress
+        under_way = before is not None and not before.is_done()
         if under_way and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, STATE_NAME, "README.md"):
-            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
+            if os.path.isfile(os.path.join(checkpoint_folder, name)):
+                shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(args.output_dir)
         upload = partial(
@@ -718,8 +724,11 @@ class UIBTrainer(Trainer):
 
     def _settings_that_matter(self) -> dict:
         """What a resumed run has to share with the one it goes on with."""
-        names = ("seed", "subspace_rank", "prior_subspace", "trainable_factors", "posterior", "beta", "prior_fraction",
-                 "prior_update_steps", "forget_target")  # fmt: skip
+        names = (
+            "seed", "data_seed", "subspace_rank", "prior_subspace", "trainable_factors", "posterior", "noise_to_signal", "beta",
+            "prior_strength", "prior_fraction", "prior_update_steps", "forget_target", "forget_batch_size",
+            "calibration_fraction", "contrast_samples",
+        )  # fmt: skip
         return {"prior": type(self.prior).__name__} | {name: getattr(self.args, name) for name in names}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -857,6 +866,10 @@ def _refuse_what_cannot_hold(args: UIBConfig) -> None:
         raise ValueError(
             "UIBTrainer does not run with auto_find_batch_size: a second try would go on from weights the first one moved. Set "
             "per_device_train_batch_size (with gradient_accumulation_steps the trajectory is that of the larger batch)."
+        )
+    if args.accelerator_config.split_batches:
+        raise ValueError(
+            "UIBTrainer does not run with split_batches: set per_device_train_batch_size to a process's share instead."
         )
     if args.label_smoothing_factor:
         raise ValueError(

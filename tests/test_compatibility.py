@@ -134,3 +134,18 @@ def test_what_is_pushed_while_training(tmp_path, monkeypatch, strategy, uploads)
         assert "adapter_model.safetensors" in files
     expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-4", "checkpoint-8"}}
     assert {path for path, _ in seen} - {None} == expected.get(strategy, set())
+
+
+def test_epochs_where_the_last_batch_is_dropped(tmp_path):
+    """Rows of 32 + 6: the sampler counts the epochs as the loader does, so the second epoch has an order of its own."""
+    trainer = train(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=5, max_steps=1)
+    sampler, orders = trainer._get_train_sampler(), []
+    for trainer.state.global_step in (0, 5, 6, 12):  # 32 rows in batches of 5: six steps
+        orders.append([retain for _, retain, _ in sampler])
+    assert orders[0] == orders[1] != orders[2] != orders[3]
+
+
+def test_a_second_process_takes_no_part_in_a_push(tmp_path, monkeypatch):
+    trainer = train(tmp_path)
+    monkeypatch.setattr(UIBTrainer, "is_world_process_zero", lambda self: False)
+    trainer._push_from_checkpoint(str(tmp_path))

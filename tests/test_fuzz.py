@@ -81,3 +81,15 @@ def test_settings_are_read_as_on_the_command_line(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             parsed(tmp_path / "b.yaml", content, monkeypatch)
+
+
+def test_a_list_given_twice_is_refused(monkeypatch):
+    from dataclasses import dataclass, field
+
+    @dataclass
+    class Given:
+        rows: list[str] = field(default_factory=list)
+
+    monkeypatch.setattr("sys.argv", ["x.py", "--rows", "a", "--rows", "b"])
+    with pytest.raises(ValueError, match="more than once"):
+        command_line.parse("A script.", Given, lists={"rows": None})
