@@ -1,6 +1,8 @@
 """What the scripts share: reading the command line, and errors in one line. Imports nothing heavy."""
 
+import argparse
 import gc
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,22 +21,18 @@ def parse(doc: str, *kinds: type, lists: dict[str, str | None], **defaults) -> t
 
     parser = HfArgumentParser(kinds, description=doc.partition("\n\n")[0])
     parser.set_defaults(**defaults)
-    parser.error = _refuse  # type: ignore[method-assign]
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.error = parser.error = _refuse  # type: ignore[method-assign]
     for action in parser._actions:
         if action.dest in lists:
             action.nargs, action.metavar = "+", lists[action.dest]
-    given = [
-        part for entry in sys.argv[1:] for part in (entry.split("=", 1) if entry.startswith("--config=") else [entry])
-    ]
+    found, given = early.parse_known_args()
     for name in lists:
-        if given.count(f"--{name}") > 1:
+        if sum(entry.partition("=")[0] == f"--{name}" for entry in given) > 1:
             raise ValueError(f"--{name} is given more than once; write --{name} A B.")
-    if "--config" in given:
-        at = given.index("--config")
-        if at + 1 == len(given):
-            raise ValueError("--config needs the path of a YAML file.")
-        known = {action.dest for action in parser._actions}
-        given = _flags_of(given[at + 1], known) + given[:at] + given[at + 2 :]
+    if found.config is not None:
+        given = _flags_of(found.config, {action.dest for action in parser._actions}) + given
     try:
         return parser.parse_args_into_dataclasses(given)
     except Exception as error:  # whatever a library says about a setting
@@ -49,8 +47,6 @@ def _refuse(message: str):
 
 def _flags_of(path: str, known: set[str]) -> list[str]:
     """The settings of a YAML file as flags, so that they are read and checked as those of the command line, which overrule them."""
-    import json
-
     import yaml
 
     with open(path, encoding="utf-8") as file:

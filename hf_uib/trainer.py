@@ -748,11 +748,12 @@ class UIBTrainer(Trainer):
                 raise ValueError(
                     f"{resume_from_checkpoint} belongs to another {what}; resume with the one it was started with."
                 )
+        settings = self._settings_that_matter()
         for name, was in json.loads(metadata["settings"]).items():
-            now = self._settings_that_matter()[name]
-            if now != was:
+            if settings[name] != was:
                 raise ValueError(
-                    f"{resume_from_checkpoint} was made with {name} {was}, not {now}; resume with the settings it was started with."
+                    f"{resume_from_checkpoint} was made with {name} {was}, not {settings[name]}; resume with the settings it was "
+                    "started with."
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         adapters.freeze_factors(self.model, self.args.trainable_factors)
