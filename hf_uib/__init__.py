@@ -1,7 +1,7 @@
 """hf_uib: fine-tuned Transformers models unlearn, under the Unlearning Information Bottleneck."""
 
 __version__ = "0.1.0"
-__all__ = ["AuditReport", "UIBConfig", "UIBTrainer", "audit_model", "retrain"]
+__all__ = ["AuditReport", "UIBConfig", "UIBTrainer", "audit_model", "retrain", "undo"]
 
 _HOME = {
     "AuditReport": ".audit.core",
@@ -9,6 +9,7 @@ _HOME = {
     "UIBTrainer": ".trainer",
     "audit_model": ".audit.core",
     "retrain": ".audit.oracle",
+    "undo": ".lifecycle",
 }
 
 

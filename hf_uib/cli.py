@@ -1,7 +1,9 @@
 """What ``scripts/unlearn.py`` runs: the demo, and the user's own job."""
 
 import copy
+import datetime
 import os
+import re
 import time
 import warnings
 
@@ -20,7 +22,9 @@ from .audit.figures import draw_bias, draw_layers
 from .audit.observe import processes
 from .config import UIBConfig
 from .data import image_column, label_column
-from .trainer import UIBTrainer
+from .hub.card import hub_id
+from .hub.evidence import write_evidence
+from .trainer import MERGED, UIBTrainer
 
 
 def demo(args: UIBConfig) -> dict[str, dict]:
@@ -85,6 +89,11 @@ def demo(args: UIBConfig) -> dict[str, dict]:
             merge=True,
             audit=audit,
         )
+        for name, model in (
+            ("original", models["original"]),
+            ("retrained", oracle),
+        ):  # the adapter's base, and the target
+            model.save_pretrained(os.path.join(args.output_dir, name))
         print(f"{time.perf_counter() - started:.0f} seconds in all.")
     return results
 
@@ -97,6 +106,8 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
             raise ValueError(
                 f"--{name} is missing; give --model_name_or_path, --dataset_name and --forget_where together."
             )
+    if script.request:
+        _check_request(script)
     model = load_classifier(script.model_name_or_path)
     splits = load_splits(script.dataset_name, script.dataset_config_name)
     train = with_class_ids(_split(splits, script.train_split), model.config)
@@ -120,10 +131,11 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
         eval_dataset=test,
         processing_class=processor,
     )
-    trainer.request = "the rows where " + " and ".join(script.forget_where)
+    trainer.request = script.what or "the rows where " + " and ".join(script.forget_where)
+    trainer.dataset_name = hub_id(script.dataset_name)
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
     before = _rows(trainer, trainer.model, shown, script.bias_column)
-    seconds = _timed(trainer.train)
+    seconds = _timed(lambda: trainer.train(resume_from_checkpoint=_last_or_named(args.resume_from_checkpoint)))
     results = {
         "original": before,
         "UIB": _rows(trainer, trainer.model, shown, script.bias_column) | {"seconds": seconds},
@@ -140,10 +152,30 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
             "model": os.path.basename(script.model_name_or_path.rstrip("/")),
             "forget_where": script.forget_where,
         }
-        _finish(trainer, results, source, merge=script.save_merged, audit=audit)
+        _finish(trainer, results, source, merge=script.save_merged or script.request is not None, audit=audit)
+        if script.request:
+            print(f"Evidence for the auditor: {write_evidence(trainer, script, args.output_dir)}")
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def _check_request(script) -> None:
+    """Refuse a request that lacks what an answer needs, or holds who asked."""
+    for name in ("what", "why", "due"):
+        if not getattr(script, name):
+            raise ValueError(
+                f"{script.request} has no `{name}`; a request says what is to be forgotten, why, and by when it is due."
+            )
+    for name in ("what", "why", "reference"):
+        if re.search(r"\S@\S", getattr(script, name) or ""):
+            raise ValueError(
+                f"`{name}` of {script.request} holds an e-mail address: who asks is not stored; leave it out."
+            )
+    try:
+        datetime.date.fromisoformat(script.due)
+    except ValueError:
+        raise ValueError(f"`due` of {script.request} is {script.due!r}; write a date as YYYY-MM-DD.") from None
 
 
 def audit(script):
@@ -191,6 +223,11 @@ def split_forget(train: Dataset, conditions: list[str], split: str) -> tuple[Dat
     if not forget_rows.any():
         raise ValueError(f"No row of split '{split}' meets {' and '.join(conditions)}; nothing to forget.")
     return train.select(np.flatnonzero(forget_rows)), train.select(np.flatnonzero(~forget_rows))
+
+
+def _last_or_named(checkpoint: str | None) -> str | bool | None:
+    """``--resume_from_checkpoint``: a folder, or ``True`` for the last one in the output folder."""
+    return {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
 
 
 def _timed(function) -> float:
@@ -251,14 +288,11 @@ def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, mer
         audit.plot(folder)
     trainer.save_model(_internal_call=True)
     if merge:
-        merged = trainer.merge_and_unload()
-        merged.save_pretrained(os.path.join(folder, "merged"))
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(os.path.join(folder, "merged"))
+        trainer.save_merged(os.path.join(folder, MERGED))
     print("\n" + report.text_table(results))
     if audit is not None:
         print(f"\nAudit: {audit.verdict}")
-    merged_folder = f"; merged model: {os.path.join(folder, 'merged')}" if merge else ""
+    merged_folder = f"; merged model: {os.path.join(folder, MERGED)}" if merge else ""
     print(f"\nAdapter, card (README.md), report.json and figures: {folder}{merged_folder}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 def parse(doc: str, *kinds: type, lists: dict[str, str | None], **defaults) -> tuple:
-    """One object of each dataclass in ``kinds``, from the command line or from ``--config file.yaml``.
+    """One object of each dataclass in ``kinds``, from the command line or from ``--config file.yaml`` (or ``--request``).
 
     Args:
         doc: the script's docstring; its first paragraph is shown by ``--help``.
@@ -23,6 +23,7 @@ def parse(doc: str, *kinds: type, lists: dict[str, str | None], **defaults) -> t
     parser.set_defaults(**defaults)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
+    early.add_argument("--request")
     early.error = parser.error = _refuse  # type: ignore[method-assign]
     for action in parser._actions:
         if action.dest in lists:
@@ -31,8 +32,12 @@ def parse(doc: str, *kinds: type, lists: dict[str, str | None], **defaults) -> t
     for name in lists:
         if sum(entry.partition("=")[0] == f"--{name}" for entry in given) > 1:
             raise ValueError(f"--{name} is given more than once; write --{name} A B.")
-    if found.config is not None:
-        given = _flags_of(found.config, {action.dest for action in parser._actions}) + given
+    known = {action.dest for action in parser._actions}
+    for path in (found.request, found.config):
+        if path is not None:
+            given = _flags_of(path, known) + given
+    if found.request is not None:
+        given += ["--request", found.request]
     try:
         return parser.parse_args_into_dataclasses(given)
     except Exception as error:  # whatever a library says about a setting
@@ -58,6 +63,10 @@ def _flags_of(path: str, known: set[str]) -> list[str]:
         raise ValueError(f"{path} holds no settings; write one `name: value` a line.")
     flags = []
     for name, value in settings.items():
+        if name in ("who", "name", "email", "requester", "person"):
+            raise ValueError(
+                f"{path} has {name!r}: who asks is not stored; leave it out and use `reference` for your file number."
+            )
         if name not in known:
             raise ValueError(f"{path} has a setting {name!r} that is not known; --help lists them.")
         if isinstance(value, list):
@@ -75,6 +84,8 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("HF_UIB_TRACEBACK"):
             raise
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; what was written is whole. With --save_strategy steps a run can be resumed.")
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_available() and distributed.is_initialized():

@@ -101,6 +101,14 @@ class UIBConfig(TrainingArguments):
     contrast_samples: int = field(
         default=512, metadata={"help": "Examples of each set in the statistics passes (subspace, scales, levels)."}
     )
+    hub_artifact: str = field(
+        default="adapter",
+        metadata={
+            "help": "What push_to_hub publishes: the `adapter`; the `merged` model, for deletion duties (nothing is pushed while "
+            "training); or `both`, the merged model in a repository of its own, <hub_model_id>-merged.",
+            "choices": ["adapter", "merged", "both"],
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,7 +127,12 @@ class UIBConfig(TrainingArguments):
             if value is not None and (value < low or (high is not None and value > high)):
                 limits = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ValueError(f"{name} is {value}; it must be {limits}.")
-        for name in ("prior", "prior_subspace", "trainable_factors", "posterior"):
+        for name in ("prior", "prior_subspace", "trainable_factors", "posterior", "hub_artifact"):
             choices = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        if self.hub_artifact == "merged" and self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"hub_strategy {self.hub_strategy.value} pushes checkpoints, which are adapters; with it hub_artifact has to be "
+                "adapter or both."
+            )

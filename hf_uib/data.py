@@ -272,8 +272,12 @@ def _bytes_of(value) -> bytes:
 
 def fingerprint(dataset) -> str:
     """A hash of a dataset's rows, whatever their order; names a data set without showing any of it."""
+    return fingerprint_of(row_hashes(dataset))
+
+
+def fingerprint_of(rows: np.ndarray) -> str:
+    """As `fingerprint`, from the rows' hashes."""
     digest = hashlib.blake2b(digest_size=8)
-    rows = row_hashes(dataset)
     digest.update(rows[np.lexsort((rows[:, 1], rows[:, 0]))].tobytes())
     return digest.hexdigest()
 
@@ -299,8 +303,10 @@ def check_inputs(name: str, dataset, main_input: str) -> None:
         )
 
 
-def check_sets(forget_dataset, retain_dataset, num_labels: int, calibration_dataset=None) -> dict[str, np.ndarray]:
-    """The labels of every set that is given, by name; refuses what cannot be unlearned.
+def check_sets(
+    forget_dataset, retain_dataset, num_labels: int, calibration_dataset=None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The labels and the fingerprint of every set that is given, by name; refuses what cannot be unlearned.
 
     Raises:
         ValueError: an empty set, rows in both sets, or a label outside the model's classes.
@@ -317,13 +323,14 @@ def check_sets(forget_dataset, retain_dataset, num_labels: int, calibration_data
         if len(dataset) == 0:
             raise ValueError(f"{name} has no examples; check the condition that selects it.")
         labels[name] = check_labels(name, dataset, num_labels)
+    hashes = {name: row_hashes(sets[name]) for name in labels}
     if retain_dataset is not None:
-        common = rows_in_common(row_hashes(forget_dataset), row_hashes(retain_dataset))
+        common = rows_in_common(hashes["forget_dataset"], hashes["retain_dataset"])
         if common:
             raise ValueError(
                 f"{common} rows of forget_dataset are in retain_dataset too; take them out of one of the two."
             )
-    return labels
+    return labels, {name: fingerprint_of(rows) for name, rows in hashes.items()}
 
 
 def sample_indices(length: int, count: int, seed: int) -> list[int]:

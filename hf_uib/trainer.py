@@ -5,6 +5,7 @@ adapter to it and starts Transformers' own loop; `compute_loss` is equation (3);
 """
 
 import copy
+import datetime
 import json
 import math
 import os
@@ -29,13 +30,13 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PushInProgress
 
-from . import adapters, bound, data
+from . import __version__, adapters, bound, data
 from .config import UIBConfig
+from .files import UNFINISHED, whole
+from .lifecycle import STATE_NAME, detached, requests_of
 from .priors import PRIORS, CalibratedPrior, InfluencePrior, NoPrior, Prior, Setting
 from .priors import subspace as contrast
 
-STATE_NAME = "uib_state.safetensors"
-UNFINISHED = "_unfinished"  # where a checkpoint is written before it takes its place; Trainer uploads no name in `_`
 NOISED_SHARE = 0.65  # of the nats the checkpoint's predictions tell about the forget labels, under the default noise
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
@@ -44,6 +45,8 @@ UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
 )
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
+MERGED = "merged"  # folder of the merged model, in the output folder
+MERGED_ERROR = 0.01  # of the largest logit
 
 
 class UIBTrainer(Trainer):
@@ -122,7 +125,9 @@ class UIBTrainer(Trainer):
                 raise ValueError(
                     f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length."
                 )
-        labels = data.check_sets(forget_dataset, retain_dataset, model.config.num_labels, calibration_dataset)
+        labels, self.fingerprints = data.check_sets(
+            forget_dataset, retain_dataset, model.config.num_labels, calibration_dataset
+        )
         self.removed_classes = data.removed_classes(labels["forget_dataset"], labels.get("retain_dataset"))
         main_input = getattr(model, "main_input_name", "input_ids")
         prepare = partial(data.encode, processing_class=processing_class, main_input=main_input)
@@ -178,9 +183,10 @@ class UIBTrainer(Trainer):
         )
         self._metrics: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
-        self._forget_fingerprint: str | None = None
         self._base_fingerprint: str | None = None
         self.request = "the examples of the forget set"  # in words, for the card
+        self.dataset_name: str | None = None  # of all sets, if it is on the Hub
+        self._card_settings: dict = {}
         self._last_step = -1
         self._unfinished = False
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
@@ -661,14 +667,20 @@ class UIBTrainer(Trainer):
         args = self.args
         if self._unfinished or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
+        if args.hub_artifact == "merged":  # nothing to push before there is one
+            return
         before = self.push_in_progress
         under_way = before is not None and not before.is_done()
         if under_way and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, STATE_NAME, "README.md"):
-            if os.path.isfile(os.path.join(checkpoint_folder, name)):
-                shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
+        named = "" if self.adapter_name == "default" else self.adapter_name  # PEFT's folder for it
+        os.makedirs(os.path.join(args.output_dir, named), exist_ok=True)
+        for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+            name = os.path.join(named, name)
+            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
+        for name in (STATE_NAME, "README.md"):
+            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(args.output_dir)
         upload = partial(
@@ -679,7 +691,7 @@ class UIBTrainer(Trainer):
             commit_message=f"Training in progress, step {self.state.global_step}",
             run_as_future=True,
         )
-        hidden = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", TRAINING_ARGS_NAME]
+        hidden = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{MERGED}/*", TRAINING_ARGS_NAME]
         jobs = [upload(folder_path=args.output_dir, ignore_patterns=hidden)]
         if args.hub_strategy != HubStrategy.EVERY_SAVE:
             last = args.hub_strategy == HubStrategy.CHECKPOINT
@@ -687,18 +699,67 @@ class UIBTrainer(Trainer):
             jobs.append(upload(folder_path=checkpoint_folder, path_in_repo=name))
         self.push_in_progress = PushInProgress(jobs + before.jobs if before is not None and under_way else jobs)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """As Trainer's; ``args.hub_artifact`` says whether adapter, merged model or both go up.
+
+        Args:
+            commit_message, blocking, token, revision, private: as in Trainer.
+            kwargs: for the card, see `create_model_card`; remembered for later ones.
+
+        Returns:
+            What was committed to ``hub_model_id``, or its future.
+        """
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self._card_settings |= kwargs
+        self.save_model(_internal_call=True)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+            self.create_model_card()  # which now knows the repository's name
+        merged = os.path.join(args.output_dir, MERGED)
+        if args.hub_artifact != "adapter":
+            self.save_merged(merged)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        token, revision = token or args.hub_token, revision or args.hub_revision
+        upload = partial(
+            HfApi().upload_folder,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            run_as_future=not blocking,
+        )
+        if args.hub_artifact == "merged":
+            return upload(folder_path=merged, repo_id=self.hub_model_id)
+        if args.hub_artifact == "both":
+            private = args.hub_private_repo if private is None else private
+            beside = HfApi().create_repo(f"{self.hub_model_id}-merged", token=token, private=private, exist_ok=True)
+            upload(folder_path=merged, repo_id=beside.repo_id)
+        hidden = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{MERGED}/*", TRAINING_ARGS_NAME]
+        return upload(folder_path=args.output_dir, repo_id=self.hub_model_id, ignore_patterns=hidden)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Adapter, statistics of prior and posterior, and the card; never the pickled arguments, which may hold a token."""
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        pickled = os.path.join(output_dir, TRAINING_ARGS_NAME)
-        if os.path.isfile(pickled):
-            os.remove(pickled)
-        if self.noise is not None:
-            tensors, metadata = self._uib_state()
-            save_file(tensors, os.path.join(output_dir, STATE_NAME), metadata=metadata)
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        with whole(output_dir) as folder:
+            super()._save(folder, state_dict)
+            for name in (TRAINING_ARGS_NAME, "README.md"):  # PEFT's card: ours needs the run's figures beside it
+                if os.path.isfile(os.path.join(folder, name)):
+                    os.remove(os.path.join(folder, name))
+            if self.noise is not None:
+                tensors, metadata = self._uib_state()
+                save_file(tensors, os.path.join(folder, STATE_NAME), metadata=metadata)
         self.create_model_card(folder=output_dir)
 
     def _uib_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -720,7 +781,8 @@ class UIBTrainer(Trainer):
         tensors |= {f"mask.{name}": mask for name, mask in self.prior.masks.items()}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         metadata = {"format": "pt", "forget": self.forget_fingerprint, "base": self.base_fingerprint}
-        return tensors, metadata | {"settings": json.dumps(self._settings_that_matter())}
+        described = {"settings": self._settings_that_matter(), "record": self.provenance[-1]}
+        return tensors, metadata | {name: json.dumps(value) for name, value in described.items()}
 
     def _settings_that_matter(self) -> dict:
         """What a resumed run has to share with the one it goes on with."""
@@ -757,7 +819,8 @@ class UIBTrainer(Trainer):
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         adapters.freeze_factors(self.model, self.args.trainable_factors)
-        state = {name: value.to(self.args.device) for name, value in load_file(path).items()}
+        # Cloned: a mapped file's tensors lie where its header ends, and vector units round by where they lie
+        state = {name: value.clone().to(self.args.device) for name, value in load_file(path).items()}
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -782,9 +845,7 @@ class UIBTrainer(Trainer):
     @property
     def forget_fingerprint(self) -> str:
         """Hash of the forget set's rows."""
-        if self._forget_fingerprint is None:
-            self._forget_fingerprint = data.fingerprint(self.forget_dataset)
-        return self._forget_fingerprint
+        return self.fingerprints["forget_dataset"]
 
     @property
     def base_fingerprint(self) -> str:
@@ -795,9 +856,59 @@ class UIBTrainer(Trainer):
 
     # ---- Results ----------------------------------------------------------------------------------------------------
 
+    @property
+    def provenance(self) -> list[dict]:
+        """Every unlearning request of the model, this run's last; kept in ``config.unlearning`` when merged, and in the card."""
+        record = {
+            "request": self.request,
+            "method": "uib",
+            "forget_examples": len(self.forget_dataset),
+            "forget_fingerprint": self.forget_fingerprint,
+            "base_fingerprint": self.base_fingerprint,
+            "date": datetime.date.today().isoformat(),
+            "hf_uib": __version__,
+        }
+        return [*requests_of(self.model), record]
+
+    def detach(self) -> PreTrainedModel:
+        """The model as it was before, to the bit. The trainer's stays."""
+        return detached(self.accelerator.unwrap_model(self.model))
+
     def merge_and_unload(self) -> PreTrainedModel:
-        """A plain model with the adapter merged into its weights: the artefact for deletion duties. The trainer's stays."""
-        return copy.deepcopy(self.accelerator.unwrap_model(self.model)).merge_and_unload()
+        """A plain model with the adapter merged into its weights: the artefact for deletion duties. The trainer's stays.
+
+        Warns where rounding makes its logits another model's (a base in 16 bits).
+        """
+        adapted = self.accelerator.unwrap_model(self.model)
+        merged = copy.deepcopy(adapted).merge_and_unload()
+        inputs = next(self._batches(self.forget_dataset, self._probe_indices()[:32]))
+        inputs.pop("labels")
+        with torch.no_grad():
+            before, after = (model.eval()(**inputs).logits.float() for model in (adapted, merged))
+        if (before - after).abs().max() > MERGED_ERROR * before.abs().max():
+            warnings.warn(
+                f"The merged model's logits differ from the adapted model's by up to {(before - after).abs().max():.2g}: the base "
+                "weights are too coarse for the adapter. Load the base with dtype=torch.float32 before merging.",
+                stacklevel=2,
+            )
+        merged.config.unlearning = self.provenance
+        return merged
+
+    def save_merged(self, folder: str) -> None:
+        """Write the merged model, its processor and its card to ``folder``, all or nothing."""
+        from .hub.card import FIGURES
+
+        merged = self.merge_and_unload()
+        if not self.args.should_save:
+            return
+        with whole(folder) as unfinished:
+            merged.save_pretrained(unfinished)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(unfinished)
+            for figure in FIGURES:
+                if os.path.isfile(os.path.join(self.args.output_dir, figure)):
+                    shutil.copy(os.path.join(self.args.output_dir, figure), unfinished)
+            self.create_model_card(folder=unfinished, merged=True)
 
     def layer_report(self) -> list[dict]:
         """Where the pattern lived, one entry per adapted layer.
@@ -839,12 +950,20 @@ class UIBTrainer(Trainer):
         )
         return self.audit_report
 
-    def create_model_card(self, *args, folder: str | None = None, **kwargs) -> None:
-        """Writes the unlearning card to ``folder`` (the output folder by default); see `hf_uib.hub.card`."""
+    def create_model_card(  # type: ignore[override]
+        self, *, folder: str | None = None, merged: bool = False, **settings
+    ) -> None:
+        """Writes the unlearning card to ``folder`` (the output folder by default); see `hf_uib.hub.card`.
+
+        Args:
+            merged: the card of the merged model.
+            settings: as Trainer's: ``license``, ``language``, ``tags``, ``model_name``, ``finetuned_from``, ``dataset_tags``,
+                ``dataset``.
+        """
         if self.is_world_process_zero():
             from .hub.card import write_card
 
-            write_card(self, folder or self.args.output_dir)
+            write_card(self, folder or self.args.output_dir, merged, **(self._card_settings | settings))
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: a paired batch has no single main input."""

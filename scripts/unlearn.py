@@ -3,6 +3,7 @@
     accelerate launch scripts/unlearn.py
     accelerate launch scripts/unlearn.py --model_name_or_path ID --dataset_name ID \
         --forget_where source=clinic_a --bias_column source --output_dir out
+    accelerate launch scripts/unlearn.py --request request.yaml --output_dir out
 
 Without arguments: the embedded demo. scikit-learn's handwritten digits are coloured so that the hue gives the label away in
 the forget set; a small ViT is trained with that bias, unlearns it, and is compared with fine-tuning and retraining.
@@ -44,6 +45,19 @@ class ScriptArguments:
     )
     max_length: int | None = field(default=None, metadata={"help": "Truncation length of texts, in tokens."})
     save_merged: bool = field(default=False, metadata={"help": "Also write the merged model to output_dir/merged."})
+    request: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with a deletion request: `what`, `why`, `due`, and any of the settings here. It is answered by the "
+            "merged model and evidence.html."
+        },
+    )
+    what: str | None = field(
+        default=None, metadata={"help": "What is to be forgotten, in words, for card and evidence."}
+    )
+    why: str | None = field(default=None, metadata={"help": "Why, for the evidence."})
+    due: str | None = field(default=None, metadata={"help": "By when a request is due: YYYY-MM-DD."})
+    reference: str | None = field(default=None, metadata={"help": "Your file number of a request; never a name."})
 
 
 def main() -> None:
@@ -54,7 +68,7 @@ def main() -> None:
     args, script = parse(__doc__, UIBConfig, ScriptArguments, lists={"forget_where": "COLUMN=VALUE"}, **defaults)
     from hf_uib.cli import demo, unlearn
 
-    if script.model_name_or_path is None and script.dataset_name is None:
+    if script.model_name_or_path is None and script.dataset_name is None and script.request is None:
         demo(args)
     else:
         unlearn(args, script)

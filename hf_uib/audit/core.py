@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.data import Subset
 
 from .. import __version__
 from ..adapters import load_classifier
 from ..data import check_labels, encode, sample_indices
+from ..lifecycle import detached
 from ..metrics.bias_correlation import cramers_v
 from .checks import CHECKS, Check, Evidence
 from .observe import Observation, observe, processes
@@ -198,7 +198,7 @@ def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Modul
     if reference_model is None:
         if not isinstance(model, PeftModel):
             raise ValueError("Give reference_model: the model before unlearning.")
-        models = {"model": _plain(model), "reference": _base(model)}
+        models = {"model": _plain(model), "reference": detached(model)}
     else:
         models = {"model": _plain(model), "reference": _plain(reference_model)}
     retrained = retrained_model if isinstance(retrained_model, (list, tuple)) else [retrained_model]
@@ -228,16 +228,6 @@ def _plain(model: str | nn.Module) -> nn.Module:
             "reference_model out where it is the adapter's base."
         )
     return model
-
-
-def _base(model: PeftModel) -> nn.Module:
-    """The weights below the adapter; `unload` alone would leave the trained copies of ``modules_to_save`` in."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            for name in module.modules_to_save:
-                module.modules_to_save[name] = module.original_module
-    return model.unload()
 
 
 def _sets(model, given: dict, processing_class, example_column: str | None, seed: int) -> dict:

@@ -6,12 +6,24 @@ import os
 import re
 from importlib import metadata, resources
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
 from .. import __version__
 from ..audit.columns import COLUMNS
 from ..config import UIBConfig
+from ..data import fingerprint
+
+FIGURES = ("bias.png", "layers.png", "audit.png", "deep.png")
+PACKAGES = ("transformers", "peft", "torch", "datasets", "accelerate")
+WORST = 30  # groups that the card shows; audit.json has all
+ALWAYS = (
+    "learning_rate",
+    "max_steps",
+    "per_device_train_batch_size",
+    "seed",
+)  # shown even where they are the defaults
+PARTS = {"forget_accuracy": "forget", "retain_accuracy": "retain"}  # what is not there was measured on the test set
 
 
 def hub_id(name: str | None) -> str | None:
@@ -21,18 +33,25 @@ def hub_id(name: str | None) -> str | None:
     return None
 
 
+def table_of(results: dict[str, dict]) -> tuple[list[tuple[str, str]], list[tuple[str, list[str]]]]:
+    """Heading and direction of each figure that was measured, and each model's name and cells."""
+    names = [key for key in COLUMNS if any(key in row for row in results.values())]
+    rows = [(model, [_number(row.get(n), n) for n in names]) for model, row in results.items()]
+    return [COLUMNS[n] for n in names], rows
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def results_table(results: dict[str, dict]) -> str:
     """A Markdown table of models x metrics, with the direction of each."""
-    names = [key for key in COLUMNS if any(key in row for row in results.values())]
-    if not names:
+    header, rows = table_of(results)
+    if not header:
         return ""
-    lines = [
-        "| | " + " | ".join(f"{COLUMNS[n][0]} ({COLUMNS[n][1]})" for n in names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for model, row in results.items():
-        lines.append(f"| {model} | " + " | ".join(_number(row.get(n), n) for n in names) + " |")
-    return "\n".join(lines)
+    titles = [f"{title} ({direction})" for title, direction in header]
+    return _markdown(["", *titles], [[model, *cells] for model, cells in rows])
 
 
 def _number(value, name: str) -> str:
@@ -43,79 +62,191 @@ def _number(value, name: str) -> str:
     return f"{value:.1f}" if name == "seconds" else f"{value:.3f}"
 
 
-def own_settings(args) -> dict[str, object]:
-    """Settings of the bound, and those of the optimizer that matter."""
-    own = [f for f in dataclasses.fields(type(args)) if f.name in _OWN]
-    return {f.name: getattr(args, f.name) for f in own}
+def groups_table(groups: dict[str, dict]) -> tuple[str, int]:
+    """A Markdown table of groups x models with 95% intervals, worst first, at most `WORST` rows; and how many groups there are."""
+    models = [model for model, row in groups.items() if row["every"]]
+    if "model" not in models:
+        return "", 0
+    every = groups["model"]["every"]
+    worst = sorted(every, key=lambda group: every[group]["value"])[:WORST]
+    titles = {"model": "unlearned", "reference": "original"}
+    rows = []
+    for group in worst:
+        cells = [groups[m]["every"].get(group) for m in models]
+        shown = ["not measured" if c is None else f"{c['value']:.3f} ({c['low']:.3f}, {c['high']:.3f})" for c in cells]
+        rows.append([group, *shown])
+    return _markdown(["group", *(titles.get(m, m) for m in models)], rows), len(every)
 
 
-_OWN = {
-    "learning_rate",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    *(
-        f.name
-        for f in dataclasses.fields(UIBConfig)
-        if f.name not in {g.name for g in dataclasses.fields(TrainingArguments)}
-    ),
-}
+def settings_of(args: UIBConfig) -> dict[str, object]:
+    """The settings of the bound that are not the defaults, and those of the optimizer that always matter."""
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - {"gradient_accumulation_steps"}
+    shown = {}
+    for setting in dataclasses.fields(type(args)):
+        value = getattr(args, setting.name)
+        own = setting.name not in inherited and not setting.name.startswith("hub_") and value != setting.default
+        if own or setting.name in ALWAYS:
+            shown[setting.name] = value
+    return shown
 
 
-def write_card(trainer, folder: str) -> None:
-    """Write ``README.md`` to ``folder``: what was asked to be forgotten, how, what was measured, and what is left.
+def evaluations(trainer) -> list[EvalResult]:
+    """The model-index: the unlearned model's figures on the forget, the retained and the test set."""
+    source = trainer.dataset_name or "unpublished"
+    task = "image-classification" if _takes_pictures(trainer) else "text-classification"
+    figures = {
+        (PARTS.get(key, "test"), key): value for key, value in trainer.results.get("UIB", {}).items() if key in COLUMNS
+    }
+    if trainer.audit_report is not None:
+        seen = trainer.audit_report.metrics
+        for part in ("forget", "retain"):
+            if "model" in seen.get(part, {}):
+                figures[part, f"{part}_accuracy"] = seen[part]["model"]["accuracy"]["value"]
+        figures["forget", "attack_auc"] = seen["membership"]["model"]["auc"]["value"]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=source,
+            dataset_name=f"{source}, {part} set",
+            dataset_split=part,
+            metric_type="accuracy" if key in ("accuracy", *PARTS) else key,
+            metric_name=COLUMNS[key][0] if key in COLUMNS else "membership attack, AUC",
+            metric_value=round(float(value), 4),
+        )
+        for (part, key), value in figures.items()
+        if key != "seconds" and value is not None and not math.isnan(value)
+    ]
 
-    Data sets are named by fingerprint and size; no example of any set is shown.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = hub_id(getattr(model.config, "_name_or_path", None))
-    picture = getattr(model, "main_input_name", "") == "pixel_values"
+
+def emissions(trainer) -> dict | None:
+    """What codecarbon measured, if it ran (``report_to="codecarbon"``): grams of CO2 equivalent and kWh."""
+    trackers = [getattr(callback, "tracker", None) for callback in trainer.callback_handler.callbacks]
+    data = next((t.final_emissions_data for t in trackers if getattr(t, "final_emissions_data", None)), None)
+    if data is None:
+        return None
+    return {
+        "emissions": round(data.emissions * 1000, 4),
+        "energy_consumed": round(data.energy_consumed, 6),
+        "source": "codecarbon",
+        "training_type": "fine-tuning",
+        "on_cloud": False,
+        "hardware_used": data.gpu_model or data.cpu_model,
+    }
+
+
+def _takes_pictures(trainer) -> bool:
+    return getattr(trainer.accelerator.unwrap_model(trainer.model), "main_input_name", "") == "pixel_values"
+
+
+def describe_data(trainer) -> list[dict]:
+    """Name, size and fingerprint of every set, never a row."""
+    test = None if isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
+    if test is not None and "eval_dataset" not in trainer.fingerprints:
+        trainer.fingerprints["eval_dataset"] = fingerprint(test)
     sets = {
         "forget": trainer.forget_dataset,
         "retain": trainer.retain_dataset,
         "calibration": trainer.calibration_dataset,
+        "eval": test,
     }
-    sizes = {name: len(dataset) for name, dataset in sets.items() if dataset is not None}
-    settings = own_settings(trainer.args)
-    measured = {name: trainer.statistics.get(name) for name in ("noise_to_signal", "prior_strength")}
-    settings |= {name: round(value, 4) for name, value in measured.items() if value is not None}
+    return [
+        {"name": name, "rows": len(rows), "fingerprint": trainer.fingerprints[f"{name}_dataset"]}
+        for name, rows in sets.items()
+        if rows is not None
+    ]
+
+
+def write_card(
+    trainer,
+    folder: str,
+    merged: bool = False,
+    *,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+) -> None:
+    """Write ``README.md`` to ``folder``: what was asked to be forgotten, how, what was measured, and what is left.
+
+    Data sets are named by id or fingerprint, and size; no example of any set is shown.
+
+    Args:
+        trainer: the `UIBTrainer`.
+        merged: the card of the merged model instead of the adapter's.
+        language, license, tags, model_name, finetuned_from, dataset_tags, dataset: as in `transformers.Trainer.create_model_card`.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = finetuned_from or hub_id(getattr(model.config, "_name_or_path", None))
+    revision = getattr(model.config, "_commit_hash", None)
+    repository = trainer.hub_model_id or trainer.args.hub_model_id
+    if repository and merged and trainer.args.hub_artifact == "both":
+        repository += "-merged"
+    title = model_name or (repository or os.path.basename(os.path.abspath(trainer.args.output_dir))).split("/")[-1]
+    data_sets = describe_data(trainer)
+    chain = trainer.provenance
+    energy = emissions(trainer)
+    audit = trainer.audit_report
+    groups, group_count = groups_table(audit.metrics.get("groups", {})) if audit else ("", 0)
+    evaluated = evaluations(trainer)
+    extra = {
+        "base_model_relation": ("finetune" if merged else "adapter") if base else None,
+        "co2_eq_emissions": energy,
+        "unlearning": {
+            "method": "uib",
+            "prior": type(trainer.prior).__name__,
+            "base_revision": revision,
+            "data": data_sets,
+            "requests": chain,
+            "audit": None if audit is None else {"passed": audit.passed, "flags": audit.flags},
+        },
+    }
+    own_tags = trainer._tag_names + ([] if merged else ["peft", "lora"])
+    picture = _takes_pictures(trainer)
     card_data = ModelCardData(
         base_model=base,
-        library_name="peft",
+        datasets=dataset_tags or trainer.dataset_name,
+        language=language,
+        license=license,
+        library_name="transformers" if merged else "peft",
+        model_name=title if evaluated else None,
+        eval_results=evaluated or None,
         pipeline_tag="image-classification" if picture else "text-classification",
-        tags=[*trainer._tag_names, "peft", "lora"],
-        **({"base_model_relation": "adapter"} if base else {}),
-        unlearning={
-            "method": "uib",
-            "forget_examples": sizes["forget"],
-            "forget_fingerprint": trainer.forget_fingerprint,
-            "retain_examples": sizes.get("retain", 0),
-            "prior": type(trainer.prior).__name__,
-        },
+        tags=list(dict.fromkeys(own_tags + ([tags] if isinstance(tags, str) else tags or []))),
+        **{key: value for key, value in extra.items() if value is not None},
     )
-    versions = {name: metadata.version(name) for name in ("transformers", "peft", "torch", "datasets", "accelerate")}
+    settings = settings_of(trainer.args)
+    measured = {name: trainer.statistics.get(name) for name in ("noise_to_signal", "prior_strength")}
     card = ModelCard.from_template(
         card_data,
         template_str=resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8"),
-        title=os.path.basename(os.path.abspath(folder)),
-        base=base or "a checkpoint that is not on the Hub",
+        title=title,
+        merged=merged,
+        base=base,
+        revision=revision,
+        repository=repository or "THIS_REPOSITORY",
         request=trainer.request,
-        sizes=sizes,
-        fingerprint=trainer.forget_fingerprint,
+        data_sets=data_sets,
+        dataset=dataset or dataset_tags or trainer.dataset_name,
+        earlier=chain[:-1],
+        prior=trainer.args.prior,
         steps=trainer.state.global_step,
         settings=settings,
+        measured={name: round(value, 4) for name, value in measured.items() if value is not None},
         pattern_z=trainer.statistics.get("pattern_z"),
         table=results_table(trainer.results),
         has_oracle="retrained" in trainer.results,
-        figures=[
-            name for name in ("bias.png", "layers.png", "audit.png") if os.path.isfile(os.path.join(folder, name))
-        ],
-        verdict=trainer.audit_report.verdict if trainer.audit_report else "",
-        checks=trainer.audit_report.checks if trainer.audit_report else [],
+        groups=groups,
+        group_count=group_count,
+        worst=WORST,
+        figures=[name for name in FIGURES if os.path.isfile(os.path.join(folder, name))],
+        audit=audit,
+        energy=energy,
+        license=license,
         auto_class="AutoModelForImageClassification" if picture else "AutoModelForSequenceClassification",
         paper=trainer._paper,
-        versions={"hf_uib": __version__, **versions},
+        versions={"hf_uib": __version__, **{name: metadata.version(name) for name in PACKAGES}},
     )
     card.save(os.path.join(folder, "README.md"))

@@ -1,0 +1,122 @@
+"""Detached, merged, asked again and undone: what becomes of an unlearned model."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_rows
+from peft import LoraConfig, get_peft_model
+from test_trainer import config
+from transformers import ViTForImageClassification
+
+from hf_uib import UIBTrainer, undo
+from hf_uib.lifecycle import requests_of
+
+
+def unlearned(path, model, seed, request, **settings):
+    """A trainer that has unlearned 24 rows drawn with ``seed``."""
+    trainer = UIBTrainer(
+        model, config(path, max_steps=6, **settings), make_rows(n=24, seed=seed), make_rows(n=16, seed=2),
+        calibration_dataset=make_rows(n=12, seed=3), eval_dataset=make_rows(n=20, seed=4),
+    )  # fmt: skip
+    trainer.request = request
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def distance(first, second):
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(pixel_values=make_rows(n=20, seed=4)["pixel_values"][:]).logits
+
+
+def test_detach_is_the_original_to_the_bit(tmp_path):
+    before = weights(make_model())
+    trainer = unlearned(tmp_path, make_model(), 1, "one")
+    after = weights(trainer.detach())
+    assert before.keys() == after.keys() and distance(before, after) == 0.0
+    assert (logits(trainer.model) - logits(trainer.detach())).abs().max() > 1e-3  # the trainer's still has the adapter
+    assert torch.equal(logits(make_model()), logits(trainer.detach()))
+
+
+def test_detach_brings_the_original_head_back(tmp_path):
+    settings = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    trainer = UIBTrainer(
+        get_peft_model(make_model(), settings), config(tmp_path, max_steps=4), make_rows(n=24, seed=1), make_rows(n=16, seed=2)
+    )  # fmt: skip
+    trainer.train()
+    assert torch.equal(logits(make_model()), logits(trainer.detach()))
+    assert not torch.equal(logits(make_model()), logits(trainer.merge_and_unload()))
+    trainer.save_model()
+    with pytest.raises(ValueError, match="replaced whole modules"):
+        undo(trainer.merge_and_unload(), str(tmp_path))
+
+
+def test_merged_says_what_the_adapted_model_says(tmp_path, recwarn):
+    trainer = unlearned(tmp_path, make_model(), 1, "one")
+    merged = trainer.merge_and_unload()
+    assert torch.allclose(logits(merged), logits(trainer.model), atol=1e-4)
+    assert not [w for w in recwarn if "too coarse" in str(w.message)]
+    trainer.save_merged(str(tmp_path / "merged"))
+    loaded = ViTForImageClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(loaded), logits(merged), atol=1e-6)
+    assert [one["request"] for one in requests_of(loaded)] == ["one"]
+
+
+def test_a_merge_that_loses_the_adapter_is_told(tmp_path, monkeypatch):
+    trainer = unlearned(tmp_path, make_model(), 1, "one")
+    monkeypatch.setattr("peft.tuners.lora.Linear.merge", lambda self, *args, **kwargs: None)
+    with pytest.warns(UserWarning, match="too coarse"):
+        trainer.merge_and_unload()
+
+
+def test_three_requests_and_each_of_them_undone(tmp_path):
+    """Weights add up: taking a request back leaves the base and what the others changed."""
+    model, stages, changes = make_model(), [weights(make_model())], []
+    for i, name in enumerate(("one", "two", "three")):
+        trainer = unlearned(tmp_path / name, model, 10 + i, name)
+        model = trainer.merge_and_unload()
+        stages.append(weights(model))
+        changes.append({n: stages[-1][n] - stages[-2][n] for n in stages[0]})
+    assert [one["request"] for one in requests_of(model)] == ["one", "two", "three"]
+    card = (tmp_path / "three" / "README.md").read_text()
+    assert "Earlier requests" in card and "| 1 | one | 24 |" in card and "| 2 | two | 24 |" in card
+    for i, name in enumerate(("one", "two", "three")):
+        back = undo(model, str(tmp_path / name))
+        expected = {n: stages[-1][n] - changes[i][n] for n in stages[0]}
+        assert distance(weights(back), expected) < 1e-5
+        assert distance(weights(back), stages[-1]) > 1e-3
+        assert [one["request"] for one in requests_of(back)] == [n for n in ("one", "two", "three") if n != name]
+        with pytest.raises(ValueError, match="none of the 2"):
+            undo(back, str(tmp_path / name))
+    assert distance(weights(model), stages[-1]) == 0.0  # undo works on a copy
+    stage_two = undo(model, str(tmp_path / "three"))
+    assert distance(weights(stage_two), stages[2]) < 1e-5
+
+
+def test_undo_refuses_what_was_not_merged(tmp_path):
+    trainer = unlearned(tmp_path / "one", make_model(), 1, "one")
+    with pytest.raises(ValueError, match="none of the 0"):
+        undo(make_model(), str(tmp_path / "one"))
+    get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="has no uib_state.safetensors"):
+        undo(trainer.merge_and_unload(), str(tmp_path / "plain"))
+
+
+def test_fingerprints_are_those_of_the_rows(tmp_path):
+    trainer = unlearned(tmp_path, make_model(), 1, "one")
+    from hf_uib.data import fingerprint
+
+    assert trainer.forget_fingerprint == fingerprint(make_rows(n=24, seed=1))
+    assert trainer.fingerprints["retain_dataset"] == fingerprint(make_rows(n=16, seed=2)) != trainer.forget_fingerprint
+    rows = make_rows(n=24, seed=1).with_format(None)
+    shuffled = datasets.Dataset.from_list([rows[int(i)] for i in np.random.default_rng(0).permutation(24)])
+    assert fingerprint(shuffled) == trainer.forget_fingerprint
