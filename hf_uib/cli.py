@@ -22,6 +22,7 @@ from .audit.figures import draw_bias, draw_layers
 from .audit.observe import processes
 from .config import UIBConfig
 from .data import image_column, label_column
+from .files import whole
 from .hub.card import hub_id
 from .hub.evidence import write_evidence
 from .trainer import MERGED, UIBTrainer
@@ -273,19 +274,19 @@ def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, mer
     """Figures, report, audit, adapter, card and, if asked for, the merged model; then the table."""
     folder = trainer.args.output_dir
     trainer.results = results
-    os.makedirs(folder, exist_ok=True)
     layers = trainer.layer_report()
-    draw_bias(results, folder, *(pictures or ()))
-    draw_layers(layers, folder)
     content = source | {
         "results": results,
         "bound": {"layers": layers, **trainer.statistics},
         "log": trainer.state.log_history,
     }
-    report.write_json(content, os.path.join(folder, "report.json"))
-    if audit is not None:
-        audit.to_json(os.path.join(folder, "audit.json"))
-        audit.plot(folder)
+    with whole(folder) as unfinished:
+        draw_bias(results, unfinished, *(pictures or ()))
+        draw_layers(layers, unfinished)
+        report.write_json(content, os.path.join(unfinished, "report.json"))
+        if audit is not None:
+            audit.to_json(os.path.join(unfinished, "audit.json"))
+            audit.plot(unfinished)
     trainer.save_model(_internal_call=True)
     if merge:
         trainer.save_merged(os.path.join(folder, MERGED))

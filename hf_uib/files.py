@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 UNFINISHED = "_unfinished"  # no name in `_` is ever uploaded
 
 
@@ -21,5 +23,9 @@ def whole(folder: str) -> Iterator[str]:
             if os.path.isdir(target):
                 shutil.rmtree(target)
             os.replace(os.path.join(unfinished, name), target)
+    except SafetensorError as error:
+        raise OSError(
+            f"{folder} could not be written ({error}); what was there before is whole. Free space and try again."
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,189 @@
+"""A deletion request as a file, answered by the merged model and evidence.html; and runs that end early."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from test_cli import FAST, SCRIPT, pictures, run  # noqa: F401
+from transformers import AutoModelForImageClassification
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def request_file(folder, pictures, **changes):  # noqa: F811
+    content = {
+        "what": "the pictures of clinic A", "why": "consent <withdrawn>", "due": "2031-05-01", "reference": "2031-17",
+        "model_name_or_path": str(pictures / "model"), "dataset_name": str(pictures / "data"),
+        "forget_where": ["source=clinic_a"], "bias_column": "source", "train_split": "train",
+    } | changes  # fmt: skip
+    path = folder / "request.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def answered(pictures, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("request")
+    done = run("--request", request_file(root, pictures), "--output_dir", root / "out", *FAST)
+    assert done.returncode == 0, done.stderr
+    return root / "out", done.stdout
+
+
+def test_evidence(answered, pictures):  # noqa: F811
+    folder, printed = answered
+    page = (folder / "evidence.html").read_text()
+    assert "evidence.html" in printed
+    merged = AutoModelForImageClassification.from_pretrained(folder / "merged")
+    record = merged.config.unlearning[0]
+    assert record["request"] == "the pictures of clinic A" and record["forget_examples"] == 20
+    for said in (
+        "the pictures of clinic A", "consent &lt;withdrawn&gt;", "2031-05-01", "2031-17", "Done in time", "source=clinic_a",
+        record["forget_fingerprint"], record["base_fingerprint"], "merged/model.safetensors", "not a proof of deletion",
+        "No retrained model", "unlearned (UIB)", "This run deleted no data",
+    ):  # fmt: skip
+        assert said in page, said
+    assert page.count("data:image/png;base64,") == 2
+    outside = [link for link in re.findall(r'(?:src|href)="([^"]*)"', page) if not link.startswith("data:")]
+    assert not outside  # one file
+    for never in (str(pictures), str(folder), ".png<", "clinic_b", "certified", "guarantee"):
+        assert never not in page, never
+
+
+def test_hashes_of_the_artefacts(answered):
+    import hashlib
+
+    folder, _ = answered
+    page = (folder / "evidence.html").read_text()
+    for name in ("adapter_model.safetensors", "merged/model.safetensors", "report.json"):
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_evidence_prints(answered, tmp_path):
+    """In a real browser: nothing is loaded from elsewhere, and it becomes a PDF of several pages."""
+    page = answered[0] / "evidence.html"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    subprocess.run(
+        [CHROMIUM, *flags, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'evidence.pdf'}", page.as_uri()],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    content = (tmp_path / "evidence.pdf").read_bytes()
+    assert content.startswith(b"%PDF") and 3 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 8
+    seen = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert "Evidence of unlearning" in seen.stdout
+
+
+BAD = {
+    "no reason": (dict(why=None), "has no `why`"),
+    "no date": (dict(due=None), "has no `due`"),
+    "a date that is none": (dict(due="soon"), "write a date as YYYY-MM-DD"),
+    "who asks, as a field": (dict(requester="me"), "who asks is not stored"),
+    "who asks, in the text": (dict(why="jane@example.org withdrew"), "holds an e-mail address"),
+    "an unknown field": (dict(priority="high"), "'priority' that is not known"),
+    "no model": (dict(model_name_or_path=None), "--model_name_or_path is missing"),
+    "no rows": (dict(forget_where=["source=nowhere"]), "nothing to forget"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests(case, pictures, tmp_path, monkeypatch, capsys):  # noqa: F811
+    import unlearn as script
+
+    from hf_uib.command_line import run as run_main
+
+    changes, message = BAD[case]
+    path = request_file(tmp_path, pictures, **changes)
+    monkeypatch.setattr(
+        sys, "argv", ["unlearn.py", "--request", str(path), "--output_dir", str(tmp_path / "out"), *FAST]
+    )
+    with pytest.raises(SystemExit) as ended:
+        run_main(script.main)
+    assert message in str(ended.value.code) and "\n" not in str(ended.value.code)
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+def test_a_late_answer_says_so(pictures, tmp_path):  # noqa: F811
+    done = run(
+        "--request", request_file(tmp_path, pictures, due="2020-01-01"), "--output_dir", tmp_path / "out", *FAST
+    )
+    assert done.returncode == 0 and "Done late" in (tmp_path / "out" / "evidence.html").read_text()
+
+
+def job(pictures, out, *more):  # noqa: F811
+    return [
+        sys.executable, SCRIPT, "--model_name_or_path", str(pictures / "model"), "--dataset_name", str(pictures / "data"),
+        "--forget_where", "source=clinic_a", "--output_dir", str(out), *FAST, *more,
+    ]  # fmt: skip
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_disk_full(pictures, tmp_path, strategy):  # noqa: F811
+    """No file may grow beyond 5 kB: writing a checkpoint, and writing the results, ends in one line with nothing half-written."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # noqa: E731
+    environment = os.environ | {
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1000000",
+    }
+    subprocess.run(
+        job(pictures, tmp_path / "good", "--max_steps", "1"), check=True, capture_output=True, env=environment
+    )
+    command = job(pictures, tmp_path / "out", "--save_strategy", strategy, "--save_steps", "2")
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "too large" in done.stderr
+    assert not files(tmp_path / "out")
+
+
+def test_interrupted(pictures, tmp_path):  # noqa: F811
+    command = job(
+        pictures,
+        tmp_path / "out",
+        "--max_steps",
+        "100000",
+        "--logging_steps",
+        "1",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "5",
+    )
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if "'loss'" in line:
+            break
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 1 and "Traceback" not in errors
+    assert "error: interrupted" in errors.strip().splitlines()[-1]
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    checkpoints = list((tmp_path / "out").glob("checkpoint-*"))
+    assert checkpoints and all((path / "uib_state.safetensors").is_file() for path in checkpoints)
+
+
+def test_resumed_from_the_command_line(pictures, tmp_path):  # noqa: F811
+    saving = ("--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1")
+    done = subprocess.run(job(pictures, tmp_path / "out", *saving), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    os.remove(tmp_path / "out" / "adapter_model.safetensors")
+    done = subprocess.run(
+        job(pictures, tmp_path / "out", *saving, "--resume_from_checkpoint", "true"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'loss'") == 2  # steps 3 and 4
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == first
