@@ -1,12 +1,12 @@
-.PHONY: style quality test demo
+.PHONY: style quality test demo docs
 
 style:
-	ruff format hf_uib scripts tests examples
-	ruff check --fix hf_uib scripts tests examples
+	ruff format hf_uib scripts tests examples docs
+	ruff check --fix hf_uib scripts tests examples docs
 
 quality:
-	ruff format --check hf_uib scripts tests examples
-	ruff check hf_uib scripts tests examples
+	ruff format --check hf_uib scripts tests examples docs
+	ruff check hf_uib scripts tests examples docs
 	mypy
 
 test:
@@ -14,3 +14,6 @@ test:
 
 demo:
 	accelerate launch scripts/unlearn.py
+
+docs:
+	sphinx-build -W -b html docs docs/_build

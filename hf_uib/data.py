@@ -309,7 +309,7 @@ def check_sets(
     """The labels and the fingerprint of every set that is given, by name; refuses what cannot be unlearned.
 
     Raises:
-        ValueError: an empty set, rows in both sets, or a label outside the model's classes.
+        ValueError: an empty set, rows that are in two sets, or a label outside the model's classes.
     """
     sets = {
         "forget_dataset": forget_dataset,
@@ -324,12 +324,16 @@ def check_sets(
             raise ValueError(f"{name} has no examples; check the condition that selects it.")
         labels[name] = check_labels(name, dataset, num_labels)
     hashes = {name: row_hashes(sets[name]) for name in labels}
-    if retain_dataset is not None:
-        common = rows_in_common(hashes["forget_dataset"], hashes["retain_dataset"])
-        if common:
-            raise ValueError(
-                f"{common} rows of forget_dataset are in retain_dataset too; take them out of one of the two."
-            )
+    pairs = (
+        ("forget_dataset", "retain_dataset"),
+        ("calibration_dataset", "forget_dataset"),
+        ("calibration_dataset", "retain_dataset"),
+    )
+    for first, second in pairs:
+        if first in hashes and second in hashes:
+            common = rows_in_common(hashes[first], hashes[second])
+            if common:
+                raise ValueError(f"{common} rows of {first} are in {second} too; take them out of one of the two.")
     return labels, {name: fingerprint_of(rows) for name, rows in hashes.items()}
 
 

@@ -6,6 +6,7 @@ python scripts/benchmark.py --fashion_mnist ../shared/data/fashion_mnist ...    
 python scripts/benchmark.py --suite gpu               # step time and memory at ViT-B and BERT-base size in bf16
 python scripts/benchmark.py --cost | --scaling | --audit      # cost of a step, of the statistics pass; the audit on planted fakes
 python scripts/benchmark.py --research                # what the defaults rest on, and what was tried without gain
+python scripts/benchmark.py --lifecycle               # three requests one after the other, an audit after each, one undone
 python scripts/benchmark.py --report
 """
 
@@ -13,7 +14,7 @@ import argparse
 import os
 import tempfile
 
-from bench import audits, cells, cost, report, research
+from bench import audits, cells, cost, lifecycle, report, research
 
 
 def smoke(options) -> None:
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--cost_cell", nargs=4, help="used by --cost: variant, model, retained and forget examples")
     parser.add_argument("--audit", action="store_true", help="audit planted fakes and retrained models instead")
     parser.add_argument("--research", action="store_true", help="vary one setting at a time, on validation folds")
+    parser.add_argument("--lifecycle", action="store_true", help="three requests in a row, and one undone")
     parser.add_argument("--report", action="store_true", help="write the tables from the results")
     options = parser.parse_args()
     if options.cost_cell:
@@ -64,6 +66,8 @@ def main() -> None:
         audits.run_audit(options)
     elif options.research:
         research.run_research(options)
+    elif options.lifecycle:
+        lifecycle.run_lifecycle(options)
     elif options.report:
         report.write_report()
     elif options.suite == "smoke":

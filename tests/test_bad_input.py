@@ -77,6 +77,12 @@ TRAINER = {
     "empty calibration set": (lambda p: train(p, calibration=make_rows(n=0)), "calibration_dataset has no examples"),
     "the same rows in both sets": (lambda p: train(p, retain=make_rows(n=24, seed=1)), "are in retain_dataset too"),
     "one row in both sets": (lambda p: train(p, retain=make_rows(n=24, seed=1).select([5])), "1 rows of forget_dataset"),
+    "calibration rows that are to be forgotten": (
+        lambda p: train(p, calibration=make_rows(n=24, seed=1).select([3, 4])), "2 rows of calibration_dataset are in forget_dataset",
+    ),
+    "calibration rows that were trained on": (
+        lambda p: train(p, calibration=make_rows(n=16, seed=2).select([3])), "1 rows of calibration_dataset are in retain_dataset",
+    ),
     "label too large": (lambda p: train(p, forget=relabelled([0, 1, 7])), "has label 7, outside the model's 3 classes"),
     "negative label": (lambda p: train(p, retain=relabelled([0, -100, 1])), "has label -100"),
     "label too large in calibration": (lambda p: train(p, calibration=relabelled([0, 9])), "has label 9"),

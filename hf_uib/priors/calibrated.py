@@ -59,8 +59,8 @@ class CalibratedPrior(Prior):
 
     Another exception are labels that are *wrong* by what the retained data say (an older labelling scheme, say). They show
     after the first steps: under a bias the running model gets the forget set right more often than unseen rows, and
-    where it gets it wrong more often by more than chance, at the second or third refresh, its labels are ``lasting``ly
-    disputed. Rows on which the running model disagrees with their label (``m < 0``) then have the level of a label it
+    where it gets it wrong more often by more than chance, at the second or third refresh, its labels are disputed for good
+    (``lasting``). Rows on which the running model disagrees with their label (``m < 0``) then have the level of a label it
     clearly refuses, minus the median, and forget batches come to the end.
 
     Args:

@@ -161,6 +161,19 @@ def trained(task, models: dict, method: str, setting: dict, seed: int, folder: s
 
 def unlearned(task, model, method: str, setting: dict, seed: int, folder: str) -> tuple[object, dict]:
     """UIB with its defaults, or with another prior inside."""
+    started = time.perf_counter()
+    trainer = uib_trainer(task, model, method, setting, seed, folder)
+    loop = trainer.train().metrics["train_runtime"]
+    seconds = time.perf_counter() - started
+    info = {"steps": trainer.args.max_steps, "seconds": seconds, "statistics_seconds": seconds - loop}
+    return trainer.model, info | {
+        "statistics": trainer.statistics,
+        "measured_examples": trainer.measured_examples,
+    }
+
+
+def uib_trainer(task, model, method: str, setting: dict, seed: int, folder: str):
+    """The trainer of a cell, not yet trained."""
     from hf_uib import UIBConfig, UIBTrainer
 
     prior = {"uib": "calibrated", "uib_fold": "calibrated", "variational": "none"}.get(
@@ -168,11 +181,9 @@ def unlearned(task, model, method: str, setting: dict, seed: int, folder: str) -
     )
     if method == "variational":
         setting = setting | {"prior_subspace": "random", "prior_update_steps": 10**6}
-    started = time.perf_counter()
-    steps = task.train_settings["unlearn_steps"]
     args = UIBConfig(
         folder,
-        max_steps=steps,
+        max_steps=task.train_settings["unlearn_steps"],
         per_device_train_batch_size=task.train_settings["batch"],
         seed=seed,
         save_strategy="no",
@@ -180,7 +191,7 @@ def unlearned(task, model, method: str, setting: dict, seed: int, folder: str) -
         disable_tqdm=True,
         **({"prior": prior} | setting),
     )
-    trainer = UIBTrainer(
+    return UIBTrainer(
         model,
         args,
         forget_dataset=task.sets["forget"],
@@ -188,13 +199,6 @@ def unlearned(task, model, method: str, setting: dict, seed: int, folder: str) -
         calibration_dataset=None if method == "uib_fold" else task.sets["calibration"],
         processing_class=task.processing_class,
     )
-    loop = trainer.train().metrics["train_runtime"]
-    seconds = time.perf_counter() - started
-    info = {"steps": steps, "seconds": seconds, "statistics_seconds": seconds - loop}
-    return trainer.model, info | {
-        "statistics": trainer.statistics,
-        "measured_examples": trainer.measured_examples,
-    }
 
 
 def measure(model, task, part: str = "test") -> dict:
