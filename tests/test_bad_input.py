@@ -78,7 +78,7 @@ TRAINER = {
     "the same rows in both sets": (lambda p: train(p, retain=make_rows(n=24, seed=1)), "are in retain_dataset too"),
     "one row in both sets": (lambda p: train(p, retain=make_rows(n=24, seed=1).select([5])), "1 rows of forget_dataset"),
     "calibration rows that are to be forgotten": (
-        lambda p: train(p, calibration=make_rows(n=24, seed=1).select([3, 4])), "2 rows of calibration_dataset are in forget_dataset",
+        lambda p: train(p, calibration=make_rows(n=24, seed=1).select([3, 4])), "2 rows of calibration_dataset are in forget",
     ),
     "calibration rows that were trained on": (
         lambda p: train(p, calibration=make_rows(n=16, seed=2).select([3])), "1 rows of calibration_dataset are in retain_dataset",

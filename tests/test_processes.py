@@ -1,6 +1,11 @@
-"""One process and two compute the same: started through accelerate, sets that two does not divide."""
+"""One process and two compute the same: started through accelerate, sets that two does not divide.
 
+``python tests/test_processes.py`` prints what was seen, as a table.
+"""
+
+import os
 import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -39,3 +44,25 @@ def test_two_processes_compute_what_one_does(tmp_path, prior):
         assert max(differences(one, split).values()) < 2e-4
         other = differences(one, launched(tmp_path / "other.pt", 2, 4, seed=1, prior=prior))  # the control
         assert other["adapter"] > 1e-2 and other["losses"] > 1e-2
+
+
+def table():
+    """Quantities x priors, the largest difference between one process and two."""
+    with tempfile.TemporaryDirectory() as folder:
+        seen = {}
+        for prior in ("calibrated", "saliency", "influence"):
+            one = launched(os.path.join(folder, "one.pt"), 1, 8, prior=prior)
+            seen[prior] = differences(one, launched(os.path.join(folder, "two.pt"), 2, 4, prior=prior))
+            if prior == "calibrated":
+                accumulated = launched(os.path.join(folder, "split.pt"), 2, 2, accumulation=2, prior=prior)
+                seen["calibrated, accumulation 2"] = differences(one, accumulated)
+                other = launched(os.path.join(folder, "other.pt"), 2, 4, seed=1, prior=prior)
+                seen["control: another seed"] = differences(one, other)
+    names = dict.fromkeys(name for row in seen.values() for name in row)
+    print("| | " + " | ".join(seen) + " |\n" + "|---" * (len(seen) + 1) + "|")
+    for name in names:
+        print(f"| {name} | " + " | ".join(f"{row[name]:.0e}" if name in row else "-" for row in seen.values()) + " |")
+
+
+if __name__ == "__main__":
+    table()

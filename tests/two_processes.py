@@ -35,9 +35,11 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str) -> Non
     losses = Losses()
     trainer = UIBTrainer(
         make_model(), args, make_rows(n=27, seed=1), make_rows(n=32, seed=2),
-        calibration_dataset=make_rows(n=13, seed=3), callbacks=[losses],
+        calibration_dataset=make_rows(n=13, seed=3), eval_dataset=make_rows(n=21, seed=4), callbacks=[losses],
+        compute_metrics=lambda seen: {"accuracy": (seen.predictions.argmax(-1) == seen.label_ids).mean()},
     )  # fmt: skip
     trainer.train()
+    metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         adapter = {
             n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if "lora" in n
@@ -50,6 +52,7 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str) -> Non
                 "pattern_z": torch.tensor(trainer.statistics["pattern_z"]),
                 "level": getattr(trainer.prior, "level", None),
                 "masks": trainer.prior.masks,
+                "evaluation": torch.tensor(metrics["eval_accuracy"]),
                 "losses": torch.tensor(losses.rows, dtype=torch.float64),
                 "adapter": adapter,
             },

@@ -6,7 +6,7 @@ import numpy as np
 
 from hf_uib.audit.columns import COLUMNS
 
-from . import audits, cells, cost, research
+from . import audits, cells, cost, lifecycle, research
 
 DOCS = os.path.join(cells.ROOT, "..", "docs")
 TITLES = {key: column[0] for key, column in COLUMNS.items()} | {
@@ -339,6 +339,7 @@ def write_report() -> None:
     table = "\n".join(task_table("digits-colour", cells.read(cells.RESULTS), MAIN)[1:]).strip()
     _between_marks(os.path.join(DOCS, "..", "README.md"), table)
     _between_marks(os.path.join(DOCS, "research.md"), "\n".join(research.table()).strip())
+    _between_marks(os.path.join(DOCS, "lifecycle.md"), "\n".join(lifecycle.lifecycle_table()).strip())
     print(body)
 
 
