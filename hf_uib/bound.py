@@ -122,3 +122,10 @@ def anneal(step: int, total: int) -> float:
     """Width of the channel noise at optimizer step ``step`` of ``total``, relative to its first: the root of ``1 - t / T``,
     so that its variance falls in a straight line."""
     return math.sqrt(max(0.0, 1.0 - step / max(total, 1)))
+
+
+def rank_z(first: Tensor, second: Tensor) -> float:
+    """z-value of Mann and Whitney's count of pairs in which ``first [n]`` exceeds ``second [m]``; negative where it lies lower."""
+    n, m = len(first), len(second)
+    above = (first[:, None] > second).double() + 0.5 * (first[:, None] == second).double()
+    return ((above.mean() - 0.5) / ((n + m + 1) / (12 * n * m)) ** 0.5).item()

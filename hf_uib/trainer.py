@@ -40,6 +40,7 @@ from .priors import subspace as contrast
 NOISED_SHARE = 0.65  # of the nats the checkpoint's predictions tell about the forget labels, under the default noise
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
+OVER_Z = -2.0
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
@@ -580,10 +581,25 @@ class UIBTrainer(Trainer):
         if not resume_from_checkpoint:
             self._begin()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self.noise is not None:
                 self.noise.silence()
+        self._warn_of_over_unlearning()
+        return output
+
+    def _warn_of_over_unlearning(self) -> None:
+        """Randomly drawn rows that now stand out from unseen ones by *low* margins are known by that."""
+        if self.calibration_dataset is None or self.prior.systematic or self.removed_classes:
+            return
+        sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
+        z = bound.rank_z(self._margins(self.forget_dataset, sample), self._calibration_margins())
+        if z < OVER_Z:
+            warnings.warn(
+                f"Over-unlearning: the forget set's margins are now lower than unseen rows' (z = {z:.1f}), which gives it away as "
+                "high ones do. Train again with a smaller prior_strength (a third, say) or fewer steps, and look at the audit.",
+                stacklevel=3,
+            )
 
     def _get_train_sampler(self, train_dataset=None):
         paired = self.train_dataset

@@ -101,3 +101,17 @@ def test_capacity_and_annealing():
     assert bound.capacity(1.0) == pytest.approx(0.5 * math.log(2))
     assert bound.capacity(0.0) == math.inf
     assert [bound.anneal(t, 4) for t in (0, 1, 4, 9)] == [1.0, 0.75**0.5, 0.0, 0.0]
+
+
+def test_rank_z_is_mann_and_whitney_s():
+    from scipy.stats import mannwhitneyu
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(40, generator=generator) - 0.5, torch.randn(70, generator=generator)
+    found = bound.rank_z(first, second)
+    expected = mannwhitneyu(first.numpy(), second.numpy(), method="asymptotic", use_continuity=False)
+    assert (
+        found < 0
+        and abs(2 * (1 - torch.distributions.Normal(0, 1).cdf(torch.tensor(-found))).item() - expected.pvalue) < 1e-5
+    )
+    assert abs(found + bound.rank_z(second, first)) < 1e-9 and bound.rank_z(first, first) == 0

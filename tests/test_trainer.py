@@ -431,3 +431,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0.0)
     with pytest.raises(ValueError, match="not finite at step"):
         trainer.train()
+
+
+@pytest.mark.parametrize("prior, over", [("ascent", True), ("none", False)])
+def test_over_unlearning_is_warned_of(tmp_path, recwarn, prior, over):
+    """No pattern, random rows: a crude prior brings them under unseen ones."""
+    settings = config(
+        tmp_path, max_steps=150, prior=prior, prior_strength=3.0, prior_fraction=1.0, noise_to_signal=0.0, beta=0.0,
+        subspace_rank=16, per_device_train_batch_size=30,
+    )  # fmt: skip
+    UIBTrainer(
+        make_model(),
+        settings,
+        make_rows(n=60, seed=1),
+        make_rows(n=60, seed=2),
+        calibration_dataset=make_rows(n=60, seed=3),
+    ).train()
+    assert any("Over-unlearning" in str(w.message) for w in recwarn) == over
