@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PushInProgress
 
 from . import __version__, adapters, bound, data
@@ -578,7 +578,13 @@ class UIBTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As in Trainer. A fresh run measures the contrast and sets the adapter to it first."""
         self._last_step, self.width = -1, 0.0
-        if not resume_from_checkpoint:
+        if self.is_deepspeed_enabled:  # which places the model itself, but later
+            self.model.to(self.args.device)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):
+            self._take_up(resume_from_checkpoint)
+        elif not resume_from_checkpoint:
             self._begin()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -809,8 +815,8 @@ class UIBTrainer(Trainer):
         )  # fmt: skip
         return {"prior": type(self.prior).__name__} | {name: getattr(self.args, name) for name in names}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Takes up adapter, prior and posterior where they were; A stays frozen where it was."""
+    def _take_up(self, resume_from_checkpoint: str) -> None:
+        """Prior and posterior where they were; Trainer (or DeepSpeed) then loads the adapter."""
         path = os.path.join(resume_from_checkpoint, STATE_NAME)
         if not os.path.isfile(path):
             raise ValueError(
@@ -833,8 +839,6 @@ class UIBTrainer(Trainer):
                     f"{resume_from_checkpoint} was made with {name} {was}, not {settings[name]}; resume with the settings it was "
                     "started with."
                 )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        adapters.freeze_factors(self.model, self.args.trainable_factors)
         # Cloned: a mapped file's tensors lie where its header ends, and vector units round by where they lie
         state = {name: value.clone().to(self.args.device) for name, value in load_file(path).items()}
 
@@ -853,6 +857,10 @@ class UIBTrainer(Trainer):
         self._install({name: subspaces[name] for name in self.layers}, shared)
         means_a, means_b = part("prior_mean_a."), part("prior_mean_b.")
         self._set_prior_mean({name: (means_a[name], means_b[name]) for name in self.layers})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        adapters.freeze_factors(self.model, self.args.trainable_factors)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
