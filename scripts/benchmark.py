@@ -4,7 +4,7 @@ python scripts/benchmark.py --suite smoke             # a minute: every method o
 python scripts/benchmark.py --tune --fashion_mnist ../shared/data/fashion_mnist ...   # the baselines' grids, on validation
 python scripts/benchmark.py --fashion_mnist ../shared/data/fashion_mnist ...          # the cpu suite: hours on two cores
 python scripts/benchmark.py --suite gpu               # step time and memory at ViT-B and BERT-base size in bf16
-python scripts/benchmark.py --cost | --scaling | --audit      # cost of a step, of the statistics pass; the audit on planted fakes
+python scripts/benchmark.py --cost | --processes | --scaling | --audit  # a step, one and two processes, the statistics pass; fakes
 python scripts/benchmark.py --research                # what the defaults rest on, and what was tried without gain
 python scripts/benchmark.py --lifecycle               # three requests one after the other, an audit after each, one undone
 python scripts/benchmark.py --report
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="run the baselines' grids on the validation fold")
     parser.add_argument("--cost", action="store_true", help="measure step time and memory instead")
     parser.add_argument("--scaling", action="store_true", help="measure how the statistics pass grows")
+    parser.add_argument("--processes", action="store_true", help="measure throughput under one and two processes")
     parser.add_argument("--cost_cell", nargs=4, help="used by --cost: variant, model, retained and forget examples")
     parser.add_argument("--audit", action="store_true", help="audit planted fakes and retrained models instead")
     parser.add_argument("--research", action="store_true", help="vary one setting at a time, on validation folds")
@@ -60,6 +61,8 @@ def main() -> None:
         cost.cost_cell(variant, model, int(retain), int(forget), options)
     elif options.cost or options.suite == "gpu":
         cost.run_cost(options)
+    elif options.processes:
+        cost.run_processes(options)
     elif options.scaling:
         cost.run_scaling(options)
     elif options.audit:

@@ -11,6 +11,7 @@ import numpy as np
 from . import cells
 
 COST, SCALING = os.path.join(cells.ROOT, "cost.jsonl"), os.path.join(cells.ROOT, "scaling.jsonl")
+PROCESSES = os.path.join(cells.ROOT, "cost_processes.jsonl")
 GPU_COST = os.path.join(cells.ROOT, "cost_gpu.jsonl")
 SMALL, BASE = ("ViT 192x6", "minilm-size BERT"), ("ViT-B/16", "BERT-base")
 
@@ -78,8 +79,8 @@ def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) 
 
     clock, folder = Clock(), options.cache
     common = dict(
-        max_steps=steps, save_strategy="no", disable_tqdm=True, logging_steps=1000, learning_rate=1e-4, bf16=gpu
-    )
+        max_steps=steps, save_strategy="no", disable_tqdm=True, logging_steps=1000, learning_rate=1e-4, bf16=gpu, use_cpu=not gpu,
+    )  # fmt: skip
     if variant == "lora":
         args = TrainingArguments(folder, per_device_train_batch_size=retain + forget, label_names=["labels"], **common)
         trainer = Trainer(
@@ -98,22 +99,45 @@ def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) 
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cell = {"model": model_name, "variant": variant, "retain": retain, "forget": forget}
     cell |= {"step_seconds": statistics.median(clock.times[2:]), "peak_mb": peak / 2**20}
-    print(json.dumps(cell | {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}))
+    cell |= {"processes": trainer.args.world_size}
+    if trainer.is_world_process_zero():
+        print(
+            json.dumps(cell | {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__})
+        )
 
 
 def run_cost(options) -> None:
     """Every variant in a process of its own, interleaved, three times; nothing else may run beside it."""
     path, models = (GPU_COST, BASE) if options.suite == "gpu" else (COST, SMALL)
-    script = os.path.join(os.path.dirname(__file__), "..", "benchmark.py")
     if os.path.exists(path):
         os.remove(path)
     for repeat in range(3):
         for model in models:
             for variant, retain, forget in (("lora", 32, 0), ("uib", 32, 0), ("lora", 32, 32), ("uib", 32, 32)):
-                command = [sys.executable, script, "--cost_cell", variant, model, str(retain), str(forget)]
-                command += ["--cache", options.cache]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                cells.append(path, json.loads(done.stdout.strip().splitlines()[-1]) | {"repeat": repeat})
+                cells.append(path, _apart(options, variant, model, retain, forget) | {"repeat": repeat})
+
+
+def run_processes(options) -> None:
+    """UIB's step under one and under two CPU processes, the same rows a process, three times; nothing else may run beside it."""
+    if os.path.exists(PROCESSES):
+        os.remove(PROCESSES)
+    for repeat in range(3):
+        for processes in (1, 2):
+            for variant in ("lora", "uib"):
+                cell = _apart(options, variant, SMALL[0], 32, 32, processes)
+                cells.append(PROCESSES, cell | {"repeat": repeat})
+
+
+def _apart(options, variant: str, model: str, retain: int, forget: int, processes: int = 1) -> dict:
+    """A cell, in one or several processes of its own."""
+    folder = os.path.join(os.path.dirname(__file__), "..")
+    command = [sys.executable]
+    if processes > 1:
+        config = os.path.join(folder, "accelerate_configs", "cpu_two_processes.yaml")
+        command += ["-m", "accelerate.commands.launch", "--config_file", config]
+    command += [os.path.join(folder, "benchmark.py"), "--cost_cell", variant, model, str(retain), str(forget)]
+    done = subprocess.run([*command, "--cache", options.cache], capture_output=True, text=True, check=True)
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"model"')))
 
 
 BASELINE = {"samples": 256, "width": 96, "layers": 4}
@@ -150,6 +174,28 @@ def run_scaling(options) -> None:
                 cells.append(SCALING, {"varied": what, "value": value, "repeat": repeat, "seconds": seconds})
 
 
+def processes_table() -> list[str]:
+    """Examples per second under one and two processes, and the ratio of each process's."""
+    runs = cells.read(PROCESSES)
+    if not runs:
+        return []
+    parts = [
+        "### Throughput under one and two CPU processes\n",
+        f"{runs[0]['model']}, 32 + 32 examples a step and process, one thread each, two cores; median of three repeats.\n",
+        "| | examples per second, one process | two processes | each process, of one alone |",
+        "|---|---|---|---|",
+    ]
+    for variant, title in (("lora", "plain LoRA step"), ("uib", "UIB")):
+        one, two = (
+            float(
+                np.median([64 * n / c["step_seconds"] for c in runs if (c["variant"], c["processes"]) == (variant, n)])
+            )
+            for n in (1, 2)
+        )
+        parts.append(f"| {title} | {one:.0f} | {two:.0f} | {two / 2 / one:.2f} |")
+    return [*parts, ""]
+
+
 def tables() -> list[str]:
     """Ratios of step time and peak memory; exponents of the statistics pass."""
     parts = []
@@ -179,6 +225,7 @@ def tables() -> list[str]:
                     f"| {model} | 32 + {forget} | {ratios['step_seconds']:.2f} | {ratios['peak_mb']:.2f} | {plain_ms:.1f} |"
                 )
         parts.append("")
+    parts += processes_table()
     points = cells.read(SCALING)
     if points:
         parts += [
