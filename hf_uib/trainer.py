@@ -40,7 +40,7 @@ from .priors import subspace as contrast
 NOISED_SHARE = 0.65  # of the nats the checkpoint's predictions tell about the forget labels, under the default noise
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
-OVER_Z = -2.0
+OVER_Z = -1.0  # under it the forget set is told from unseen rows by low margins
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
@@ -124,7 +124,8 @@ class UIBTrainer(Trainer):
         ):
             if isinstance(dataset, (torch.utils.data.IterableDataset, IterableDataset)):
                 raise ValueError(
-                    f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length."
+                    f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length: "
+                    "datasets.Dataset.from_generator writes one to disk and reads it from there, in flat memory."
                 )
         labels, self.fingerprints = data.check_sets(
             forget_dataset, retain_dataset, model.config.num_labels, calibration_dataset
@@ -591,21 +592,46 @@ class UIBTrainer(Trainer):
         finally:
             if self.noise is not None:
                 self.noise.silence()
-        self._warn_of_over_unlearning()
+        self._settle()
         return output
 
-    def _warn_of_over_unlearning(self) -> None:
-        """Randomly drawn rows that now stand out from unseen ones by *low* margins are known by that."""
+    def _settle(self) -> None:
+        """Randomly drawn rows that now stand out from unseen ones by *low* margins are known by that.
+
+        The adapter then goes back on the straight way to the checkpoint, ``W + share * s B A``, until they do not: a bisection for
+        the share at which the rank test of both sets' margins is zero.
+        """
         if self.calibration_dataset is None or self.prior.systematic or self.removed_classes:
             return
         sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
-        z = bound.rank_z(self._margins(self.forget_dataset, sample), self._calibration_margins())
-        if z < OVER_Z:
+        ends = {name: self._factors(name)[1].detach().clone() for name in self.layers}
+
+        def z(share: float) -> float:
+            for name, end in ends.items():
+                self._factors(name)[1].data.copy_(share * end)
+            return bound.rank_z(self._margins(self.forget_dataset, sample), self._calibration_margins())
+
+        over = z(1.0)
+        if over >= OVER_Z:
+            return
+        seen = f"the forget set's margins are lower than unseen rows' (z = {over:.1f}), which gives it away as high ones do"
+        if not self.shared or z(0.0) <= 0:  # the way did not begin at B = 0, or not above unseen rows
+            z(1.0)
             warnings.warn(
-                f"Over-unlearning: the forget set's margins are now lower than unseen rows' (z = {z:.1f}), which gives it away as "
-                "high ones do. Train again with a smaller prior_strength (a third, say) or fewer steps, and look at the audit.",
-                stacklevel=3,
+                f"Over-unlearning: {seen}. Train again with a smaller prior_strength (a third, say).", stacklevel=3
             )
+            return
+        low, high = 0.0, 1.0
+        for _ in range(6):
+            middle = (low + high) / 2
+            low, high = (middle, high) if z(middle) >= 0 else (low, middle)
+        z(low)
+        self.statistics["share_kept"] = low
+        warnings.warn(
+            f"Over-unlearning: {seen}. {low:.0%} of the change are kept, with which they are not told apart. A smaller "
+            "prior_strength may forget them at less cost.",
+            stacklevel=3,
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         paired = self.train_dataset

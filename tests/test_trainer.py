@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.adapters import is_linear, lora_layers
+from hf_uib.bound import rank_z
 from hf_uib.priors import Prior
 
 
@@ -433,18 +434,43 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("prior, over", [("ascent", True), ("none", False)])
-def test_over_unlearning_is_warned_of(tmp_path, recwarn, prior, over):
-    """No pattern, random rows: a crude prior brings them under unseen ones."""
-    settings = config(
-        tmp_path, max_steps=150, prior=prior, prior_strength=3.0, prior_fraction=1.0, noise_to_signal=0.0, beta=0.0,
-        subspace_rank=16, per_device_train_batch_size=30,
+def crude(path, **settings):
+    """Random rows, no pattern, and a prior that knows no level."""
+    args = config(
+        path, max_steps=150, prior="ascent", prior_strength=3.0, prior_fraction=1.0, noise_to_signal=0.0, beta=0.0,
+        subspace_rank=16, per_device_train_batch_size=30, **settings,
     )  # fmt: skip
-    UIBTrainer(
-        make_model(),
-        settings,
-        make_rows(n=60, seed=1),
-        make_rows(n=60, seed=2),
-        calibration_dataset=make_rows(n=60, seed=3),
-    ).train()
-    assert any("Over-unlearning" in str(w.message) for w in recwarn) == over
+    forget, retain, unseen = (make_rows(n=60, seed=seed) for seed in (1, 2, 3))
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):  # the checkpoint has fitted both sets
+        for rows in (forget, retain):
+            model(pixel_values=rows["pixel_values"][:], labels=rows["labels"][:]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return UIBTrainer(model, args, forget, retain, calibration_dataset=unseen)
+
+
+def test_over_unlearning_goes_back_on_its_way(tmp_path, monkeypatch, recwarn):
+    """The change is scaled, all layers alike, to where forget and unseen rows are not told apart."""
+    with monkeypatch.context() as without:
+        without.setattr("hf_uib.trainer.OVER_Z", -100.0)
+        trainer = crude(tmp_path / "a")
+        trainer.train()
+        far = adapter_weights(trainer)
+        z = rank_z(trainer._margins(trainer.forget_dataset, range(60)), trainer._calibration_margins())
+    assert z < -2 and "share_kept" not in trainer.statistics  # the control
+    trainer = crude(tmp_path / "b")
+    trainer.train()
+    share = trainer.statistics["share_kept"]
+    z = rank_z(trainer._margins(trainer.forget_dataset, range(60)), trainer._calibration_margins())
+    assert 0 < share < 1 and 0 <= z < 1
+    assert any("Over-unlearning" in str(w.message) for w in recwarn)
+    for name, weight in adapter_weights(trainer).items():
+        assert torch.allclose(weight, far[name] * (share if "lora_B" in name else 1.0), atol=1e-7)
+
+
+def test_over_unlearning_is_warned_of(tmp_path):
+    """Where the adapter did not start at zero there is no way back to scale."""
+    with pytest.warns(UserWarning, match="Train again with a smaller prior_strength"):
+        crude(tmp_path, trainable_factors="both").train()

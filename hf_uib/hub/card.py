@@ -218,7 +218,7 @@ def write_card(
         **{key: value for key, value in extra.items() if value is not None},
     )
     settings = settings_of(trainer.args)
-    measured = {name: trainer.statistics.get(name) for name in ("noise_to_signal", "prior_strength")}
+    measured = {name: trainer.statistics.get(name) for name in ("noise_to_signal", "prior_strength", "share_kept")}
     card = ModelCard.from_template(
         card_data,
         template_str=resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8"),
