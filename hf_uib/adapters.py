@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 
 def load_classifier(name_or_path: str, **kwargs) -> nn.Module:
@@ -30,7 +32,7 @@ def load_classifier(name_or_path: str, **kwargs) -> nn.Module:
         ValueError: there is no such checkpoint, it cannot be read, or it is no image or sequence classifier.
     """
     try:
-        return _load_classifier(name_or_path, **kwargs)
+        model = _load_classifier(name_or_path, **kwargs)
     except SafetensorError as error:
         raise ValueError(
             f"The weights (model.safetensors) of {name_or_path} cannot be read ({error}); save or download them again."
@@ -38,15 +40,25 @@ def load_classifier(name_or_path: str, **kwargs) -> nn.Module:
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"No checkpoint {name_or_path} here or on the Hub; check the name. ({reason})") from error
+    if not isinstance(model, PeftModel) and not os.path.isdir(name_or_path):
+        cached = try_to_load_from_cache(name_or_path, CONFIG_NAME, revision=kwargs.get("revision"))
+        if isinstance(cached, str):  # .../snapshots/<commit>/config.json
+            model.config._commit_hash = os.path.basename(os.path.dirname(cached))
+    return model
 
 
 def _load_classifier(name_or_path: str, **kwargs) -> nn.Module:
-    if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
-        base = PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
-        return PeftModel.from_pretrained(load_classifier(base, **kwargs), name_or_path, is_trainable=True)
+    revision = {name: value for name, value in kwargs.items() if name == "revision"}
+    adapter = find_adapter_config_file(name_or_path, **revision)
+    if adapter is not None:
+        base = PeftConfig.from_pretrained(os.path.dirname(adapter)).base_model_name_or_path
+        settings = {name: value for name, value in kwargs.items() if name != "revision"}  # that is the adapter's
+        return PeftModel.from_pretrained(
+            load_classifier(base, **settings), name_or_path, is_trainable=True, **revision
+        )
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         raise ValueError(f"{name_or_path} has no config.json; give a folder that save_pretrained wrote.")
-    config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k == "revision"})
+    config = AutoConfig.from_pretrained(name_or_path, **revision)
     architecture = (config.architectures or [""])[0]
     if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
         return AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs)

@@ -25,7 +25,8 @@ from .data import image_column, label_column
 from .files import whole
 from .hub.card import hub_id
 from .hub.evidence import write_evidence
-from .trainer import MERGED, UIBTrainer
+from .hub.push import MERGED
+from .trainer import UIBTrainer
 
 
 def demo(args: UIBConfig) -> dict[str, dict]:

@@ -48,7 +48,7 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     path = os.path.join(adapter, STATE_NAME)
     try:
         with safe_open(path if os.path.isdir(adapter) else hf_hub_download(adapter, STATE_NAME), "pt") as file:
-            record = json.loads(file.metadata()["record"])
+            record = json.loads(file.metadata()["uib"])["record"]
     except OSError as error:
         raise ValueError(
             f"{adapter} has no {STATE_NAME}; give the adapter that UIBTrainer.save_model wrote."

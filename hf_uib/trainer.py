@@ -33,6 +33,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, P
 from . import __version__, adapters, bound, data
 from .config import UIBConfig
 from .files import UNFINISHED, whole
+from .hub.card import FIGURES, write_card
+from .hub.push import ADAPTER_PATTERNS, MERGED, upload_copy
 from .lifecycle import STATE_NAME, detached, requests_of
 from .priors import PRIORS, CalibratedPrior, InfluencePrior, NoPrior, Prior, Setting
 from .priors import subspace as contrast
@@ -46,7 +48,6 @@ UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
 )
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
-MERGED = "merged"  # folder of the merged model, in the output folder
 MERGED_ERROR = 0.01  # of the largest logit
 
 
@@ -170,6 +171,7 @@ class UIBTrainer(Trainer):
         retained = self.forget_dataset if self.retain_dataset is None else self.retain_dataset
         uses_forget = self.prior.uses_forget_batches and self.retain_dataset is not None
         length = max(len(retained), len(self.forget_dataset)) if uses_forget else len(retained)
+        self._hub = HfApi()  # one, so that its background uploads run one after the other
         self.push_in_progress = None  # Trainer sets it on the first process alone
         super().__init__(
             model=model,
@@ -732,19 +734,18 @@ class UIBTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(args.output_dir)
         upload = partial(
-            HfApi().upload_folder,
+            upload_copy,
+            self._hub,
             repo_id=self.hub_model_id,
             token=args.hub_token,
             revision=args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
-            run_as_future=True,
         )
-        hidden = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{MERGED}/*", TRAINING_ARGS_NAME]
-        jobs = [upload(folder_path=args.output_dir, ignore_patterns=hidden)]
+        jobs = [upload(args.output_dir)]
         if args.hub_strategy != HubStrategy.EVERY_SAVE:
             last = args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
-            jobs.append(upload(folder_path=checkpoint_folder, path_in_repo=name))
+            jobs.append(upload(checkpoint_folder, path_in_repo=name))
         self.push_in_progress = PushInProgress(jobs + before.jobs if before is not None and under_way else jobs)
 
     def push_to_hub(
@@ -779,21 +780,24 @@ class UIBTrainer(Trainer):
             return None
         self._finish_current_push()
         token, revision = token or args.hub_token, revision or args.hub_revision
-        upload = partial(
-            HfApi().upload_folder,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
+        settings = {"token": token, "revision": revision, "commit_message": commit_message}
+        upload_merged = partial(
+            self._hub.upload_folder,
+            folder_path=merged,
+            delete_patterns=ADAPTER_PATTERNS,
             run_as_future=not blocking,
+            **settings,
         )
         if args.hub_artifact == "merged":
-            return upload(folder_path=merged, repo_id=self.hub_model_id)
+            return upload_merged(repo_id=self.hub_model_id)
         if args.hub_artifact == "both":
-            private = args.hub_private_repo if private is None else private
-            beside = HfApi().create_repo(f"{self.hub_model_id}-merged", token=token, private=private, exist_ok=True)
-            upload(folder_path=merged, repo_id=beside.repo_id)
-        hidden = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{MERGED}/*", TRAINING_ARGS_NAME]
-        return upload(folder_path=args.output_dir, repo_id=self.hub_model_id, ignore_patterns=hidden)
+            private = self._hub.repo_info(self.hub_model_id, token=token).private
+            beside = self._hub.create_repo(f"{self.hub_model_id}-merged", token=token, private=private, exist_ok=True)
+            if revision is not None:
+                self._hub.create_branch(beside.repo_id, branch=revision, token=token, exist_ok=True)
+            upload_merged(repo_id=beside.repo_id)
+        job = upload_copy(self._hub, args.output_dir, repo_id=self.hub_model_id, **settings)
+        return job.result() if blocking else job
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Adapter, statistics of prior and posterior, and the card; never the pickled arguments, which may hold a token."""
@@ -828,9 +832,13 @@ class UIBTrainer(Trainer):
         tensors |= {f"prior.{name}": value for name, value in self.prior.state_dict().items()}
         tensors |= {f"mask.{name}": mask for name, mask in self.prior.masks.items()}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        metadata = {"format": "pt", "forget": self.forget_fingerprint, "base": self.base_fingerprint}
-        described = {"settings": self._settings_that_matter(), "record": self.provenance[-1]}
-        return tensors, metadata | {name: json.dumps(value) for name, value in described.items()}
+        described = {
+            "forget": self.forget_fingerprint,
+            "base": self.base_fingerprint,
+            "settings": self._settings_that_matter(),
+            "record": self.provenance[-1],
+        }
+        return tensors, {"uib": json.dumps(described)}  # one entry: safetensors writes several in any order
 
     def _settings_that_matter(self) -> dict:
         """What a resumed run has to share with the one it goes on with."""
@@ -849,7 +857,7 @@ class UIBTrainer(Trainer):
                 f"{resume_from_checkpoint} has no {STATE_NAME}; resume from a checkpoint that UIBTrainer wrote."
             )
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            metadata = json.loads(file.metadata()["uib"])
         for key, mine, what in (
             ("forget", self.forget_fingerprint, "forget set"),
             ("base", self.base_fingerprint, "model"),
@@ -859,7 +867,7 @@ class UIBTrainer(Trainer):
                     f"{resume_from_checkpoint} belongs to another {what}; resume with the one it was started with."
                 )
         settings = self._settings_that_matter()
-        for name, was in json.loads(metadata["settings"]).items():
+        for name, was in metadata["settings"].items():
             if settings[name] != was:
                 raise ValueError(
                     f"{resume_from_checkpoint} was made with {name} {was}, not {settings[name]}; resume with the settings it was "
@@ -946,8 +954,6 @@ class UIBTrainer(Trainer):
 
     def save_merged(self, folder: str) -> None:
         """Write the merged model, its processor and its card to ``folder``, all or nothing."""
-        from .hub.card import FIGURES
-
         merged = self.merge_and_unload()
         if not self.args.should_save:
             return
@@ -1011,8 +1017,6 @@ class UIBTrainer(Trainer):
                 ``dataset``.
         """
         if self.is_world_process_zero():
-            from .hub.card import write_card
-
             write_card(self, folder or self.args.output_dir, merged, **(self._card_settings | settings))
 
     def floating_point_ops(self, inputs) -> int:

@@ -254,7 +254,7 @@ def test_saved_folder(tmp_path):
     assert {"adapter_model.safetensors", "adapter_config.json", "uib_state.safetensors", "README.md"} <= written
     assert "training_args.bin" not in written
     with safe_open(tmp_path / "uib_state.safetensors", "pt") as file:
-        assert file.metadata()["forget"] == trainer.forget_fingerprint
+        assert json.loads(file.metadata()["uib"])["forget"] == trainer.forget_fingerprint
     card = (tmp_path / "README.md").read_text()
     assert "base weights still hold" in card and str(tmp_path) not in card
     assert "base_model: ''" not in card
