@@ -603,7 +603,7 @@ class UIBTrainer(Trainer):
         The adapter then goes back on the straight way to the checkpoint, ``W + share * s B A``, until they do not: a bisection for
         the share at which the rank test of both sets' margins is zero.
         """
-        if self.calibration_dataset is None or self.prior.systematic or self.removed_classes:
+        if self.calibration_dataset is None or self.removed_classes or self.statistics["pattern_z"] >= PATTERN_Z:
             return
         sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
         ends = {name: self._factors(name)[1].detach().clone() for name in self.layers}
