@@ -331,8 +331,17 @@ def _split(splits: DatasetDict, name: str) -> Dataset:
 
 
 def load_processor(name: str, picture: bool):
-    """Image processor (the PIL one: torchvision is not needed) or tokenizer of a checkpoint."""
-    return AutoImageProcessor.from_pretrained(name, backend="pil") if picture else AutoTokenizer.from_pretrained(name)
+    """Image processor (the PIL one: torchvision is not needed) or tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint has no tokenizer (Transformers then makes an empty one up).
+    """
+    if picture:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"{name} has no tokenizer; save the one it was trained with beside the model.")
+    return tokenizer
 
 
 def with_class_ids(dataset: Dataset, config) -> Dataset:

@@ -11,15 +11,17 @@ checkpoints named by Hub id. Needs gradio: ``pip install -e ".[demo]"``.
 import json
 import os
 import threading
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from hf_uib.command_line import parse, run
 
 FOLDER = "unlearned"  # what the demo of scripts/unlearn.py writes to
 HUES = 10
-SHOWN = 10  # bars, at most
+SHOWN = 5  # bars, at most
 SENTENCES = [
     "The crew was friendly, and we landed early.",
     "Nobody told us why the flight was late.",
@@ -27,12 +29,18 @@ SENTENCES = [
 ]
 STYLE = """
 .gradio-container {max-width: 1080px !important; margin: auto}
-.digit img {width: 100%; height: 100%; object-fit: contain !important; image-rendering: pixelated}
-.decision {font-size: 1.1rem}
-.hues table {width: 100%; border-collapse: collapse; text-align: center; table-layout: fixed}
+.digit img {width: 100%; height: 100%; padding-top: 2rem; object-fit: contain !important; image-rendering: pixelated}
+.digits .gallery:not(.container) {display: grid; grid-template-columns: repeat(5, 1fr); gap: .5rem}
+.digits .container {width: auto !important; height: auto !important; max-height: none !important}
+.digits img {display: block; width: 100% !important; height: auto !important; image-rendering: pixelated}
+.digits button > span {display: block}
+#decision * {font-size: 1.15rem}
+:is(#before, #after) h2 {font-size: 1.4rem !important; text-align: center}
+.hues table {width: 100%; table-layout: fixed; border-collapse: collapse; margin: 0}
+.hues :is(table, tbody, tr) {border: 0 !important}
 .hues caption {text-align: left; padding-bottom: .5rem}
-.hues th {text-align: left; font-weight: 400; width: 4rem}
-.hues td {padding: .3rem 0}
+.hues th, .hues td {border: 0 !important; padding: .35rem 0 !important; text-align: center !important}
+.hues th {width: 3.6rem; text-align: left !important; font-weight: 400}
 .hues td.other {font-weight: 700; text-decoration: underline}
 """
 
@@ -115,11 +123,10 @@ def load(script: DemoArguments) -> Pair:
     if script.model is None or script.reference is None or script.adapter or script.base:
         raise ValueError("--model and --reference go together, without --adapter and --base.")
     model, reference = (load_classifier(n, dtype=torch.float32) for n in (script.model, script.reference))
-    if model.config.num_labels != reference.config.num_labels:
-        raise ValueError(
-            f"--model has {model.config.num_labels} classes and --reference {reference.config.num_labels}; give two "
-            "checkpoints of one task."
-        )
+    kinds = [(m.main_input_name, m.config.num_labels) for m in (model, reference)]
+    if kinds[0] != kinds[1]:
+        what = " and ".join(f"{classes} classes from {taken}" for taken, classes in kinds)
+        raise ValueError(f"--model and --reference tell {what}; give two checkpoints of one task.")
     requests = requests_of(model)
     processor = _processor(model, script.model, script.reference)
     return Pair(model.eval(), reference.eval(), processor, requests[-1]["request"] if requests else None)
@@ -154,7 +161,7 @@ def _load_adapter(script: DemoArguments) -> Pair:
         model = PeftModel.from_pretrained(undo(load_classifier(merged, dtype=torch.float32), adapter), adapter)
     else:
         raise ValueError(f"{adapter} does not name its base, and has no {MERGED}/; give --base.")
-    request = json.loads(noted["record"])["request"] if noted else None
+    request = noted["record"]["request"] if noted else None
     processor = _processor(model, adapter, base or merged)
     return Pair(model.eval(), None, processor, request, _digits(adapter))
 
@@ -168,7 +175,7 @@ def _attach(model, adapter: str, base: str):
         raise ValueError(f"{adapter} does not fit {base}; give the base it was trained on.") from error
 
 
-def _noted(adapter: str) -> dict[str, str]:
+def _noted(adapter: str) -> dict:
     """What the trainer noted beside the adapter; nothing if hf_uib did not train it."""
     from huggingface_hub import hf_hub_download
     from safetensors import safe_open
@@ -178,7 +185,7 @@ def _noted(adapter: str) -> dict[str, str]:
     path = os.path.join(adapter, STATE_NAME)
     try:
         with safe_open(path if os.path.isdir(adapter) else hf_hub_download(adapter, STATE_NAME), "pt") as file:
-            return file.metadata()
+            return json.loads(file.metadata()["uib"])
     except OSError:
         return {}
 
@@ -246,12 +253,12 @@ def hues_table(names: list[str], before, after) -> str:
     rows, counts = [], []
     for title, answers in (("Before", before.argmax(-1)), ("After", after.argmax(-1))):
         usual = np.bincount(answers).argmax()
-        cells = "".join(f"<td{'' if a == usual else ' class=other'}>{names[a]}</td>" for a in answers)
+        cells = "".join(f"<td{'' if a == usual else ' class=other'}>{escape(names[a])}</td>" for a in answers)
         rows.append(f"<tr><th>{title}</th>{cells}</tr>")
         counts.append(int((answers != usual).sum()))
     colours = [",".join(str(round(255 * c)) for c in colour) for colour in palette(HUES, 1.0)]
     swatches = "".join(f'<td style="background: rgb({colour})">&nbsp;</td>' for colour in colours)
-    caption = f"The same digit in all {HUES} hues: {counts[0]} decisions deviate before, {counts[1]} after."
+    caption = f"The same digit in all {HUES} hues: {counts[0]} decisions before differ from the usual one, {counts[1]} after."
     return f"<table><caption>{caption}</caption><tr><th>Hue</th>{swatches}</tr>{''.join(rows)}</table>"
 
 
@@ -277,57 +284,61 @@ def build(pair: Pair):
         said = decision(pair.names, before[hue], after[hue])
         return bars(before[hue]), bars(after[hue]), said, painted[hue], table
 
+    examples = pair.digits or ([] if pair.takes_pictures else [[text] for text in SENTENCES])
+    first = examples[0][0] if examples else None
     with gr.Blocks(title="Before and after unlearning", analytics_enabled=False, delete_cache=(600, 600)) as page:
         gr.Markdown("# Before and after unlearning")
         if pair.request:
             gr.Markdown(f"Asked to forget: {pair.request}.")
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
+            with gr.Column(scale=2, min_width=300):
                 if pair.takes_pictures:
                     given = gr.Image(
-                        pair.digits[0][0] if pair.digits else None,
+                        first,
                         label="Picture: a light digit on black" if pair.digits else "Picture",
                         type="pil",
                         image_mode="L" if getattr(pair.model.config, "num_channels", 3) == 1 else "RGB",
                         format="png",
                         sources=["upload", "clipboard"],
-                        height=260,
+                        height=280,
                         elem_classes="digit" if pair.digits else None,
                     )
                 else:
-                    given = gr.Textbox(SENTENCES[0], label="Sentence", lines=3, max_lines=8, submit_btn=False)
-                inputs, examples = [given], [] if pair.takes_pictures else [[text] for text in SENTENCES]
+                    given = gr.Textbox(first, label="Sentence", lines=3, max_lines=8)
+                inputs = [given]
                 if pair.digits:
-                    hue = gr.Slider(0, HUES - 1, 0, step=1, label="Hue", info="The digit is painted in it. 0 is red.")
-                    inputs, examples = [given, hue], pair.digits
+                    hue = gr.Slider(0, HUES - 1, step=1, label="Hue", info="The digit is painted in it; 0 is red.")
+                    inputs.append(hue)
                 button = gr.Button("Compare", variant="primary")
-            with gr.Column(scale=3, min_width=320):
-                said = gr.Markdown(elem_classes="decision")
+                examples_here = gr.Column(elem_classes="digits" if pair.digits else None)
+            with gr.Column(scale=3, min_width=300):
+                said = gr.Markdown(elem_id="decision")
                 with gr.Row():
                     shown = min(SHOWN, len(pair.names))
-                    before = gr.Label(label="Before", num_top_classes=shown, min_width=140)
-                    after = gr.Label(label="After unlearning", num_top_classes=shown, min_width=140)
-                table = gr.HTML(elem_classes="hues", visible=pair.digits is not None)
-        outputs = [before, after, said]
-        if pair.digits:
-            outputs += [given, table]
+                    before = gr.Label(label="Before", elem_id="before", num_top_classes=shown, min_width=140)
+                    after = gr.Label(label="After unlearning", elem_id="after", num_top_classes=shown, min_width=140)
+                table = gr.HTML(elem_classes="hues", padding=False, visible=pair.digits is not None)
+                gr.Markdown("One example is no measurement: the unlearning card has the figures over a test set.")
         function = compare_hues if pair.digits else compare
+        outputs = [before, after, said, *([given, table] if pair.digits else [])]
         if examples:
-            gr.Examples(
-                examples,
-                inputs,
-                outputs,
-                function,
-                label="Digits of the test set" if pair.digits else "Examples, made up",
-                run_on_click=True,
-                visible_columns=[0],
-                api_visibility="private",
-            )
-        gr.Markdown("One example is no measurement: the figures over a test set are in the unlearning card.")
+            with examples_here:
+                gr.Examples(
+                    examples,
+                    inputs,
+                    outputs,
+                    function,
+                    label="Digits of the test set" if pair.digits else "Made-up examples",
+                    run_on_click=True,
+                    visible_columns=[0],
+                    api_visibility="private",
+                )
         triggers = [button.click]
-        triggers += [hue.release] if pair.digits else [] if pair.takes_pictures else [given.submit]
-        triggers += [page.load] if examples else []
-        gr.on(triggers, function, inputs, outputs, api_visibility="private")
+        if pair.digits:
+            triggers.append(hue.change)
+        if examples:
+            triggers.append(page.load)
+        gr.on(triggers, function, inputs, outputs, trigger_mode="always_last", api_visibility="private")
     return page
 
 
@@ -342,11 +353,13 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     build(load(script)).launch(
         share=script.share,
         server_port=script.server_port,
-        theme=gr.themes.Default(**fonts),  # no font is fetched
+        theme=gr.themes.Default(primary_hue="blue", secondary_hue="blue", **fonts),  # no font is fetched
         css=STYLE,
         footer_links=[],
         run_history=False,

@@ -133,6 +133,10 @@ TRAINER = {
         lambda p: load_classifier(broken(p, "config.json", b'{"model_type": "vit", "architectures": ["ViTModel"]}')),
         "no image or sequence classifier",
     ),
+    "a text model without its tokenizer": (
+        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), cli.load_processor(str(p.parent / "bare"), False)),
+        "has no tokenizer",
+    ),
     "a broken config": (lambda p: load_classifier(broken(p, "config.json")), "config.json"),
     "broken weights": (lambda p: load_classifier(broken(p, "model.safetensors")), "model.safetensors"),
     "an audit without a reference": (
