@@ -42,7 +42,7 @@ from .priors import subspace as contrast
 NOISED_SHARE = 0.65  # of the nats the checkpoint's predictions tell about the forget labels, under the default noise
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
-OVER_Z = -1.0  # under it the forget set is told from unseen rows by low margins
+OVER_Z = -2.0  # under it the forget set is told from unseen rows by low margins
 PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for
 UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
@@ -603,7 +603,11 @@ class UIBTrainer(Trainer):
         The adapter then goes back on the straight way to the checkpoint, ``W + share * s B A``, until they do not: a bisection for
         the share at which the rank test of both sets' margins is zero.
         """
-        if self.calibration_dataset is None or self.removed_classes or self.statistics["pattern_z"] >= PATTERN_Z:
+        compared = (
+            self.retain_dataset is not None and self.args.prior_subspace == "contrast"
+        )  # else there is no pattern_z
+        drawn = compared and not self.removed_classes and self.statistics["pattern_z"] < PATTERN_Z
+        if self.calibration_dataset is None or not drawn:
             return
         sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
         ends = {name: self._factors(name)[1].detach().clone() for name in self.layers}
