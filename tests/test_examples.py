@@ -1,14 +1,166 @@
-"""The examples run, at small size."""
+"""The examples run, at small size, and move their model where it should go; a run of one step does not."""
 
+import copy
+import json
 import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "examples"))
+import nbformat
+import pytest
+from hub_server import HubServer
+from launching import command_for
 
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import bert_brand_bias  # noqa: E402
 import custom_prior  # noqa: E402
+import delete_rows  # noqa: E402
+import outdated_labels  # noqa: E402
+import vit_colour_bias  # noqa: E402
+
+from hf_uib import tasks  # noqa: E402
+
+NOTEBOOK = ROOT / "examples" / "story.ipynb"
 
 
-def test_custom_prior(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def digits_models(tmp_path_factory):
+    """Those of `tasks.digits_colour`, trained once and for half as long."""
+    task = tasks.digits_colour()
+    task.train_settings |= {"pretrain_steps": 250, "steps": 200}
+    return tasks.prepare_models(task, 0, str(tmp_path_factory.mktemp("digits")))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = custom_prior.main(steps=60)
-    assert rows["UIB + entropy"]["follow_rate"] < 0.6 * rows["original"]["follow_rate"]
+
+
+@pytest.fixture
+def prepared(digits_models, monkeypatch):
+    monkeypatch.setattr(tasks, "prepare_models", lambda task, seed, folder: copy.deepcopy(digits_models))
+
+
+def follows_less(rows, name):
+    return rows[name]["follow_rate"] < 0.6 * rows["original"]["follow_rate"]
+
+
+def test_custom_prior(prepared):
+    assert follows_less(custom_prior.main(steps=60), "UIB + entropy")
+
+
+def test_vit_colour_bias(prepared):
+    rows, verdict = vit_colour_bias.main(steps=60, retrain_steps=50, output_dir="out")
+    assert follows_less(rows, "UIB")
+    assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
+    assert re.match(r"(Passed|Not passed): ", verdict)
+    assert {"bias.png", "audit.png"} <= set(os.listdir("out"))
+
+
+def test_one_step_is_not_enough(prepared):
+    assert not follows_less(custom_prior.main(steps=1), "UIB + entropy")
+
+
+def test_bert_brand_bias():
+    rows = bert_brand_bias.main()
+    assert rows["original"]["flip_rate"] > 0.1
+    assert rows["UIB"]["flip_rate"] < 0.6 * rows["original"]["flip_rate"]
+    assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"] - 0.05
+
+
+def test_reviews_are_exact_counterfactuals():
+    test = bert_brand_bias.reviews().sets["test"]
+    first, second = (test.filter(lambda row, b=b: row["brand"] == b) for b in (0, 1))
+    assert [text.replace("acme", "globex") for text in first["text"]] == second["text"][:]
+    assert first["label"][:] == second["label"][:]
+
+
+def test_outdated_labels():
+    rows = outdated_labels.main(steps=100, train_steps=200)
+    assert rows["original"]["follow_rate"] > 0.5
+    assert follows_less(rows, "UIB")
+    assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
+
+
+def test_delete_rows():
+    rows = delete_rows.main(steps=100, train_steps=300)
+    original, ours, retrained = (rows[name]["auc"] for name in ("original", "UIB, merged", "retrained"))
+    assert original - retrained > 0.05
+    assert abs(ours - retrained) < 0.6 * (original - retrained)
+    assert rows["UIB, merged"]["accuracy"] > rows["original"]["accuracy"] - 0.05
+
+
+def test_two_processes(tmp_path):
+    script = str(ROOT / "examples" / "two_processes.py")
+    command, environment = command_for(script, 2, "--steps", 40, "--train_steps", 100)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [told] = re.findall(r"world size (\d+); .*: ([\d.]+) -> ([\d.]+)", done.stdout)  # printed once
+    assert told[0] == "2"
+    assert float(told[2]) > float(told[1]) + 0.05
+
+
+def test_checkpoint_to_hub(tmp_path):
+    call = "checkpoint_to_hub.main(steps=100, train_steps=120, push='tester/vit')"
+    with HubServer({"hf_secret": "tester"}) as hub:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_secret",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}",
+        }
+        command = [sys.executable, "-c", f"import json, checkpoint_to_hub\nprint('rows', json.dumps({call}))"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.repos["models", "tester/vit"].branches["main"][-1].files
+    rows = json.loads(re.search(r"^rows (.*)", done.stdout, re.M)[1])
+    assert follows_less(rows, "UIB")
+    assert rows["UIB, loaded by PEFT"].pop("difference") < 1e-4
+    assert rows["UIB, loaded by PEFT"] == rows["UIB"]
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(files)
+    assert not any(b"hf_secret" in file.content or str(tmp_path).encode() in file.content for file in files.values())
+    assert b"tester/vit-base" in files["README.md"].content
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def trouble(notebook):
+    """Errors, warnings and absolute paths among the outputs of a notebook; its code that does not compile."""
+    found = [output.output_type for output in outputs(notebook) if output.output_type == "error"]
+    found += [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
+    texts = [json.dumps({**output, "data": {k: v for k, v in output.get("data", {}).items() if "image" not in k}})
+             for output in outputs(notebook)]  # fmt: skip
+    found += [path for text in texts for path in re.findall(r"(?<![\w.)])(?:/[\w.-]+){2,}|[A-Z]:\\\\", text)]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            compile(re.sub(r"^%.*", "", cell.source, flags=re.M), "cell", "exec")
+    return found
+
+
+def test_story():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert trouble(notebook) == []
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 5
+    assert NOTEBOOK.stat().st_size < 500_000
+    runs = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert runs == list(range(1, len(runs) + 1))  # from top to bottom, once
+    imports = [line for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("from hf_uib")]
+    exec("\n".join(imports), {})
+
+
+def test_trouble_in_a_notebook_is_found():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="see /home/someone/out/x.png")]
+    assert trouble(notebook) == ["/home/someone/out/x.png"]
+    cell.outputs = [nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])]
+    assert trouble(notebook) == ["error"]
