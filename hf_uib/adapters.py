@@ -125,15 +125,35 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
             )
         _only_linear(model)
         name = adapter_name(model)
+        _additive(model.peft_config[name])
         if not any(p.requires_grad for layer in layers.values() for p in layer.lora_B[name].parameters()):
             raise ValueError(
                 f"Adapter '{name}' was loaded as not trainable; load it with PeftModel.from_pretrained(..., "
                 "is_trainable=True), or merge it into the model (merge_and_unload) and pass the result."
             )
         return model
-    model = get_peft_model(model, peft_config or default_peft_config(model, rank))
+    peft_config = peft_config or default_peft_config(model, rank)
+    _additive(peft_config)
+    model = get_peft_model(model, peft_config)
     _only_linear(model)
     return model
+
+
+def _additive(config: PeftConfig) -> None:
+    """Refuse kinds of LoRA that are more than W + s B A: the base would not come back, and the bound not account for them."""
+    found = {
+        "bias": getattr(config, "bias", "none") != "none",
+        "use_dora": getattr(config, "use_dora", False),
+        "init_lora_weights": str(getattr(config, "init_lora_weights", True))
+        .lower()
+        .startswith(("pissa", "olora", "corda", "loftq")),
+    }
+    for name, there in found.items():
+        if there:
+            raise ValueError(
+                f"The adapter has {name}={getattr(config, name)!r}, which changes more than W + s B A; leave it at its default, "
+                "or merge the adapter (merge_and_unload) and pass the result."
+            )
 
 
 def _only_linear(model: PeftModel) -> None:
@@ -191,11 +211,11 @@ def freeze_running_statistics(model: nn.Module) -> None:
             module.register_forward_pre_hook(stay_in_eval_mode)
 
 
-def base_fingerprint(model: PeftModel) -> str:
-    """Hash of every weight that is not the adapter's."""
+def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
+    """Hash of every weight that is not the adapter's, or of those that are."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(model.get_base_model().state_dict().items()):
-        if ".lora_" not in name and ".modules_to_save." not in name:
+        if (".lora_" in name or ".modules_to_save." in name) == of_the_adapter:
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

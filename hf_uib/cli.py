@@ -4,6 +4,7 @@ import copy
 import datetime
 import os
 import re
+import shutil
 import time
 import warnings
 
@@ -23,9 +24,10 @@ from .audit.observe import processes
 from .config import UIBConfig
 from .data import image_column, label_column
 from .files import whole
-from .hub.card import hub_id
+from .hub.card import FIGURES, hub_id
 from .hub.evidence import write_evidence
 from .hub.push import MERGED
+from .lifecycle import next_base
 from .trainer import UIBTrainer
 
 
@@ -110,7 +112,7 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
             )
     if script.request:
         _check_request(script)
-    model = load_classifier(script.model_name_or_path)
+    model = next_base(script.model_name_or_path)
     splits = load_splits(script.dataset_name, script.dataset_config_name)
     train = with_class_ids(_split(splits, script.train_split), model.config)
     if script.bias_column and script.bias_column not in train.column_names:
@@ -133,7 +135,7 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
         eval_dataset=test,
         processing_class=processor,
     )
-    trainer.request = script.what or "the rows where " + " and ".join(script.forget_where)
+    trainer.request = script.what or f"{len(forget)} rows, chosen by {_columns_of(script.forget_where)}"
     trainer.dataset_name = hub_id(script.dataset_name)
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
     before = _rows(trainer, trainer.model, shown, script.bias_column)
@@ -152,7 +154,7 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
     if trainer.is_world_process_zero():
         source = {
             "model": os.path.basename(script.model_name_or_path.rstrip("/")),
-            "forget_where": script.forget_where,
+            "forget_columns": _columns_of(script.forget_where),  # a value may be somebody's name
         }
         _finish(trainer, results, source, merge=script.save_merged or script.request is not None, audit=audit)
         if script.request:
@@ -162,6 +164,10 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
     return results
 
 
+def _columns_of(conditions: list[str]) -> str:
+    return " and ".join(dict.fromkeys(condition.partition("=")[0] for condition in conditions))
+
+
 def _check_request(script) -> None:
     """Refuse a request that lacks what an answer needs, or holds who asked."""
     for name in ("what", "why", "due"):
@@ -169,13 +175,14 @@ def _check_request(script) -> None:
             raise ValueError(
                 f"{script.request} has no `{name}`; a request says what is to be forgotten, why, and by when it is due."
             )
-    for name in ("what", "why", "reference"):
-        if re.search(r"\S@\S", getattr(script, name) or ""):
+    for name in ("what", "why", "reference", "forget_where"):
+        if re.search(r"\S@\S", str(getattr(script, name) or "")):
             raise ValueError(
                 f"`{name}` of {script.request} holds an e-mail address: who asks is not stored; leave it out."
             )
     try:
-        datetime.date.fromisoformat(script.due)
+        if datetime.date.fromisoformat(script.due).isoformat() != script.due:
+            raise ValueError
     except ValueError:
         raise ValueError(f"`due` of {script.request} is {script.due!r}; write a date as YYYY-MM-DD.") from None
 
@@ -281,6 +288,10 @@ def _finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, mer
         "bound": {"layers": layers, **trainer.statistics},
         "log": trainer.state.log_history,
     }
+    for earlier in (*FIGURES, "audit.json", "evidence.html", "report.json"):  # of another run in this folder
+        if os.path.isfile(os.path.join(folder, earlier)):
+            os.remove(os.path.join(folder, earlier))
+    shutil.rmtree(os.path.join(folder, MERGED), ignore_errors=True)
     with whole(folder) as unfinished:
         draw_bias(results, unfinished, *(pictures or ()))
         draw_layers(layers, unfinished)

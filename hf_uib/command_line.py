@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+TEXTS = ("what", "why", "due", "reference")  # 0017 is a file number, and no an answer
+
 
 def parse(doc: str, *kinds: type, lists: dict[str, str | None], **defaults) -> tuple:
     """One object of each dataclass in ``kinds``, from the command line or from ``--config file.yaml`` (or ``--request``).
@@ -56,7 +58,11 @@ def _flags_of(path: str, known: set[str]) -> list[str]:
 
     with open(path, encoding="utf-8") as file:
         try:
-            settings = yaml.safe_load(file)
+            content = file.read()
+            settings, written = (
+                yaml.safe_load(content),
+                yaml.load(content, yaml.BaseLoader),
+            )  # as values, and as written
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no YAML: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(settings, dict):
@@ -69,6 +75,8 @@ def _flags_of(path: str, known: set[str]) -> list[str]:
             )
         if name not in known:
             raise ValueError(f"{path} has a setting {name!r} that is not known; --help lists them.")
+        if name in TEXTS and value is not None:
+            value = written[str(name)]
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:

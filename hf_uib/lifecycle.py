@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .adapters import adapter_name, load_classifier, lora_layers
 
 STATE_NAME = "uib_state.safetensors"
-SAME = ("forget_fingerprint", "base_fingerprint")  # what tells one request from another
+SAME = ("forget_fingerprint", "base_fingerprint", "adapter_fingerprint")  # what tells one request from another
 
 
 def detached(model: PeftModel) -> PreTrainedModel:
@@ -45,19 +45,12 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
         ValueError: the adapter is none of the requests that are merged into the model, or it trained more than LoRA's factors.
     """
     merged = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
-    path = os.path.join(adapter, STATE_NAME)
-    try:
-        with safe_open(path if os.path.isdir(adapter) else hf_hub_download(adapter, STATE_NAME), "pt") as file:
-            record = json.loads(file.metadata()["uib"])["record"]
-    except OSError as error:
-        raise ValueError(
-            f"{adapter} has no {STATE_NAME}; give the adapter that UIBTrainer.save_model wrote."
-        ) from error
+    record = _state_of(adapter)["record"]
     done = requests_of(merged)
     kept = [other for other in done if any(other[key] != record[key] for key in SAME)]
     if len(kept) == len(done):
         raise ValueError(f"The request of {adapter} is none of the {len(done)} that are merged into the model.")
-    adapted = PeftModel.from_pretrained(merged, adapter)
+    adapted = _adapted(merged, adapter, record)
     if getattr(adapted.peft_config[adapter_name(adapted)], "modules_to_save", None):
         raise ValueError(
             f"{adapter} replaced whole modules (modules_to_save); go back to the model before it instead."
@@ -65,5 +58,43 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     for layer in lora_layers(adapted).values():
         layer.scaling[adapter_name(adapted)] *= -1
     before = adapted.merge_and_unload()
-    before.config.unlearning = kept
-    return before
+    return without_origin(before, kept)
+
+
+def next_base(name: str) -> nn.Module:
+    """What the next request is trained on: a checkpoint, or the merged model of an earlier request's adapter; folder or Hub id."""
+    model = load_classifier(name)
+    if not isinstance(model, PeftModel):
+        return model
+    try:
+        record = _state_of(name)["record"]
+    except ValueError:  # somebody's fine-tuning, to be gone on with
+        return model
+    done = requests_of(model)
+    return without_origin(_adapted(detached(model), name, record).merge_and_unload(), [*done, record])
+
+
+def without_origin(model: PreTrainedModel, requests: list[dict]) -> PreTrainedModel:
+    """The model is no longer the checkpoint its config names."""
+    model.name_or_path = model.config._name_or_path = ""
+    model.config._commit_hash = None
+    model.config.unlearning = requests
+    return model
+
+
+def _state_of(adapter: str) -> dict:
+    """What the adapter's state says of the run."""
+    try:
+        path = os.path.join(adapter, STATE_NAME) if os.path.isdir(adapter) else hf_hub_download(adapter, STATE_NAME)
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["uib"])
+    except OSError as error:
+        raise ValueError(
+            f"{adapter} has no {STATE_NAME}; give the adapter that UIBTrainer.save_model wrote."
+        ) from error
+
+
+def _adapted(model: PreTrainedModel, adapter: str, record: dict) -> PeftModel:
+    """PEFT saves an adapter of another name than ``default`` in a folder of that name."""
+    named = record["adapter_name"] if record["adapter_name"] != "default" else None
+    return PeftModel.from_pretrained(model, adapter, **({"subfolder": named} if named else {}))

@@ -33,9 +33,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, P
 from . import __version__, adapters, bound, data
 from .config import UIBConfig
 from .files import UNFINISHED, whole
-from .hub.card import FIGURES, write_card
+from .hub.card import FIGURES, hub_id, results_of, write_card
 from .hub.push import ADAPTER_PATTERNS, MERGED, upload_copy
-from .lifecycle import STATE_NAME, detached, requests_of
+from .lifecycle import STATE_NAME, detached, next_base, requests_of, without_origin
 from .priors import PRIORS, CalibratedPrior, InfluencePrior, NoPrior, Prior, Setting
 from .priors import subspace as contrast
 
@@ -105,7 +105,7 @@ class UIBTrainer(Trainer):
     ):
         # 1. Model and settings
         if isinstance(model, str):
-            model = adapters.load_classifier(model)
+            model = next_base(model)
         if args is None:
             name = (getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
             args = UIBConfig(f"{name}-UIB")
@@ -114,6 +114,8 @@ class UIBTrainer(Trainer):
             raise ValueError(
                 f"UIBTrainer unlearns single-label classifiers; the model's problem_type is {model.config.problem_type}."
             )
+
+        self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
 
         # 2. Data
         if forget_dataset is None:
@@ -138,6 +140,7 @@ class UIBTrainer(Trainer):
         self.retain_dataset = prepare(retain_dataset)
         for name in ("forget_dataset", "retain_dataset", "calibration_dataset"):
             data.check_inputs(name, getattr(self, name), main_input)
+        self._raw_eval_dataset = eval_dataset
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
         else:
@@ -597,6 +600,11 @@ class UIBTrainer(Trainer):
         self._settle()
         return output
 
+    @property
+    def compared(self) -> bool:
+        """Whether forget and retained rows were compared, so that `pattern_z` is one."""
+        return self.retain_dataset is not None and self.args.prior_subspace == "contrast"
+
     def _settle(self) -> None:
         """Randomly drawn rows that now stand out from unseen ones by *low* margins are known by that.
 
@@ -913,7 +921,7 @@ class UIBTrainer(Trainer):
     def base_fingerprint(self) -> str:
         """Hash of the weights below the adapter."""
         if self._base_fingerprint is None:
-            self._base_fingerprint = adapters.base_fingerprint(self.model)
+            self._base_fingerprint = adapters.fingerprint(self.model)
         return self._base_fingerprint
 
     # ---- Results ----------------------------------------------------------------------------------------------------
@@ -927,6 +935,10 @@ class UIBTrainer(Trainer):
             "forget_examples": len(self.forget_dataset),
             "forget_fingerprint": self.forget_fingerprint,
             "base_fingerprint": self.base_fingerprint,
+            "adapter_fingerprint": adapters.fingerprint(
+                self.accelerator.unwrap_model(self.model), of_the_adapter=True
+            ),
+            "adapter_name": self.adapter_name,
             "date": datetime.date.today().isoformat(),
             "hf_uib": __version__,
         }
@@ -953,8 +965,7 @@ class UIBTrainer(Trainer):
                 "weights are too coarse for the adapter. Load the base with dtype=torch.float32 before merging.",
                 stacklevel=2,
             )
-        merged.config.unlearning = self.provenance
-        return merged
+        return without_origin(merged, self.provenance if self.noise is not None else requests_of(merged))
 
     def save_merged(self, folder: str) -> None:
         """Write the merged model, its processor and its card to ``folder``, all or nothing."""
@@ -1008,6 +1019,9 @@ class UIBTrainer(Trainer):
             retrained_model=retrained_model,
             **settings,
         )
+        self._raw_eval_dataset = test_dataset
+        self.fingerprints.pop("eval_dataset", None)
+        self.results = self.results or results_of(self.audit_report)
         return self.audit_report
 
     def create_model_card(  # type: ignore[override]

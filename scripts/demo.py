@@ -136,7 +136,7 @@ def _load_adapter(script: DemoArguments) -> Pair:
     import torch
     from peft import PeftConfig, PeftModel
 
-    from hf_uib.adapters import base_fingerprint, load_classifier
+    from hf_uib.adapters import fingerprint, load_classifier
     from hf_uib.lifecycle import undo
     from hf_uib.trainer import MERGED
 
@@ -151,7 +151,7 @@ def _load_adapter(script: DemoArguments) -> Pair:
     merged = os.path.join(adapter, MERGED)
     if base:
         model = _attach(load_classifier(base), adapter, base)
-        if noted and base_fingerprint(model) != noted["base"]:
+        if noted and fingerprint(model) != noted["base"]:
             raise ValueError(
                 f"{base} is not, to the bit, what {adapter} was trained on; give that as --base, or any two checkpoints as "
                 "--model and --reference."

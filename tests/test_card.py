@@ -131,3 +131,38 @@ def test_tables():
     assert count == 50 and "class 29" in table and "class 30" not in table
     assert groups_table({}) == ("", 0)
     assert hub_id("org/name") == "org/name" and hub_id("/abs/path") is None and hub_id(None) is None
+
+
+def test_what_the_card_says_of_an_audited_run_without_results(tmp_path):
+    """The audit's figures make the table; nothing is called measured that was not."""
+    trainer = UIBTrainer(
+        make_model(), config(tmp_path, max_steps=2, weight_decay=0.3, prior_strength=0.2), make_rows(n=40, seed=1),
+        make_rows(n=16, seed=2), calibration_dataset=make_rows(n=12, seed=3),
+    )  # fmt: skip
+    trainer.train()
+    trainer.audit(make_rows(n=60, seed=4), retrained_model=make_model(seed=5))
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    for said in (
+        "| original |", "| UIB |", "| retrained |", "the row of the model retrained", "| eval | 60 |", "| weight_decay | 0.3 |",
+        "| prior_strength in force | 0.2 |", "| noise_to_signal in force | 0.5 |", "| LoRA | r 4",
+    ):  # fmt: skip
+        assert said in card.text, said
+    assert "Nothing was measured" not in card.text and "No model retrained" not in card.text
+    assert {r.dataset_split for r in card.data.eval_results} == {"forget", "retain", "test"}
+
+
+def test_outside_text_stays_text(tmp_path):
+    trainer = UIBTrainer(make_model(), config(tmp_path, max_steps=1), make_rows(n=24, seed=1), make_rows(n=16, seed=2))
+    trainer.request = "x | y\n\n# Certified\n<img src='http://evil'> {{ 7 * 7 }}\n---\nlicense: mit"
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "\n# Certified" not in card.text and "<img" not in card.text and "49" not in card.text.split("## How")[0]
+    assert (
+        "license" not in card.data.to_dict()
+        and card.data.to_dict()["unlearning"]["requests"][0]["request"] == trainer.request
+    )
+    trainer.request = ""
+    trainer.create_model_card()
+    assert "unlearn the examples of the forget set" in (tmp_path / "README.md").read_text()

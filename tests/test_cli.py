@@ -91,7 +91,12 @@ def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path):
     assert len(content["bound"]["layers"]) == 14
     assert AutoModelForImageClassification.from_pretrained(out / "merged").config.num_labels == 3
     card = (out / "README.md").read_text()
-    assert "source=clinic_a" in card and "not measured" in card and str(pictures) not in card
+    assert (
+        "rows, chosen by source" in card
+        and "clinic_a" not in card
+        and "not measured" in card
+        and str(pictures) not in card
+    )
 
 
 def audit_checkpoints(pictures, root, processes):
@@ -149,7 +154,7 @@ def test_text_csv(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 5
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["forget_where"] == ["airline=x", "label=1"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["forget_columns"] == "airline and label"
     # Nowhere a token, a row of the data, or where things lie on this machine
     rows = [line.split(",")[0] for line in (tmp_path / "tweets.csv").read_text().splitlines()[1:]]
     hidden = [entry.encode() for entry in (*rows, "hf_theflag", "hf_theenvironment")]

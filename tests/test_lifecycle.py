@@ -120,3 +120,49 @@ def test_fingerprints_are_those_of_the_rows(tmp_path):
     rows = make_rows(n=24, seed=1).with_format(None)
     shuffled = datasets.Dataset.from_list([rows[int(i)] for i in np.random.default_rng(0).permutation(24)])
     assert fingerprint(shuffled) == trainer.forget_fingerprint
+
+
+def test_the_merged_model_names_no_base_that_lacks_its_requests(tmp_path):
+    model = make_model()
+    model.name_or_path = model.config._name_or_path = "tester/vit-biased"
+    first = unlearned(tmp_path / "one", model, 1, "one")
+    second = unlearned(tmp_path / "two", first.merge_and_unload(), 11, "two")
+    assert "tester/vit-biased" in (tmp_path / "one" / "README.md").read_text()
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "tester/vit-biased" not in card and "the merged model of the request before" in card
+    assert "vit-biased" not in (tmp_path / "two" / "adapter_config.json").read_text()
+    assert [one["request"] for one in second.provenance] == ["one", "two"]
+
+
+def test_an_earlier_adapter_is_merged_before_the_next_request(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    first = unlearned(tmp_path / "one", str(tmp_path / "base"), 1, "one")
+    second = unlearned(tmp_path / "two", str(tmp_path / "one"), 11, "two")
+    assert [one["request"] for one in requests_of(second.merge_and_unload())] == ["one", "two"]
+    assert torch.allclose(logits(second.detach()), logits(first.merge_and_unload()), atol=1e-5)
+    back = undo(second.merge_and_unload(), str(tmp_path / "two"))
+    assert torch.allclose(logits(back), logits(first.merge_and_unload()), atol=1e-4)
+
+
+def test_undo_takes_the_adapter_of_that_run_alone(tmp_path):
+    trainer = unlearned(tmp_path / "one", make_model(), 1, "one", save_strategy="steps", save_steps=3)
+    merged = trainer.merge_and_unload()
+    unlearned(tmp_path / "other", make_model(), 1, "one", learning_rate=0.003)
+    for other in (tmp_path / "one" / "checkpoint-3", tmp_path / "other"):
+        with pytest.raises(ValueError, match="none of the 1"):
+            undo(merged, str(other))
+    assert distance(weights(undo(merged, str(tmp_path / "one"))), weights(make_model())) < 1e-5
+
+
+def test_undo_of_a_named_adapter(tmp_path):
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
+    trainer = unlearned(tmp_path / "one", model, 1, "one")
+    assert 'subfolder="mine"' in (tmp_path / "one" / "README.md").read_text()
+    assert distance(weights(undo(trainer.merge_and_unload(), str(tmp_path / "one"))), weights(make_model())) < 1e-5
+
+
+@pytest.mark.parametrize("more", [{"bias": "all"}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_adapters_that_are_more_than_a_product_are_refused(tmp_path, more):
+    with pytest.raises(ValueError, match="changes more than W"):
+        settings = LoraConfig(r=4, target_modules=["q_proj"], **more)
+        UIBTrainer(make_model(), config(tmp_path), make_rows(seed=1), make_rows(n=16, seed=2), peft_config=settings)

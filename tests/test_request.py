@@ -56,6 +56,26 @@ def test_evidence(answered, pictures):  # noqa: F811
         assert never not in page, never
 
 
+def test_the_auditor_s_command_can_be_pasted():
+    from unlearn import ScriptArguments
+
+    from hf_uib.hub.evidence import _audit_command
+
+    script = ScriptArguments(forget_where=["source=Clinic A; echo x"], test_split="held out", retrained_model="r")
+    assert "--forget_where 'source=Clinic A; echo x'" in _audit_command(script)
+    assert "--test_split 'held out'" in _audit_command(script) and _audit_command(script).endswith(
+        "--retrained RETRAINED"
+    )
+
+
+def test_texts_are_read_as_written(tmp_path):
+    from hf_uib.command_line import _flags_of
+
+    (tmp_path / "r.yaml").write_text("reference: 0017\nwhat: no\ndue: 2031-05-01\nmax_steps: 3\n")
+    flags = _flags_of(str(tmp_path / "r.yaml"), {"reference", "what", "due", "max_steps"})
+    assert flags == ["--reference=0017", "--what=no", "--due=2031-05-01", "--max_steps=3"]
+
+
 def test_hashes_of_the_artefacts(answered):
     import hashlib
 
@@ -86,6 +106,8 @@ BAD = {
     "no reason": (dict(why=None), "has no `why`"),
     "no date": (dict(due=None), "has no `due`"),
     "a date that is none": (dict(due="soon"), "write a date as YYYY-MM-DD"),
+    "a date in another spelling": (dict(due="20261101"), "write a date as YYYY-MM-DD"),
+    "who asks, in a condition": (dict(forget_where=["source=jane@example.org"]), "holds an e-mail address"),
     "who asks, as a field": (dict(requester="me"), "who asks is not stored"),
     "who asks, in the text": (dict(why="jane@example.org withdrew"), "holds an e-mail address"),
     "an unknown field": (dict(priority="high"), "'priority' that is not known"),

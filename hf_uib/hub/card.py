@@ -7,11 +7,9 @@ import re
 from importlib import metadata, resources
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import TrainingArguments
 
 from .. import __version__
 from ..audit.columns import COLUMNS
-from ..config import UIBConfig
 from ..data import fingerprint
 
 FIGURES = ("bias.png", "layers.png", "audit.png", "deep.png")
@@ -23,6 +21,12 @@ ALWAYS = (
     "per_device_train_batch_size",
     "seed",
 )  # shown even where they are the defaults
+# Settings that say nothing of the result: where things go, how they are shown
+SILENT = re.compile(
+    r"hub_|push_to_hub|output_dir|report_to|run_name|project|trackio|logging|log_|save_|eval_|disable_tqdm|dataloader_(num|pin|pers|pref)|"
+    r"do_|resume_|restore_|load_best|metric_for|greater_is|include_|debug|local_rank|ddp_|use_cpu|deepspeed|accelerator_config|"
+    r"parallelism|remove_unused|label_names|skip_memory|prediction_loss|overwrite|past_index|length_column"
+)
 PARTS = {"forget_accuracy": "forget", "retain_accuracy": "retain"}  # what is not there was measured on the test set
 
 
@@ -74,20 +78,69 @@ def groups_table(groups: dict[str, dict]) -> tuple[str, int]:
     for group in worst:
         cells = [groups[m]["every"].get(group) for m in models]
         shown = ["not measured" if c is None else f"{c['value']:.3f} ({c['low']:.3f}, {c['high']:.3f})" for c in cells]
-        rows.append([group, *shown])
+        rows.append([plain(group), *shown])
     return _markdown(["group", *(titles.get(m, m) for m in models)], rows), len(every)
 
 
-def settings_of(args: UIBConfig) -> dict[str, object]:
-    """The settings of the bound that are not the defaults, and those of the optimizer that always matter."""
-    inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - {"gradient_accumulation_steps"}
+def settings_of(trainer) -> dict[str, object]:
+    """The settings that are not the defaults and bear on the result, those that are always shown, and the adapter's."""
     shown = {}
-    for setting in dataclasses.fields(type(args)):
-        value = getattr(args, setting.name)
-        own = setting.name not in inherited and not setting.name.startswith("hub_") and value != setting.default
-        if own or setting.name in ALWAYS:
-            shown[setting.name] = value
-    return shown
+    for setting in dataclasses.fields(type(trainer.args)):
+        value, default = getattr(trainer.args, setting.name), setting.default
+        if setting.default_factory is not dataclasses.MISSING:
+            default = setting.default_factory()
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        told = (
+            plain
+            and not SILENT.match(setting.name)
+            and str(value) != str(default)
+            and not (value is None or default is None and not value)
+        )
+        if told or setting.name in ALWAYS:
+            shown[setting.name] = getattr(value, "value", value)
+    adapter = trainer.model.peft_config[trainer.adapter_name]
+    return shown | {"LoRA": f"r {adapter.r}, alpha {adapter.lora_alpha}, on {len(trainer.layers)} layers"}
+
+
+def used(trainer) -> dict[str, float]:
+    """Strengths that were in force and, in words, where they came from."""
+    found = {}
+    for name in ("noise_to_signal", "prior_strength", "share_kept"):
+        if (value := trainer.statistics.get(name)) is not None:
+            own = getattr(trainer.args, name, None) is None and name != "prior_strength"
+            found[f"{name}{', measured' if own else ' in force'}"] = round(value, 4)
+    return found
+
+
+def results_of(audit) -> dict[str, dict]:
+    """Rows of the table from an audit's figures."""
+    names = {"reference": "original", "model": "UIB"}
+    rows = {}
+    for model in sorted(audit.metrics["test"], key=lambda m: ("reference", "model").index(m) if m in names else 2):
+        seen = {key: cell["value"] for key, cell in audit.metrics["test"][model].items() if key in COLUMNS}
+        for part in ("forget", "retain"):
+            if model in audit.metrics.get(part, {}):
+                seen[f"{part}_accuracy"] = audit.metrics[part][model]["accuracy"]["value"]
+        worst = audit.metrics.get("groups", {}).get(model, {})
+        rows[names.get(model, model)] = seen | ({"worst_group_accuracy": worst["worst"]} if worst.get("every") else {})
+    return rows
+
+
+def plain(text: str) -> str:
+    """Outside text on one line, with nothing in it that Markdown or HTML would read."""
+    return (
+        re.sub(r"([\\`*_\[\]#|<>])", r"\\\1", " ".join(str(text).split()))
+        .replace("\\<", "&lt;")
+        .replace("\\>", "&gt;")
+    )
+
+
+def tried(audit) -> list[str]:
+    """The attacks whose checks were judged."""
+    attacks = {"membership_remains": "membership inference from margins", "head_refit": "a head fitted anew"}
+    judged = {check.name for check in audit.checks if check.fired is not None}
+    deep = ["probes of every block", "relearning", "quantisation and pruning"] if audit.deep else []
+    return [words for name, words in attacks.items() if name in judged] + deep
 
 
 def evaluations(trainer) -> list[EvalResult]:
@@ -139,9 +192,11 @@ def _takes_pictures(trainer) -> bool:
 
 
 def describe_data(trainer) -> list[dict]:
-    """Name, size and fingerprint of every set, never a row."""
-    test = None if isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
-    if test is not None and "eval_dataset" not in trainer.fingerprints:
+    """Name, size and fingerprint of every set, as it was given; never a row."""
+    test = trainer._raw_eval_dataset
+    if test is None or isinstance(test, dict) or not hasattr(test, "__len__"):
+        test = None
+    elif "eval_dataset" not in trainer.fingerprints:
         trainer.fingerprints["eval_dataset"] = fingerprint(test)
     sets = {
         "forget": trainer.forget_dataset,
@@ -179,12 +234,12 @@ def write_card(
         language, license, tags, model_name, finetuned_from, dataset_tags, dataset: as in `transformers.Trainer.create_model_card`.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    base = finetuned_from or hub_id(getattr(model.config, "_name_or_path", None))
+    base = finetuned_from or trainer.base_name
     revision = getattr(model.config, "_commit_hash", None)
     repository = trainer.hub_model_id or trainer.args.hub_model_id
-    if repository and merged and trainer.args.hub_artifact == "both":
-        repository += "-merged"
     title = model_name or (repository or os.path.basename(os.path.abspath(trainer.args.output_dir))).split("/")[-1]
+    if repository and merged:  # which of an adapter's repository is not the merged model's
+        repository = {"both": f"{repository}-merged", "merged": repository}.get(trainer.args.hub_artifact)
     data_sets = describe_data(trainer)
     chain = trainer.provenance
     energy = emissions(trainer)
@@ -217,8 +272,6 @@ def write_card(
         tags=list(dict.fromkeys(own_tags + ([tags] if isinstance(tags, str) else tags or []))),
         **{key: value for key, value in extra.items() if value is not None},
     )
-    settings = settings_of(trainer.args)
-    measured = {name: trainer.statistics.get(name) for name in ("noise_to_signal", "prior_strength", "share_kept")}
     card = ModelCard.from_template(
         card_data,
         template_str=resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8"),
@@ -227,22 +280,28 @@ def write_card(
         base=base,
         revision=revision,
         repository=repository or "THIS_REPOSITORY",
-        request=trainer.request,
+        request=plain(trainer.request) or "the examples of the forget set",
         data_sets=data_sets,
         dataset=dataset or dataset_tags or trainer.dataset_name,
-        earlier=chain[:-1],
-        prior=trainer.args.prior,
+        earlier=[one | {"request": plain(one["request"])} for one in chain[:-1]],
+        prior=type(trainer.prior).__name__,
+        calibrated=trainer.calibration_dataset is not None
+        and getattr(trainer.prior, "level", None) is not None
+        and getattr(trainer.prior, "target", None) is None,
+        retained=trainer.retain_dataset is not None,
+        subfolder=None if trainer.adapter_name == "default" else trainer.adapter_name,
         steps=trainer.state.global_step,
-        settings=settings,
-        measured={name: round(value, 4) for name, value in measured.items() if value is not None},
-        pattern_z=trainer.statistics.get("pattern_z"),
+        settings=settings_of(trainer),
+        used=used(trainer),
+        pattern_z=trainer.statistics.get("pattern_z") if trainer.compared else None,
         table=results_table(trainer.results),
-        has_oracle="retrained" in trainer.results,
+        has_oracle=any(name.startswith("retrained") for name in trainer.results),
         groups=groups,
         group_count=group_count,
         worst=WORST,
         figures=[name for name in FIGURES if os.path.isfile(os.path.join(folder, name))],
         audit=audit,
+        tried=tried(audit) if audit else [],
         energy=energy,
         license=license,
         auto_class="AutoModelForImageClassification" if picture else "AutoModelForSequenceClassification",

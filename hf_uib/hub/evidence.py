@@ -4,12 +4,13 @@ import base64
 import datetime
 import hashlib
 import os
+import shlex
 from importlib import metadata, resources
 
 import jinja2
 
 from .. import __version__
-from .card import FIGURES, PACKAGES, describe_data, hub_id, settings_of, table_of
+from .card import FIGURES, PACKAGES, describe_data, hub_id, settings_of, table_of, used
 
 ARTEFACTS = (".safetensors", "config.json", "report.json", "audit.json")
 
@@ -23,6 +24,8 @@ def write_evidence(trainer, script, folder: str) -> str:
         folder: the run's; the figures and artefacts in it are taken up.
     """
     done = datetime.date.today()
+    audit = trainer.audit_report
+    judged = [check for check in audit.checks if check.fired is not None] if audit else []
     figures = []
     for name in FIGURES[:2]:  # the others show what the tables say
         if os.path.isfile(os.path.join(folder, name)):
@@ -34,7 +37,7 @@ def write_evidence(trainer, script, folder: str) -> str:
     page = environment.from_string(template).render(
         request=script,
         done=done.isoformat(),
-        late=done.isoformat() > script.due,
+        late=done > datetime.date.fromisoformat(script.due),
         model=hub_id(script.model_name_or_path) or os.path.basename(script.model_name_or_path.rstrip("/")),
         dataset=hub_id(script.dataset_name) or os.path.basename(script.dataset_name.rstrip("/")),
         base_fingerprint=trainer.base_fingerprint,
@@ -42,11 +45,15 @@ def write_evidence(trainer, script, folder: str) -> str:
         earlier=trainer.provenance[:-1],
         header=header,
         rows=rows,
-        has_oracle="retrained" in trainer.results,
-        audit=trainer.audit_report,
+        has_oracle=any(name.startswith("retrained") for name in trainer.results),
+        audit=audit,
+        judged=len(judged),
+        retained=trainer.retain_dataset is not None,
+        prior=type(trainer.prior).__name__,
+        command=_audit_command(script),
         figures=figures,
         artefacts=_artefacts(folder),
-        settings=settings_of(trainer.args),
+        settings=settings_of(trainer) | used(trainer),
         steps=trainer.state.global_step,
         versions={"hf_uib": __version__, **{name: metadata.version(name) for name in PACKAGES}},
     )
@@ -55,6 +62,25 @@ def write_evidence(trainer, script, folder: str) -> str:
         file.write(page)
     os.replace(f"{path}.tmp", path)
     return path
+
+
+def _audit_command(script) -> str:
+    """What an auditor pastes to check the merged model again."""
+    words = [
+        "python",
+        "scripts/audit.py",
+        "--model",
+        "merged",
+        "--reference",
+        "MODEL_BEFORE",
+        "--dataset_name",
+        "DATA",
+    ]
+    words += ["--forget_where", *map(shlex.quote, script.forget_where)]
+    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column"):
+        if value := getattr(script, flag):
+            words += [f"--{flag}", shlex.quote(value)]
+    return " ".join(words + (["--retrained", "RETRAINED"] if script.retrained_model else []))
 
 
 def _artefacts(folder: str) -> list[dict]:

@@ -27,7 +27,7 @@ def upload_copy(api: HfApi, folder: str, **settings) -> Future:
         settings: of `HfApi.upload_folder`.
     """
     copied = tempfile.mkdtemp()
-    hidden = shutil.ignore_patterns("_*", f"{PREFIX_CHECKPOINT_DIR}-*", MERGED, TRAINING_ARGS_NAME)
+    hidden = shutil.ignore_patterns("_*", f"{PREFIX_CHECKPOINT_DIR}-*", MERGED, TRAINING_ARGS_NAME, "evidence.html")
     shutil.copytree(folder, copied, ignore=hidden, dirs_exist_ok=True)
     _drop_paths(copied)
     job = api.upload_folder(folder_path=copied, run_as_future=True, **settings)
