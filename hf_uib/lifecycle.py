@@ -46,6 +46,10 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     """
     merged = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
     record = _state_of(adapter)["record"]
+    if not record["from_zero"]:
+        raise ValueError(
+            f"{adapter} held what the checkpoint had learned too; go back to the checkpoint it began with instead."
+        )
     done = requests_of(merged)
     kept = [other for other in done if any(other[key] != record[key] for key in SAME)]
     if len(kept) == len(done):

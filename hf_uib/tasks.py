@@ -11,6 +11,7 @@ from functools import partial
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -406,6 +407,7 @@ def fit(model: nn.Module, dataset, task: Task, steps: int, output_dir: str, seed
         warmup_steps=steps // 20,
         remove_unused_columns=False,
         save_strategy="no",
+        use_cpu=not torch.accelerator.is_available(),  # without it two CPU processes would become two runs
         seed=seed,
         label_names=["labels"],
         logging_steps=10**6,

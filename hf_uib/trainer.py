@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from datasets import IterableDataset
 from huggingface_hub import HfApi
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -148,6 +148,9 @@ class UIBTrainer(Trainer):
 
         # 3. Adapter: the mean of the posterior
         model = adapters.attach_adapter(model, peft_config, args.subspace_rank)
+        fresh = adapters.is_fresh(adapters.lora_layers(model), adapters.adapter_name(model))
+        # What a checkpoint that comes with a trained adapter had learned in it
+        self._learned = None if fresh else copy.deepcopy(get_peft_model_state_dict(model))
         adapters.freeze_factors(model, args.trainable_factors)
         adapters.freeze_running_statistics(model)
         if hasattr(model, "add_model_tags"):
@@ -939,14 +942,20 @@ class UIBTrainer(Trainer):
                 self.accelerator.unwrap_model(self.model), of_the_adapter=True
             ),
             "adapter_name": self.adapter_name,
+            "from_zero": self._learned is None,
             "date": datetime.date.today().isoformat(),
             "hf_uib": __version__,
         }
         return [*requests_of(self.model), record]
 
     def detach(self) -> PreTrainedModel:
-        """The model as it was before, to the bit. The trainer's stays."""
-        return detached(self.accelerator.unwrap_model(self.model))
+        """The model as it was before, to the bit (where it came with a trained adapter: with that merged). The trainer's stays."""
+        adapted = self.accelerator.unwrap_model(self.model)
+        if self._learned is None:
+            return detached(adapted)
+        before = copy.deepcopy(adapted)
+        set_peft_model_state_dict(before, self._learned, adapter_name=self.adapter_name)
+        return before.merge_and_unload()
 
     def merge_and_unload(self) -> PreTrainedModel:
         """A plain model with the adapter merged into its weights: the artefact for deletion duties. The trainer's stays.
@@ -1010,6 +1019,7 @@ class UIBTrainer(Trainer):
         from .audit.core import audit_model
 
         settings.setdefault("processing_class", self.processing_class)
+        settings.setdefault("reference_model", None if self._learned is None else self.detach())
         self.audit_report = audit_model(
             self.accelerator.unwrap_model(self.model),
             forget_dataset=self.forget_dataset,

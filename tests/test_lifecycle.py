@@ -166,3 +166,19 @@ def test_adapters_that_are_more_than_a_product_are_refused(tmp_path, more):
     with pytest.raises(ValueError, match="changes more than W"):
         settings = LoraConfig(r=4, target_modules=["q_proj"], **more)
         UIBTrainer(make_model(), config(tmp_path), make_rows(seed=1), make_rows(n=16, seed=2), peft_config=settings)
+
+
+def test_a_checkpoint_with_a_trained_adapter(tmp_path):
+    """What it had learned in its adapter is part of it: of `detach`, of the audit's reference, and nothing to undo."""
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    before = logits(model)
+    assert not torch.allclose(before, logits(make_model()), atol=0.05)
+    trainer = unlearned(tmp_path, model, 1, "one")
+    assert torch.allclose(logits(trainer.detach()), before, atol=1e-5)
+    seen = trainer.audit(make_rows(n=60, seed=4)).metrics["forget"]["reference"]["accuracy"]["value"]
+    rows = make_rows(n=24, seed=1)
+    with torch.no_grad():
+        told = trainer.detach()(pixel_values=rows["pixel_values"][:]).logits.argmax(-1)
+    assert seen == pytest.approx((told == rows["labels"][:]).float().mean().item(), abs=1e-6)
+    with pytest.raises(ValueError, match="go back to the checkpoint"):
+        undo(trainer.merge_and_unload(), str(tmp_path))

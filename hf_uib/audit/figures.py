@@ -2,11 +2,8 @@
 
 import os
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import numpy as np
+from matplotlib.figure import Figure  # without pyplot, whose backend is the user's
 
 INK, MUTED, OURS = "#222222", "#9aa5b1", "#2166ac"
 PANELS = {
@@ -30,7 +27,7 @@ def draw_bias(
     """
     panels = [p for p in PANELS if any(p in row for row in results.values())][:3]
     rows = 2 if images else 1
-    figure = plt.figure(figsize=(3.2 * max(len(panels), 2), 2.6 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * max(len(panels), 2), 2.6 * rows + 0.4), layout="constrained")
     parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]
     if images:
         parts[0].suptitle("test pictures: label, then prediction before → after", fontsize=10, color=INK)
@@ -65,7 +62,8 @@ def draw_bias(
 def draw_layers(layers: list[dict], folder: str) -> str:
     """``layers.png``: nats of the bound by layer, "where the bias lived"."""
     names = [entry["layer"] for entry in layers]
-    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.2 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7, 0.6 + 0.2 * len(names)), layout="constrained")
+    axis = figure.subplots()
     axis.barh(names, [entry["nats"] for entry in layers], color=OURS)
     axis.invert_yaxis()
     axis.set_xlabel("R(l): nats that the adapter took from the retained data", fontsize=9, color=INK)
@@ -81,7 +79,7 @@ def draw_audit(metrics: dict, checks: list, folder: str) -> str:
     wanted += [("forget", "accuracy"), ("membership", "auc")]
     models = list(metrics["test"])
     panels = [(topic, k) for topic, k in wanted if all(k in metrics[topic].get(m, {}) for m in models)]
-    figure = plt.figure(
+    figure = Figure(
         figsize=(2.7 * max(len(panels), 3), 1.9 + 0.25 * len(models) + 0.24 * len(checks)), layout="constrained"
     )
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.2 + 0.25 * len(models), 0.7 + 0.24 * len(checks)])
@@ -111,7 +109,8 @@ def draw_audit(metrics: dict, checks: list, folder: str) -> str:
 
 def draw_deep(deep: dict, folder: str) -> str:
     """``deep.png``: the linear probe by block, and how the bias comes back with 1% of the forget set."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     colour = lambda name: {"model": OURS, "reference": "#b2182b"}.get(name, MUTED)  # noqa: E731
     for name, blocks in deep["probes"].items():
         left.plot(
@@ -134,5 +133,4 @@ def draw_deep(deep: dict, folder: str) -> str:
 def _save(figure, folder: str, name: str) -> str:
     path = os.path.join(folder, name)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
