@@ -618,7 +618,9 @@ class UIBTrainer(Trainer):
             self.retain_dataset is not None and self.args.prior_subspace == "contrast"
         )  # else there is no pattern_z
         drawn = compared and not self.removed_classes and self.statistics["pattern_z"] < PATTERN_Z
-        if self.calibration_dataset is None or not drawn:
+        if (
+            self.calibration_dataset is None or not drawn or self.args.load_best_model_at_end
+        ):  # that one was chosen as it is
             return
         sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
         ends = {name: self._factors(name)[1].detach().clone() for name in self.layers}

@@ -215,8 +215,15 @@ def test_model_by_folder(tmp_path):
     trainer = make_trainer(tmp_path / "out", model=str(tmp_path / "ckpt"))
     trainer.train()
     trainer.save_model()
-    again = make_trainer(tmp_path / "again", model=str(tmp_path / "out"))  # an adapter folder finds its base
-    assert same(adapter_weights(trainer), adapter_weights(again))
+    again = make_trainer(
+        tmp_path / "again", model=str(tmp_path / "out")
+    )  # an adapter folder finds its base, and is merged
+    rows = make_rows(n=16, seed=2)["pixel_values"][:]
+    with torch.no_grad():
+        told = [one.model.eval()(pixel_values=rows).logits for one in (trainer, again)]
+        assert torch.allclose(*told, atol=1e-4)
+        assert not torch.allclose(told[0], make_model().eval()(pixel_values=rows).logits, atol=1e-2)
+    assert not any(weight.any() for name, weight in adapter_weights(again).items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("factors, at", [("B", 3), ("B", 4), ("both", 3)])
