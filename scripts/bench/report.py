@@ -1,6 +1,7 @@
 """Markdown tables and figures, from the results files alone."""
 
 import os
+import re
 
 import numpy as np
 
@@ -339,9 +340,21 @@ def write_report() -> None:
         )  # fmt: skip
     table = "\n".join(task_table("digits-colour", cells.read(cells.RESULTS), MAIN)[1:]).strip()
     _between_marks(os.path.join(DOCS, "..", "README.md"), table)
+    _printed_numbers(os.path.join(DOCS, "..", "README.md"))
     _between_marks(os.path.join(DOCS, "research.md"), "\n".join(research.table()).strip())
     _between_marks(os.path.join(DOCS, "lifecycle.md"), "\n".join(lifecycle.lifecycle_table()).strip())
     print(body)
+
+
+def _printed_numbers(path: str) -> None:
+    """The comment of the README's first block."""
+    rows = by_method(cells.read(cells.RESULTS), "digits-colour")
+    before, after, target = (mean(rows[m], "follow_rate") for m in ("original", "uib", "retrained"))
+    with open(path, encoding="utf-8") as file:
+        page = file.read()
+    told = f"# digits of other hues: follow rate {before:.3f} before, {after:.3f} after, {target:.3f} retrained"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(re.sub("# digits of other hues: .*", told, page))
 
 
 def _between_marks(path: str, table: str) -> None:
