@@ -44,6 +44,16 @@ def table_of(results: dict[str, dict]) -> tuple[list[tuple[str, str]], list[tupl
     return [COLUMNS[n] for n in names], rows
 
 
+def has_oracle(results: dict[str, dict]) -> bool:
+    """Whether a model retrained without the forget set is among the rows of the table."""
+    return any(name.startswith("retrained") for name in results)
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of those it stands on."""
+    return {"hf_uib": __version__, **{name: metadata.version(name) for name in PACKAGES}}
+
+
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -89,9 +99,9 @@ def settings_of(trainer) -> dict[str, object]:
         value, default = getattr(trainer.args, setting.name), setting.default
         if setting.default_factory is not dataclasses.MISSING:
             default = setting.default_factory()
-        plain = value is None or isinstance(value, (bool, int, float, str))
+        simple = value is None or isinstance(value, (bool, int, float, str))
         told = (
-            plain
+            simple
             and not SILENT.match(setting.name)
             and str(value) != str(default)
             and not (value is None or default is None and not value)
@@ -295,7 +305,7 @@ def write_card(
         used=used(trainer),
         pattern_z=trainer.statistics.get("pattern_z") if trainer.compared else None,
         table=results_table(trainer.results),
-        has_oracle=any(name.startswith("retrained") for name in trainer.results),
+        has_oracle=has_oracle(trainer.results),
         groups=groups,
         group_count=group_count,
         worst=WORST,
@@ -306,6 +316,6 @@ def write_card(
         license=license,
         auto_class="AutoModelForImageClassification" if picture else "AutoModelForSequenceClassification",
         paper=trainer._paper,
-        versions={"hf_uib": __version__, **{name: metadata.version(name) for name in PACKAGES}},
+        versions=versions(),
     )
     card.save(os.path.join(folder, "README.md"))

@@ -5,12 +5,11 @@ import datetime
 import hashlib
 import os
 import shlex
-from importlib import metadata, resources
+from importlib import resources
 
 import jinja2
 
-from .. import __version__
-from .card import FIGURES, PACKAGES, describe_data, hub_id, settings_of, table_of, used
+from .card import FIGURES, describe_data, has_oracle, hub_id, settings_of, table_of, used, versions
 
 ARTEFACTS = (".safetensors", "config.json", "report.json", "audit.json")
 
@@ -45,7 +44,7 @@ def write_evidence(trainer, script, folder: str) -> str:
         earlier=trainer.provenance[:-1],
         header=header,
         rows=rows,
-        has_oracle=any(name.startswith("retrained") for name in trainer.results),
+        has_oracle=has_oracle(trainer.results),
         audit=audit,
         judged=len(judged),
         retained=trainer.retain_dataset is not None,
@@ -55,7 +54,7 @@ def write_evidence(trainer, script, folder: str) -> str:
         artefacts=_artefacts(folder),
         settings=settings_of(trainer) | used(trainer),
         steps=trainer.state.global_step,
-        versions={"hf_uib": __version__, **{name: metadata.version(name) for name in PACKAGES}},
+        versions=versions(),
     )
     path = os.path.join(folder, "evidence.html")
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
