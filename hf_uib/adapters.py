@@ -254,6 +254,7 @@ class NoiseChannel:
         self.noise: dict[str, Tensor] = {}
         self.positions: Tensor | None = None  # of the rows of the next forward, [n]; None: one after the other
         self.mixed: dict[str, Tensor] = {}
+        self.on_patches = {name: isinstance(layer.get_base_layer(), nn.Conv2d) for name, layer in layers.items()}
         self.handles = []
         for name, layer in layers.items():
             if reads is None:
@@ -280,8 +281,10 @@ class NoiseChannel:
                 return None
             mixed = self.mixed.pop(name)
             read = self.reads[name].to(mixed.dtype)
-            if mixed.ndim == 4:
+            if self.on_patches[name]:
                 return output + F.conv2d(mixed, read[:, :, None, None])
+            if mixed.ndim == 3:  # in place: an output is a large thing to copy
+                return output.baddbmm_(mixed, read.T.expand(len(mixed), *read.T.shape))
             return torch.addmm(output.flatten(0, -2), mixed.flatten(0, -2), read.T).view(output.shape)
 
         return hook
@@ -292,7 +295,7 @@ class NoiseChannel:
                 return None
             (x, *rest), base = inputs, module.get_base_layer()
             subspace = self.subspaces[name].to(x.dtype)
-            if not isinstance(base, nn.Conv2d):
+            if not self.on_patches[name]:
                 return x + self._mix(name, F.linear(x, subspace)) @ subspace, *rest
             kernel = subspace.view(len(subspace), *base.weight.shape[1:])
             mixed = self._mix(name, F.conv2d(x, kernel, None, base.stride, 0, base.dilation))
@@ -302,15 +305,17 @@ class NoiseChannel:
         return hook
 
     def _mix(self, name: str, code: Tensor) -> Tensor:
-        """``kappa G`` of each row's draw applied to its codes, ``[n, ..., k]`` or ``[n, k, h, w]``."""
+        """``kappa G`` of each row's draw applied to its codes, ``[n, ..., k]`` or, on patches, ``[n, k, h, w]``."""
         noise = self.noise[name][self._draws(code)].to(code.dtype)
-        if code.ndim == 4:
+        if self.on_patches[name]:
             return torch.bmm(code.flatten(2).mT, noise).mT.reshape(code.shape)
         return torch.bmm(code.reshape(len(code), -1, code.shape[-1]), noise).view(code.shape)
 
     def _draws(self, x: Tensor) -> Tensor:
         rows = torch.arange(len(x), device=x.device) if self.positions is None else self.positions
-        if len(rows) != len(x):  # windows of a picture, one after the other
+        if len(x) % len(rows):  # no examples, but something all of them share: a table of relative positions
+            rows = torch.arange(len(x), device=x.device)
+        elif len(rows) != len(x):  # windows of a picture, one after the other
             rows = rows.repeat_interleave(len(x) // len(rows))
         return rows % self.DRAWS
 

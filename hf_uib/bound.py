@@ -84,33 +84,66 @@ def channel_kl(
 
         KL = k/2 (tr S_0^-1 S - out + log det S_0 - log det S) + tr (M - M_0)' S_0^-1 (M - M_0) / 2
 
-    Everything is done in ``[k, k]`` (Woodbury's identity), in float64 where the device has it, all layers at once.
+    Only thin products of ``M_0`` and ``D = M - M_0`` are formed (Woodbury's identity), so that no digits are lost near the mean;
+    what is left is ``[k, k]``, all layers at once, in float64 where the device has it.
 
     Args:
-        reads, prior_reads: M and M_0 of each layer.
+        reads, prior_reads: M and M_0 of each layer; differentiable in M alone.
         ranks: ``[layers]``, how many rows of V are not zero.
         width: per direction of the subspace; floors: ``[layers]``, positive.
 
     Returns:
         ``[layers]``, in nats.
     """
-    dtype = reads[0].dtype
-    wide = torch.float32 if reads[0].device.type == "mps" else torch.float64
-    reads, prior_reads = [m.to(wide) for m in reads], [m.to(wide) for m in prior_reads]
-    gram, prior_gram = torch.stack([m.T @ m for m in reads]), torch.stack([m.T @ m for m in prior_reads])
-    cross = torch.stack([m0.T @ m for m, m0 in zip(reads, prior_reads, strict=True)])
-    ratio = (width**2 / floors.to(wide) ** 2)[:, None, None]
-    eye = torch.eye(gram.shape[-1], dtype=wide, device=gram.device)
-    prior_factor, factor = (torch.linalg.cholesky_ex(eye + ratio * g).L for g in (prior_gram, gram))
-    log_det = lambda f: 2 * f.diagonal(dim1=1, dim2=2).log().sum(1)  # noqa: E731
-    trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)  # noqa: E731
-    shrunk = lambda m: trace(torch.cholesky_solve(m, prior_factor)) * ratio[:, 0, 0]  # noqa: E731
-    excess = ratio[:, 0, 0] * trace(gram) - shrunk(ratio * cross @ cross.mT + prior_gram)
-    toward = cross - prior_gram
-    distance = trace(gram) - 2 * trace(cross) + trace(prior_gram)
-    squared = (distance - shrunk(toward @ toward.mT)) / floors.to(wide) ** 2
-    nats = ranks.to(wide) / 2 * (excess + log_det(prior_factor) - log_det(factor)) + squared / 2
-    return nats.to(dtype)
+    with torch.autocast(reads[0].device.type, enabled=False):
+        return _ChannelKL.apply(width, ranks, floors, *prior_reads, *reads)
+
+
+class _ChannelKL(torch.autograd.Function):
+    """`channel_kl` with its gradient in closed form, thin as well: autograd would walk through a dozen small matrices a layer,
+    which is felt in every step of a small model."""
+
+    @staticmethod
+    def forward(ctx, width: float, ranks: Tensor, floors: Tensor, *matrices: Tensor) -> Tensor:
+        """``[layers]``; ``matrices`` are all M_0, then all M."""
+        layers, k, device = len(matrices) // 2, matrices[0].shape[1], matrices[0].device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        alike: dict[torch.Size, list[int]] = {}  # layers of one shape are multiplied together
+        for i, m in enumerate(matrices[layers:]):
+            alike.setdefault(m.shape, []).append(i)
+        products, factors = torch.empty(layers, 2 * k, 2 * k, dtype=wide, device=device), []
+        for members in alike.values():
+            prior = torch.stack([matrices[i] for i in members])
+            both = torch.cat([prior, torch.stack([matrices[layers + i] for i in members]) - prior], 2)  # M_0, D
+            products[members] = (both.mT @ both).to(wide)
+            factors.append(both)
+        gram, along, moved = products[:, :k, :k], products[:, :k, k:], products[:, k:, k:]  # M_0'M_0, M_0'D, D'D
+        ranks, squares = ranks.to(wide), floors.to(wide) ** 2
+        ratio, eye = width**2 / squares[:, None, None], torch.eye(k, dtype=wide, device=device)
+        roots = [torch.linalg.cholesky_ex(eye + ratio * g).L for g in (gram, gram + along + along.mT + moved)]
+        inverse, own_inverse = map(torch.cholesky_inverse, roots)
+        shrunk = inverse @ along  # S_0^-1 D = (D - ratio M_0 shrunk) / floor^2
+        trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)  # noqa: E731
+        log_det, own_log_det = (2 * root.diagonal(dim1=1, dim2=2).log().sum(1) for root in roots)
+        squared = trace(moved - ratio * along.mT @ shrunk)
+        excess = ratio[:, 0, 0] * (2 * trace(shrunk) + squared)
+        # The gradient, ranks width^2 (S_0^-1 - S^-1) M + S_0^-1 D, is M_0 and D times these
+        ranked, inner = ranks[:, None, None] * ratio, 1 / squares[:, None, None]
+        of_prior = ranked * (inverse - ratio * shrunk - own_inverse) - ratio * inner * shrunk
+        ctx.alike, ctx.coefficients = alike, torch.cat([of_prior, ranked * (eye - own_inverse) + inner * eye], 1)
+        ctx.save_for_backward(*factors)
+        return (ranks / 2 * (excess + log_det - own_log_det) + squared / squares / 2).to(matrices[0].dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        """In M alone."""
+        layers = len(grad)
+        gradients: list[Tensor | None] = [None] * (3 + 2 * layers)
+        coefficients = (ctx.coefficients * grad[:, None, None]).to(grad.dtype)
+        for members, both in zip(ctx.alike.values(), ctx.saved_tensors, strict=True):
+            for i, part in zip(members, both @ coefficients[members], strict=True):
+                gradients[3 + layers + i] = part
+        return tuple(gradients)
 
 
 def capacity(noise_to_signal: float) -> float:

@@ -47,6 +47,8 @@ PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set 
 UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
 )
+SILENT = 1e-3  # of the mean input's length: rounding
+TINY = 1e-6
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 MERGED_ERROR = 0.01  # of the largest logit
 
@@ -278,10 +280,13 @@ class UIBTrainer(Trainer):
         self.mean_inputs = {name: layer.mean_input().float() for name, layer in stats.items()}
         self.energy = {name: contrast.energy(layer) for name, layer in stats.items()}
         along = self._pattern_rms(subspaces)
-        # What one unit of V_l x has to be multiplied with to be as large as the layer's output
-        self.unit_width = {
-            name: (layer.signal().float() / along[name].clamp_min(1e-12)).float() for name, layer in stats.items()
-        }
+        # What one unit of V_l x has to be multiplied with to be as large as the layer's output; where hardly anything but the mean
+        # comes in, there is no channel to speak of, and the mean gives the unit
+        self.unit_width = {}
+        for name, layer in stats.items():
+            mean = self.mean_inputs[name].norm()
+            along[name] = torch.where(along[name] > SILENT * mean, along[name], mean)
+            self.unit_width[name] = layer.signal().float().clamp_min(TINY) / along[name].clamp_min(TINY)
         self.model.train(training)
         return subspaces
 

@@ -22,6 +22,10 @@ ARCHITECTURES = {
     "vit": IMAGE | SMALL,
     "deit": IMAGE | SMALL,
     "dinov2": IMAGE | SMALL | {"mlp_ratio": 2},
+    # Linear layers on [n, h, w, c], and on tables that all examples share
+    "convnext": IMAGE | {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2},
+    "swinv2": IMAGE | {"patch_size": 1, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "deberta-v2": TEXT | SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "bert": TEXT | SMALL,
     "roberta": TEXT | SMALL,
     "electra": TEXT | SMALL | {"embedding_size": 12},
@@ -43,9 +47,14 @@ def make_model(architecture: str = "vit", num_labels: int = 3, seed: int = 0, **
         architecture, **(ARCHITECTURES[architecture] | {"num_labels": num_labels} | settings)
     )
     kind = "Image" if "image_size" in ARCHITECTURES[architecture] else "Sequence"
-    prefix = {"vit": "ViT", "deit": "DeiT", "distilbert": "DistilBert", "roberta": "Roberta"}.get(
-        architecture, architecture.title()
-    )
+    names = {
+        "vit": "ViT",
+        "deit": "DeiT",
+        "convnext": "ConvNext",
+        "deberta-v2": "DebertaV2",
+        "distilbert": "DistilBert",
+    }
+    prefix = names.get(architecture, architecture.title())
     model = getattr(transformers, f"{prefix}For{kind}Classification")(config)
     for parameter in model.parameters():  # far from init, so that layers matter
         if parameter.ndim == 2:

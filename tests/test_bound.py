@@ -74,6 +74,16 @@ def test_the_channel_kl_keeps_its_digits_near_the_mean():
     torch.testing.assert_close(single(near, read).double(), expected, rtol=1e-5, atol=0)
 
 
+def test_the_gradient_of_the_channel_kl_is_its_finite_difference():
+    g = torch.Generator().manual_seed(3)
+    prior_reads = [new(g, 5, 3), new(g, 4, 3), new(g, 5, 3)]
+    reads = [(m + 0.3 * new(g, *m.shape)).requires_grad_() for m in prior_reads]
+    ranks, floors = torch.tensor([3, 2, 3]), torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)
+    for width in (0.0, 0.7):
+        nats = lambda *matrices: bound.channel_kl(list(matrices), prior_reads, ranks, width, floors)  # noqa: E731, B023
+        assert torch.autograd.gradcheck(nats, reads, rtol=1e-6)
+
+
 def test_margin_is_the_log_odds():
     logits = torch.randn(7, 4, dtype=torch.float64)
     labels = torch.randint(0, 4, (7,))

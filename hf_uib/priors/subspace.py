@@ -83,17 +83,22 @@ def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> di
     return statistics
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer below an adapter, or the layer itself."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """The inputs of a linear layer, or of a convolution seen as a linear layer on patches, one a row: ``[tokens, d_in]``."""
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    base = base_of(module)
     if isinstance(base, nn.Conv2d):
         return F.unfold(x, base.kernel_size, base.dilation, base.padding, base.stride).transpose(1, 2).flatten(0, 1)
     return x.flatten(0, -2)
 
 
-def output_rows(y: Tensor) -> Tensor:
-    """Outputs or their gradients, one a row: ``[tokens, d_out]``. Four dimensions are a convolution's channels and places."""
-    return y.flatten(2).transpose(1, 2).flatten(0, 1) if y.ndim == 4 else y.flatten(0, -2)
+def output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """Its outputs or their gradients, one a row: ``[tokens, d_out]``."""
+    return y.flatten(2).transpose(1, 2).flatten(0, 1) if isinstance(base_of(module), nn.Conv2d) else y.flatten(0, -2)
 
 
 @contextmanager
@@ -103,7 +108,7 @@ def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatist
     def hook_of(stats: LayerStatistics):
         def hook(module, inputs, output):
             x = input_rows(module, inputs[0].detach()).float()
-            signal = output_rows(output.detach()).float()
+            signal = output_rows(module, output.detach()).float()
             if stats.bias is not None:
                 signal = signal - stats.bias.detach().float()
             if stats.basis is None:
@@ -112,13 +117,13 @@ def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatist
                 stats.tokens += len(x)
 
             def on_gradient(gradient):
-                g = output_rows(gradient).float()
+                g = output_rows(module, gradient).float()
                 if stats.basis is not None:
                     stats.range += weight * (g.T @ (x @ stats.basis))
                     return
                 g = g if stats.sketch is None else g @ stats.sketch.T
                 stats.chunk += weight * (g.T @ x)
-                if stats.direction is not None:
+                if stats.direction is not None and len(x) % len(scores) == 0:  # else what all examples share
                     scores.add_(((g @ stats.direction) * x).sum(1).view(len(scores), -1).sum(1))
 
             output.register_hook(on_gradient)
