@@ -212,10 +212,11 @@ class UIBTrainer(Trainer):
     # ---- Section 3: the dynamic prior -------------------------------------------------------------------------------
 
     def _build_prior(self, args: UIBConfig) -> Prior:
-        if args.prior == "calibrated":
-            fitted = self.calibration_dataset is None and self.retain_dataset is not None and not self.removed_classes
-            return CalibratedPrior(target=args.forget_target, fitted=fitted)
-        return PRIORS[args.prior]()
+        kind = PRIORS[args.prior]
+        if not issubclass(kind, CalibratedPrior):
+            return kind()
+        fitted = self.calibration_dataset is None and self.retain_dataset is not None and not self.removed_classes
+        return kind(target=args.forget_target, fitted=fitted)
 
     def _hold_out(self, args: UIBConfig) -> set[int]:
         """Rows of the retained data that stand in for a calibration set while the prior acts."""

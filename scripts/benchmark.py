@@ -6,6 +6,7 @@ python scripts/benchmark.py --fashion_mnist ../shared/data/fashion_mnist ...    
 python scripts/benchmark.py --suite gpu               # step time and memory at ViT-B and BERT-base size in bf16
 python scripts/benchmark.py --cost | --processes | --scaling | --audit  # a step, one and two processes, the statistics pass; fakes
 python scripts/benchmark.py --research                # what the defaults rest on, and what was tried without gain
+python scripts/benchmark.py --truth                   # probes, a new head, relearning and rounded weights of every method
 python scripts/benchmark.py --lifecycle               # three requests one after the other, an audit after each, one undone
 python scripts/benchmark.py --report
 """
@@ -14,7 +15,7 @@ import argparse
 import os
 import tempfile
 
-from bench import audits, cells, cost, lifecycle, report, research
+from bench import audits, cells, cost, lifecycle, report, research, truth
 
 
 def smoke(options) -> None:
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--cost_cell", nargs=4, help="used by --cost: variant, model, retained and forget examples")
     parser.add_argument("--audit", action="store_true", help="audit planted fakes and retrained models instead")
     parser.add_argument("--research", action="store_true", help="vary one setting at a time, on validation folds")
+    parser.add_argument("--truth", action="store_true", help="probe, relearn and round every method's model")
     parser.add_argument("--lifecycle", action="store_true", help="three requests in a row, and one undone")
     parser.add_argument("--report", action="store_true", help="write the tables from the results")
     options = parser.parse_args()
@@ -69,6 +71,8 @@ def main() -> None:
         audits.run_audit(options)
     elif options.research:
         research.run_research(options)
+    elif options.truth:
+        truth.run_truth(options)
     elif options.lifecycle:
         lifecycle.run_lifecycle(options)
     elif options.report:

@@ -61,7 +61,11 @@ def test_targets_and_ranks_and_hosting():
     )
     ranked = [line for line in report.rank_table(filled) if line.startswith("| ") and "**" in line][1:]
     assert ranked[0] == "| **UIB** | 1.0 | **1.00** | 1 |" and ranked[3].startswith("| NegGrad+ | 4.0")
-    assert "**0.700, 0.040 → 0.750, 0.030**" in "\n".join(report.hosting_table(made))
+    hosting = "\n".join(report.hosting_table(made))
+    assert "**0.700, 0.040, 0.700 (8.0) → 0.750, 0.030, 0.750 (4.3)**" in hosting
+    assert "Of 1 pairs UIB + X is better in both on 1, and falls less short of the retrained model on 1." in hosting
+    fifth = [*made, *(bias_cell("uib_fifth", s, 0.83, 0.015) for s in range(3))]
+    assert "| — a fifth of the steps | 0.830 / 0.810 | 0.015" in report.target_table(fifth)[-2]
     table = "\n".join(report.task_table("fashion-random", made))
     assert "| 0.50 | 0.980 |" in table and "| 2.50 | 0.900 |" in table  # average gap, tug-of-war
     assert "| SCRUB | not run |" in table

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.func import functional_call, jacrev
 
-from hf_uib import UIBTrainer
+from hf_uib import UIBTrainer, bound
 from hf_uib.data import labels_of, removed_classes
 from hf_uib.priors import PRIORS, AscentPrior, InfluencePrior, RandomLabelPrior, Setting, influence
 
@@ -101,10 +101,29 @@ def test_random_label_is_the_expectation_of_the_draw():
     assert RandomLabelPrior().evidence(done, labels).abs() < 1e-10
 
 
+@pytest.mark.parametrize("prior", [AscentPrior, RandomLabelPrior])
+def test_a_hosted_method_lets_go_of_what_is_at_its_level(prior):
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(40, 3, generator=g, dtype=torch.float64), torch.randint(3, (40,), generator=g)
+    margins = bound.margin(logits, labels)
+    without, fixed, low = prior(target=-math.inf), prior(target=0.5), prior(target=float(margins.max()))
+    push = without.push(logits, labels)
+    torch.testing.assert_close(without.evidence(logits, labels), push.mean())
+    above = margins > 0.5
+    assert above.any() and not above.all()
+    torch.testing.assert_close(fixed.evidence(logits, labels), torch.where(above, push, 0.0).mean())
+    assert low.evidence(logits, labels) == 0
+    leaf = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(fixed.evidence(leaf, labels), leaf)
+    assert not gradient[~above].any() and gradient[above].any(1).all()
+
+
 def test_without_retained_data_and_with_ascent_the_loss_is_the_evidence_upper_bound(tmp_path):
     """EUBO / n = E log p(forget) + KL(q || p) / n (arXiv 2010.12883), two classes; checked by its gradient."""
     model = make_model(num_labels=2)
-    args = config(tmp_path, prior="ascent", prior_strength=1.0, beta=1.0, posterior="map", prior_fraction=1.0)
+    args = config(
+        tmp_path, prior="ascent", prior_strength=1.0, beta=1.0, posterior="map", prior_fraction=1.0, forget_target=-math.inf
+    )  # fmt: skip
     forget = make_rows(n=8, num_labels=2, seed=1)
     with pytest.warns(UserWarning, match="No retain_dataset"):
         trainer = UIBTrainer(model, args, forget)
@@ -158,7 +177,13 @@ def test_a_zero_mean_fixed_prior_is_variational_lora(tmp_path):
 @pytest.mark.parametrize("prior", ["ascent", "random_label"])
 def test_the_evidence_is_divided_out(tmp_path, prior):
     settings = dict(
-        prior_strength=1.0, beta=0.0, posterior="map", max_steps=20, prior_fraction=1.0, learning_rate=0.03
+        prior_strength=1.0,
+        beta=0.0,
+        posterior="map",
+        max_steps=20,
+        prior_fraction=1.0,
+        learning_rate=0.03,
+        forget_target=-math.inf,
     )
     found = {}
     for name in (prior, "none"):
@@ -183,7 +208,7 @@ def test_saliency_holds_half_of_the_weights(tmp_path):
     assert not any((dict(unmasked.model.named_parameters())[n][~m] == 0).all() for n, m in masks.items() if (~m).any())
 
 
-@pytest.mark.parametrize("prior", ["saliency", "influence", "random_label"])
+@pytest.mark.parametrize("prior", ["saliency", "influence", "ascent"])
 def test_hosted_priors_resume_bit_equal(tmp_path, prior):
     settings = dict(prior=prior, save_strategy="steps", save_steps=3)
     whole = make_trainer(tmp_path, **settings)

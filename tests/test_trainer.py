@@ -444,7 +444,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def crude(path, **settings):
     """Random rows, no pattern, and a prior that knows no level."""
     args = config(
-        path, max_steps=150, prior="ascent", prior_strength=3.0, prior_fraction=1.0, noise_to_signal=0.0, beta=0.0,
+        path, max_steps=150, prior="ascent", forget_target=float("-inf"), prior_strength=3.0, prior_fraction=1.0,
+        noise_to_signal=0.0, beta=0.0,
         subspace_rank=16, per_device_train_batch_size=30, **settings,
     )  # fmt: skip
     forget, retain, unseen = (make_rows(n=60, seed=seed) for seed in (1, 2, 3))

@@ -164,17 +164,10 @@ def audit_model(
     """
     models, oracles = _models(model, reference_model, retrained_model)
     given = {"forget": forget_dataset, "retain": retain_dataset, "test": test_dataset}
-    sets = _sets(models["model"], given, processing_class, example_column, seed)
-    for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
-        if name is not None and name not in _names(sets["test"]):
-            raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
-    seen: dict[str, dict[str, Observation]] = {}
-    for name, plain in models.items():
-        seen[name] = {
-            part: observe(plain, rows, processing_class, deep, f"{name}, {part} set") for part, rows in sets.items()
-        }
-    sizes = {part: len(rows) for part, rows in given.items() if rows is not None}
-    evidence = _evidence(seen, oracles, sets, sizes, bias_column, example_column, seed)
+    sets, evidence = gather(
+        models, oracles, given, processing_class=processing_class, bias_column=bias_column, example_column=example_column,
+        deep=deep, seed=seed,
+    )  # fmt: skip
     metrics, not_measured = _metrics(evidence), _not_measured(evidence)
     report = AuditReport([check(evidence) for check in CHECKS], metrics, not_measured)
     if min(len(sets["forget"]), len(sets["test"])) < LEAST:
@@ -190,6 +183,37 @@ def audit_model(
         report.not_measured.append("probes of every block, relearning, quantisation and pruning (deep=True)")
     report.verdict = _verdict(report, evidence)
     return report
+
+
+def gather(
+    models: dict[str, nn.Module],
+    oracles: list[str],
+    given: dict,
+    *,
+    processing_class=None,
+    bias_column: str | None = None,
+    example_column: str | None = None,
+    deep: bool = False,
+    seed: int = 0,
+) -> tuple[dict, Evidence]:
+    """What the checks look at: the encoded samples of the sets, and what each plain model says about them.
+
+    Args:
+        models: ``model``, ``reference`` and the ``oracles`` by name.
+        given: ``forget``, ``test`` and, where there is one, ``retain``.
+        deep: keep the features of every block, not of the last alone.
+    """
+    sets = _sets(models["model"], given, processing_class, example_column, seed)
+    for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
+        if name is not None and name not in _names(sets["test"]):
+            raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
+    seen: dict[str, dict[str, Observation]] = {}
+    for name, plain in models.items():
+        seen[name] = {
+            part: observe(plain, rows, processing_class, deep, f"{name}, {part} set") for part, rows in sets.items()
+        }
+    sizes = {part: len(rows) for part, rows in given.items() if rows is not None}
+    return sets, _evidence(seen, oracles, sets, sizes, bias_column, example_column, seed)
 
 
 def _models(model, reference_model, retrained_model) -> tuple[dict[str, nn.Module], list[str]]:

@@ -32,14 +32,14 @@ def deep_audit(models, oracles, sets, evidence: Evidence, processing_class, seed
         results["relearning"][name] = relearn(models[name], sets, evidence, processing_class, seed)
     for kind in tqdm(COMPRESSIONS, desc="Compressing", leave=False):
         results["compression"][kind] = {
-            name: _bias_of(compress(models[name], kind), sets["test"], evidence, processing_class) for name in subjects
+            name: bias_of(compress(models[name], kind), sets["test"], evidence, processing_class) for name in subjects
         }
     shapes = [[p.shape for p in models[name].parameters()] for name in ("model", "reference")]
     if shapes[0] == shapes[1]:
         results["scaled"] = [
             [
                 factor,
-                _bias_of(
+                bias_of(
                     scaled(models["model"], models["reference"], factor), sets["test"], evidence, processing_class
                 ),
             ]
@@ -70,11 +70,14 @@ def _say_estimate(models, sets, processing_class) -> None:
 # ---- Probes ----
 
 
-def probe_every_block(evidence: Evidence) -> dict:
+def probe_every_block(evidence: Evidence, models: list[str] | None = None) -> dict:
     """Accuracy of reading the bias attribute off each block, given the label, with a random-label control.
 
     Features are centred within each class first, so that what the label says about the attribute does not count. Half of the test
     examples fit the probe, the other half measure it. The control's attribute is shuffled within classes.
+
+    Args:
+        models: names of those to probe; all by default.
 
     Returns:
         ``probes[model][block]`` with ``linear``, ``mlp``, ``control`` and ``chance``; empty without a bias attribute.
@@ -103,7 +106,7 @@ def probe_every_block(evidence: Evidence) -> dict:
         "mlp": lambda: MLPClassifier((64,), early_stopping=bool(enough), max_iter=60, random_state=evidence.seed),
     }
     result: dict = {}
-    for name in tqdm(evidence.models, desc="Probing", leave=False):
+    for name in tqdm(models or evidence.models, desc="Probing", leave=False):
         result[name] = {}
         for block, features in evidence.seen[name]["test"].features.items():
             x = features[rows].astype(np.float64)
@@ -168,7 +171,7 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
     start = _reference_bias(evidence)
     for kind in ("retain", "forget", "unrelated") if "retain" in sets else ("forget",):
         draws = [
-            _relearning_curve(model, kind, sets, evidence, processing_class, seed + i) for i in range(RELEARN_DRAWS)
+            relearning_curve(model, kind, sets, evidence, processing_class, seed + i) for i in range(RELEARN_DRAWS)
         ]
         mean, spread = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=1)
         curves["curve"][kind] = [list(row) for row in zip(RELEARN_STEPS, mean.tolist(), spread.tolist(), strict=True)]
@@ -177,7 +180,7 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
     return curves
 
 
-def _relearning_curve(model, kind: str, sets: dict, evidence: Evidence, processing_class, seed: int) -> list[float]:
+def relearning_curve(model, kind: str, sets: dict, evidence: Evidence, processing_class, seed: int) -> list[float]:
     """The bias at each of `RELEARN_STEPS`."""
     rng = np.random.default_rng(seed)
     trained = copy.deepcopy(model).train().requires_grad_(True)
@@ -205,7 +208,7 @@ def _relearning_curve(model, kind: str, sets: dict, evidence: Evidence, processi
             optimizer.step()
             optimizer.zero_grad()
         done = mark
-        curve.append(_bias_of(trained, sets["test"], evidence, processing_class)["bias"])
+        curve.append(bias_of(trained, sets["test"], evidence, processing_class)["bias"])
     return curve
 
 
@@ -235,7 +238,7 @@ def _bias_value(seen: Observation, evidence: Evidence) -> dict:
     return {"accuracy": float(right.mean()), "bias": bias}
 
 
-def _bias_of(model: nn.Module, test, evidence: Evidence, processing_class) -> dict:
+def bias_of(model: nn.Module, test, evidence: Evidence, processing_class) -> dict:
     return _bias_value(observe(model, test, processing_class), evidence)
 
 

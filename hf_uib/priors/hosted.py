@@ -1,4 +1,4 @@
-"""Other unlearning methods as R^(l): ascent (NegGrad+), random labels, and SalUn's saliency mask over them."""
+"""Other unlearning methods as R^(l), stopped at the calibrated level: ascent (NegGrad+), random labels, SalUn's saliency mask."""
 
 import math
 
@@ -7,38 +7,59 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bound import margin
-from .base import Prior, Setting
+from .base import Setting
+from .calibrated import RESOLUTION, CalibratedPrior
 
 
-class AscentPrior(Prior):
-    """Divides out all of the forget set's likelihood: ``log p(y | x)`` itself is the evidence.
+class HostedPrior(CalibratedPrior):
+    """Another method's push, on the forget examples that are still above their level.
 
-    Gradient ascent on the forget set (NegGrad+ of Kurmanji et al., arXiv 2302.09880; without retained data, with two classes and
-    a fixed mean, EUBO of Nguyen et al., arXiv 2010.12883). It has no level to stop at: too much of it over-unlearns.
+    The method says which way, [`CalibratedPrior`]'s level how far: an example at its level is let go. With ``target=-math.inf`` (as
+    a setting, ``forget_target``) there is no level, and what is left is the method itself.
     """
 
-    strengths = (0.01, 0.01)
-
     def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean log-likelihood, at most 0, in nats per forget example (scalar)."""
-        return -F.cross_entropy(logits, labels)
+        """Mean push of the examples above their level, in nats per forget example (scalar)."""
+        push = self.push(logits, labels)
+        if self.level is None:
+            return push.mean()
+        margins = margin(logits.detach(), labels)
+        return torch.where(margins - self.level_of(margins) > RESOLUTION, push, 0.0).mean()
+
+    def push(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What the method minimises on each forget example, ``[n]`` in nats."""
+        raise NotImplementedError
 
 
-class RandomLabelPrior(Prior):
+class AscentPrior(HostedPrior):
+    """Divides out the forget set's likelihood: ``log p(y | x)`` itself is the evidence.
+
+    Gradient ascent on the forget set (NegGrad+ of Kurmanji et al., arXiv 2302.09880). Without a level, without retained data, with
+    two classes and a fixed mean it is EUBO of Nguyen et al., arXiv 2010.12883, which over-unlearns if it goes on for long.
+    """
+
+    strengths = (0.3, 1.0)
+
+    def push(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log-likelihoods, at most 0."""
+        return -F.cross_entropy(logits, labels, reduction="none")
+
+
+class RandomLabelPrior(HostedPrior):
     """The forget examples shall look as if their labels were drawn from the other classes.
 
     The random label's expectation is taken instead of a draw: ``KL(uniform over the other classes || p(. | x))``, of which one
     random label per step gives an unbiased gradient (Golatkar et al., arXiv 1911.04933; Graves et al., arXiv 2010.10981).
     """
 
-    strengths = (0.03, 0.03)
+    strengths = (3.0, 3.0)
 
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean divergence, in nats per forget example (scalar); 0 where the other classes are equally likely and p(y) is 0."""
+    def push(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Divergences; 0 where the other classes are equally likely and p(y) is 0."""
         others = logits.shape[-1] - 1
         log_p = torch.log_softmax(logits, dim=-1)
         own = log_p.gather(-1, labels[:, None]).squeeze(-1)
-        return (-(log_p.sum(-1) - own) / others).mean() - math.log(others)
+        return -(log_p.sum(-1) - own) / others - math.log(others)
 
 
 def gradients(loss: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:

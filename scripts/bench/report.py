@@ -7,7 +7,7 @@ import numpy as np
 
 from hf_uib.audit.columns import COLUMNS
 
-from . import audits, cells, cost, lifecycle, research
+from . import audits, cells, cost, lifecycle, research, truth
 
 DOCS = os.path.join(cells.ROOT, "..", "docs")
 TITLES = {key: column[0] for key, column in COLUMNS.items()} | {
@@ -115,33 +115,35 @@ def target_table(results: list[dict]) -> list[str]:
     lines = [
         "### Target 1: against the retrained model and tuned fine-tuning\n",
         "Conflicting accuracy at least the retrained model's; follow rate at most half of tuned LoRA fine-tuning's and below that "
-        "of fine-tuning all weights; accuracy no lower than both; at most a fifth of the retraining's steps.\n",
+        "of fine-tuning all weights; accuracy no lower than both; at most a fifth of the retraining's steps (a task's second "
+        "row; in the first UIB takes as many as fine-tuning).\n",
         "| task | conflicting: UIB / retrained | follow: UIB / LoRA / all weights / retrained | accuracy: UIB / LoRA / all weights "
         "| steps: UIB / retrained | met |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for task in (*cells.BIAS, *cells.REGIMES):
         rows = by_method(results, task)
-        if not measured(rows, ("uib", "lora", "full", "retrained")):
-            continue
-        of = lambda m, k, rows=rows: mean(rows[m], k)  # noqa: E731
-        conflicting = of("uib", "conflicting_accuracy"), of("retrained", "conflicting_accuracy")
-        follow = [of(m, "follow_rate") for m in ("uib", "lora", "full", "retrained")]
-        accuracy = [of(m, "accuracy") for m in ("uib", "lora", "full")]
-        steps = of("uib", "steps"), of("retrained", "steps")
-        met = {
-            "conflicting": conflicting[0] >= conflicting[1],
-            "half of LoRA": follow[0] <= follow[1] / 2,
-            "below all weights": follow[0] < follow[2],
-            "accuracy": accuracy[0] >= max(accuracy[1:]),
-            "steps": steps[0] <= steps[1] / 5,
-        }
-        missed = ", ".join(name for name, good in met.items() if not good)
-        cell = lambda values: " / ".join(f"{v:.3f}" for v in values)  # noqa: E731
-        lines.append(
-            f"| {task} | {cell(conflicting)} | {cell(follow)} | {cell(accuracy)} | {steps[0]:.0f} / {steps[1]:.0f} | "
-            f"{'all' if not missed else 'all but ' + missed} |"
-        )
+        for variant in ("uib", "uib_fifth"):
+            if not measured(rows, (variant, "lora", "full", "retrained")):
+                continue
+            of = lambda m, k, rows=rows: mean(rows[m], k)  # noqa: E731
+            conflicting = of(variant, "conflicting_accuracy"), of("retrained", "conflicting_accuracy")
+            follow = [of(m, "follow_rate") for m in (variant, "lora", "full", "retrained")]
+            accuracy = [of(m, "accuracy") for m in (variant, "lora", "full")]
+            steps = of(variant, "steps"), of("retrained", "steps")
+            met = {
+                "conflicting": conflicting[0] >= conflicting[1],
+                "half of LoRA": follow[0] <= follow[1] / 2,
+                "below all weights": follow[0] < follow[2],
+                "accuracy": accuracy[0] >= max(accuracy[1:]),
+                "steps": steps[0] <= steps[1] / 5,
+            }
+            missed = ", ".join(name for name, good in met.items() if not good)
+            cell = lambda values: " / ".join(f"{v:.3f}" for v in values)  # noqa: E731
+            lines.append(
+                f"| {task if variant == 'uib' else '— a fifth of the steps'} | {cell(conflicting)} | {cell(follow)} | "
+                f"{cell(accuracy)} | {steps[0]:.0f} / {steps[1]:.0f} | {'all' if not missed else 'all but ' + missed} |"
+            )
     return [*lines, ""]
 
 
@@ -208,30 +210,52 @@ def hosting_table(results: list[dict]) -> list[str]:
     """Target 3: X against UIB + X on every bias task."""
     lines = [
         "### Target 3: what UIB does for the methods it hosts\n",
-        "Conflicting accuracy and follow rate of X (tuned) and of UIB + X (one setting for all tasks); **bold** where both are "
-        "better. The last row is UIB with nothing inside: what X adds is the difference to it.\n",
-    ]
+        "Conflicting accuracy, follow rate and accuracy of X (tuned) and of UIB + X (one setting for all tasks); **bold** where "
+        "the first two are better. In brackets how far each falls short of the retrained model, in points: the mean of what is "
+        "missing in both accuracies and of what is too much in the follow rate; what goes beyond the retrained model does not make "
+        "up for it. A method that wrecks the model has a low follow rate, and shows there.\n",
+    ]  # fmt: skip
     hosts = {m: method.hosts for m, method in cells.METHODS.items() if method.hosts}
     tasks = [t for t in cells.BIAS if any(m in by_method(results, t) for m in hosts)]
     lines += ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    both, nearer, compared = 0, 0, 0
     for m, host in hosts.items():
         shown = []
         for task in tasks:
             rows = by_method(results, task)
-            if not measured(rows, (m, host)):
+            if not measured(rows, (m, host, "retrained")):
                 shown.append("not run")
                 continue
-            pair = [[mean(rows[x], k) for k in ("conflicting_accuracy", "follow_rate")] for x in (host, m)]
-            better = pair[1][0] > pair[0][0] and pair[1][1] < pair[0][1]
-            text = f"{pair[0][0]:.3f}, {pair[0][1]:.3f} → {pair[1][0]:.3f}, {pair[1][1]:.3f}"
+            (theirs, mine), (far, near) = (
+                [f(rows[x]) for x in (host, m)] for f in (_three, lambda r, o=rows: _short(r, o))
+            )
+            better = mine[0] > theirs[0] and mine[1] < theirs[1]
+            both, nearer, compared = both + better, nearer + (near < far), compared + 1
+            text = " → ".join(f"{_shown(row)} ({gap:.1f})" for row, gap in ((theirs, far), (mine, near)))
             shown.append(f"**{text}**" if better else text)
         lines.append(f"| {cells.METHODS[host].title} → {cells.METHODS[m].title} | " + " | ".join(shown) + " |")
-    alone = [by_method(results, task).get("uib_none") for task in tasks]
-    figures = [
-        f"{mean(r, 'conflicting_accuracy'):.3f}, {mean(r, 'follow_rate'):.3f}" if r else "not run" for r in alone
-    ]
-    lines.append("| UIB, no evidence | " + " | ".join(figures) + " |")
+    for m in ("uib_none", "retrained"):
+        found = [by_method(results, task) for task in tasks]
+        figures = [f"{_shown(_three(r[m]))} ({_short(r[m], r):.1f})" if m in r else "not run" for r in found]
+        lines.append(f"| {cells.METHODS[m].title} | " + " | ".join(figures) + " |")
+    lines.append(
+        f"\nOf {compared} pairs UIB + X is better in both on {both}, and falls less short of the retrained model on {nearer}."
+    )
     return [*lines, ""]
+
+
+def _three(rows: list[dict]) -> list[float]:
+    return [mean(rows, k) for k in ("conflicting_accuracy", "follow_rate", "accuracy")]
+
+
+def _shown(figures: list[float]) -> str:
+    return ", ".join(f"{v:.3f}" for v in figures)
+
+
+def _short(mine: list[dict], rows: dict[str, list[dict]]) -> float:
+    """Points that a method falls short of the retrained model, mean of conflicting accuracy, follow rate and accuracy."""
+    lacking = zip(_three(mine), _three(rows["retrained"]), (1, -1, 1), strict=True)
+    return 100 * float(np.mean([max(0.0, sign * (target - value)) for value, target, sign in lacking]))
 
 
 def draw(results: list[dict]) -> list[str]:
@@ -326,7 +350,7 @@ def text() -> str:
                 else [m for m in cells.METHODS if m in by_method(results, task)]
             )
             parts += task_table(task, results, methods)
-    return "\n".join([*parts, *tuning_table(), *cost.tables(), *audits.audit_table()])
+    return "\n".join([*parts, *tuning_table(), *truth.truth_table(), *cost.tables(), *audits.audit_table()])
 
 
 def write_report() -> None:
