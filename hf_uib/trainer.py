@@ -212,7 +212,7 @@ class UIBTrainer(Trainer):
     # ---- Section 3: the dynamic prior -------------------------------------------------------------------------------
 
     def _build_prior(self, args: UIBConfig) -> Prior:
-        kind: type = PRIORS[args.prior]
+        kind = PRIORS[args.prior]
         if not issubclass(kind, CalibratedPrior):
             return kind()
         fitted = self.calibration_dataset is None and self.retain_dataset is not None and not self.removed_classes

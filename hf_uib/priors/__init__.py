@@ -6,7 +6,7 @@ from .hosted import AscentPrior, RandomLabelPrior, SaliencyPrior
 from .influence import InfluencePrior
 from .none import NoPrior
 
-PRIORS = {
+PRIORS: dict[str, type[Prior]] = {
     "calibrated": CalibratedPrior,
     "influence": InfluencePrior,
     "ascent": AscentPrior,
