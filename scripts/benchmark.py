@@ -6,6 +6,7 @@ python scripts/benchmark.py --fashion_mnist ../shared/data/fashion_mnist ...    
 python scripts/benchmark.py --suite gpu               # step time and memory at ViT-B and BERT-base size in bf16
 python scripts/benchmark.py --cost | --processes | --scaling | --audit  # a step, one and two processes, the statistics pass; fakes
 python scripts/benchmark.py --research                # what the defaults rest on, and what was tried without gain
+python scripts/benchmark.py --scale                   # one process and two, kills and resumes, memory of a million rows
 python scripts/benchmark.py --truth                   # probes, a new head, relearning and rounded weights of every method
 python scripts/benchmark.py --lifecycle               # three requests one after the other, an audit after each, one undone
 python scripts/benchmark.py --report
@@ -15,7 +16,7 @@ import argparse
 import os
 import tempfile
 
-from bench import audits, cells, cost, lifecycle, report, research, truth
+from bench import audits, cells, cost, lifecycle, report, research, scale, truth
 
 
 def smoke(options) -> None:
@@ -54,6 +55,8 @@ def main() -> None:
     parser.add_argument("--cost_cell", nargs=4, help="used by --cost: variant, model, retained and forget examples")
     parser.add_argument("--audit", action="store_true", help="audit planted fakes and retrained models instead")
     parser.add_argument("--research", action="store_true", help="vary one setting at a time, on validation folds")
+    parser.add_argument("--scale", action="store_true", help="compare processes, kill and resume, measure memory")
+    parser.add_argument("--memory_cell", type=int, help="used by --scale: rows of each set")
     parser.add_argument("--truth", action="store_true", help="probe, relearn and round every method's model")
     parser.add_argument("--lifecycle", action="store_true", help="three requests in a row, and one undone")
     parser.add_argument("--report", action="store_true", help="write the tables from the results")
@@ -61,6 +64,10 @@ def main() -> None:
     if options.cost_cell:
         variant, model, retain, forget = options.cost_cell
         cost.cost_cell(variant, model, int(retain), int(forget), options)
+    elif options.memory_cell:
+        scale.memory_cell(options.memory_cell, options)
+    elif options.scale:
+        scale.run_scale(options)
     elif options.cost or options.suite == "gpu":
         cost.run_cost(options)
     elif options.processes:

@@ -1,6 +1,6 @@
 """One process and two compute the same: started through accelerate, sets that two does not divide.
 
-``python tests/test_processes.py`` prints what was seen, as a table.
+``python scripts/benchmark.py --scale`` writes down what is seen.
 """
 
 import os
@@ -46,8 +46,8 @@ def test_two_processes_compute_what_one_does(tmp_path, prior):
         assert other["adapter"] > 1e-2 and other["losses"] > 1e-2
 
 
-def table():
-    """Quantities x priors, the largest difference between one process and two."""
+def compared():
+    """Largest difference of each quantity between one process and two, by prior, and of two controls (scripts/bench/scale.py)."""
     with tempfile.TemporaryDirectory() as folder:
         seen = {}
         for prior in ("calibrated", "saliency", "influence"):
@@ -58,11 +58,4 @@ def table():
                 seen["calibrated, accumulation 2"] = differences(one, accumulated)
                 other = launched(os.path.join(folder, "other.pt"), 2, 4, seed=1, prior=prior)
                 seen["control: another seed"] = differences(one, other)
-    names = dict.fromkeys(name for row in seen.values() for name in row)
-    print("| | " + " | ".join(seen) + " |\n" + "|---" * (len(seen) + 1) + "|")
-    for name in names:
-        print(f"| {name} | " + " | ".join(f"{row[name]:.0e}" if name in row else "-" for row in seen.values()) + " |")
-
-
-if __name__ == "__main__":
-    table()
+    return seen

@@ -7,7 +7,7 @@ import numpy as np
 
 from hf_uib.audit.columns import COLUMNS
 
-from . import audits, cells, cost, lifecycle, research, truth
+from . import audits, cells, cost, lifecycle, research, scale, truth
 
 DOCS = os.path.join(cells.ROOT, "..", "docs")
 TITLES = {key: column[0] for key, column in COLUMNS.items()} | {
@@ -366,6 +366,7 @@ def write_report() -> None:
     _between_marks(os.path.join(DOCS, "..", "README.md"), table)
     _printed_numbers(os.path.join(DOCS, "..", "README.md"))
     _between_marks(os.path.join(DOCS, "research.md"), "\n".join(research.table()).strip())
+    _between_marks(os.path.join(DOCS, "scale.md"), "\n".join(scale.scale_tables()).strip())
     _between_marks(os.path.join(DOCS, "lifecycle.md"), "\n".join(lifecycle.lifecycle_table()).strip())
     print(body)
 
