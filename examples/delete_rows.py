@@ -7,7 +7,6 @@ one does; the target is that of the model retrained without the rows.
 """
 
 import numpy as np
-import torch
 from datasets import Dataset
 from sklearn.datasets import load_digits
 from torch import nn
@@ -15,10 +14,8 @@ from transformers import TrainingArguments, ViTImageProcessorPil, set_seed
 
 from hf_uib import UIBConfig, UIBTrainer, retrain, tasks
 from hf_uib.adapters import load_classifier
-from hf_uib.audit.report import predict
-from hf_uib.bound import margin
+from hf_uib.audit.report import attack, predict
 from hf_uib.data import encode
-from hf_uib.metrics import MembershipAttack
 
 NAMES = [str(digit) for digit in range(10)]
 SIZES = {"forget": 150, "retain": 450, "unseen": 300, "test": 897}
@@ -40,13 +37,10 @@ def digits(processor: ViTImageProcessorPil) -> dict[str, Dataset]:
 def attacked(model: nn.Module, sets: dict[str, Dataset]) -> dict[str, float]:
     """Accuracy on unseen rows, and the attack's AUC with its 95% interval."""
     seen = {part: predict(model, sets[part]) for part in ("forget", "test")}
-    scores = np.concatenate([margin(torch.tensor(logits), torch.tensor(labels)) for logits, labels in seen.values()])
-    labels = np.concatenate([labels for _, labels in seen.values()])
-    splits = np.repeat(list(seen), [len(told) for _, told in seen.values()])
-    attack = MembershipAttack(keep_in_memory=True).compute(scores=scores, references=labels, splits=splits)
+    found = attack(seen)
     logits, told = seen["test"]
     return {"accuracy": float((logits.argmax(-1) == told).mean())} | {
-        k: attack[k] for k in ("auc", "auc_low", "auc_high")
+        k: found[k] for k in ("auc", "auc_low", "auc_high")
     }
 
 

@@ -112,3 +112,17 @@ def test_the_site_builds_without_warnings(tmp_path):
         NAMES
     )
     assert wanted - there == set()
+
+
+def test_figures_in_prose_stand_in_a_table_that_a_command_wrote():
+    def figures(text: str) -> set[str]:
+        return set(re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", text))
+
+    def written(name: str) -> str:
+        page = (ROOT / "docs" / name).read_text()
+        return page if name == "benchmark.md" else page.split("<!-- results -->")[1].split("<!-- /results -->")[0]
+
+    tables = figures(" ".join(written(n) for n in ("benchmark.md", "research.md", "lifecycle.md", "scale.md")))
+    assert len(tables) > 300
+    stale = {page.name: sorted(figures(page.read_text()) - tables) for page in PAGES}
+    assert not {name: found for name, found in stale.items() if found}

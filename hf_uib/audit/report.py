@@ -10,8 +10,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters import forward_columns
+from ..bound import margin
 from ..data import collator_for, fetch
-from ..metrics import BiasCorrelation, WorstGroupAccuracy
+from ..metrics import BiasCorrelation, MembershipAttack, WorstGroupAccuracy
 from .columns import COLUMNS
 
 
@@ -66,6 +67,23 @@ def bias_row(logits: np.ndarray, labels: np.ndarray, attributes: np.ndarray, cod
     if coded:
         row |= {name: bias[name] for name in ("conflicting_accuracy", "follow_rate")}
     return row | {"cramers_v": bias["cramers_v"], "worst_group_accuracy": groups["worst_group_accuracy"]}
+
+
+def attack(seen: dict[str, tuple[np.ndarray, np.ndarray]], **settings) -> dict:
+    """`MembershipAttack` on margins.
+
+    Args:
+        seen: what `predict` gave, logits ``[n, classes]`` and labels ``[n]``, for ``forget``, unseen rows as ``test`` and, for the
+            published attack, ``retain``.
+        settings: further arguments of `MembershipAttack.compute`.
+    """
+    margins = [margin(torch.from_numpy(logits), torch.from_numpy(labels)).numpy() for logits, labels in seen.values()]
+    return MembershipAttack(keep_in_memory=True).compute(
+        scores=np.concatenate(margins),
+        references=np.concatenate([labels for _, labels in seen.values()]),
+        splits=np.repeat(list(seen), [len(m) for m in margins]),
+        **settings,
+    )
 
 
 def attribute_classes(forget_attributes: np.ndarray, forget_labels: np.ndarray) -> dict | None:

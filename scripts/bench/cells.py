@@ -224,30 +224,17 @@ def measure(model, task, part: str = "test") -> dict:
         if task.counterfactuals > 1:
             row["flip_rate"] = report.flip_rate(logits, task.counterfactuals)
         return row
-    import torch
-
-    from hf_uib.bound import margin
-    from hf_uib.metrics import MembershipAttack
-
-    row = {"test_accuracy": float((logits.argmax(-1) == labels).mean())}
-    margins, of = {"test": margin(torch.tensor(logits), torch.tensor(labels)).numpy()}, {"test": labels}
+    row, seen = {"test_accuracy": float((logits.argmax(-1) == labels).mean())}, {"test": (logits, labels)}
     for key, rows in (("forget", "forget"), ("retain", "retain"), ("removed", f"{part}_removed")):
         if rows in task.sets:
-            logits, labels = report.predict(model, task.sets[rows], task.processing_class, quiet=True)
-            row[f"{key}_accuracy"] = float((logits.argmax(-1) == labels).mean())
-            margins[key], of[key] = margin(torch.tensor(logits), torch.tensor(labels)).numpy(), labels
+            seen[key] = report.predict(model, task.sets[rows], task.processing_class, quiet=True)
+            row[f"{key}_accuracy"] = float((seen[key][0].argmax(-1) == seen[key][1]).mean())
 
     def attack(unseen: str) -> dict:
-        names = {"forget": "forget", "retain": "retain", unseen: "test"}
-        return MembershipAttack(keep_in_memory=True).compute(
-            scores=np.concatenate([margins[k] for k in names]),
-            references=np.concatenate([of[k] for k in names]),
-            splits=[names[k] for k in names for _ in margins[k]],
-            n_bootstrap=0,
-        )
+        return report.attack({k: seen[k] for k in ("forget", "retain")} | {"test": seen[unseen]}, n_bootstrap=0)
 
     # The AUC against unseen rows of the same classes; the published attack is fitted on the classes that stay
-    auc = attack("removed" if "removed" in margins else "test")["auc"]
+    auc = attack("removed" if "removed" in seen else "test")["auc"]
     return row | {"attack_auc": auc, "mia_efficacy": attack("test")["mia_efficacy"]}
 
 

@@ -72,11 +72,8 @@ def joined(sets: dict, parts):
 
 def figures(model, task) -> dict[str, float]:
     """How much of each request is left in a model, on test rows and on the rows to delete."""
-    import torch
 
     from hf_uib.audit import report
-    from hf_uib.bound import margin
-    from hf_uib.metrics import MembershipAttack
 
     seen = {
         part: report.predict(model, task.sets[part], task.processing_class, quiet=True) for part in ("test", "rows")
@@ -85,18 +82,12 @@ def figures(model, task) -> dict[str, float]:
     row = report.bias_row(logits, labels, np.asarray(task.sets["test"].with_format(None)["colour"]))
     swappable = np.isin(labels, list(SWAPPED))
     old = np.array([SWAPPED.get(label, -1) for label in labels])
-    margins = {part: margin(torch.tensor(z), torch.tensor(y)).numpy() for part, (z, y) in seen.items()}
-    attack = MembershipAttack(keep_in_memory=True).compute(
-        scores=np.concatenate([margins["rows"], margins["test"]]),
-        references=np.concatenate([seen["rows"][1], labels]),
-        splits=["forget"] * len(margins["rows"]) + ["test"] * len(margins["test"]),
-        n_bootstrap=0,
-    )
+    found = report.attack({"forget": seen["rows"], "test": seen["test"]}, n_bootstrap=0)
     return {
         "accuracy": row["accuracy"],
         "hue": row["follow_rate"],
         "scheme": float((logits.argmax(-1) == old)[swappable].mean()),
-        "rows": attack["auc"],
+        "rows": found["auc"],
     }
 
 
