@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -95,8 +96,7 @@ def channel_kl(
     Returns:
         ``[layers]``, in nats.
     """
-    with torch.autocast(reads[0].device.type, enabled=False):
-        return _ChannelKL.apply(width, ranks, floors, *prior_reads, *reads)
+    return _ChannelKL.apply(width, ranks, floors, *prior_reads, *reads)
 
 
 class _ChannelKL(torch.autograd.Function):
@@ -120,10 +120,20 @@ class _ChannelKL(torch.autograd.Function):
         gram, along, moved = products[:, :k, :k], products[:, :k, k:], products[:, k:, k:]  # M_0'M_0, M_0'D, D'D
         ranks, squares = ranks.to(wide), floors.to(wide) ** 2
         ratio, eye = width**2 / squares[:, None, None], torch.eye(k, dtype=wide, device=device)
-        roots = [torch.linalg.cholesky_ex(eye + ratio * g).L for g in (gram, gram + along + along.mT + moved)]
+        trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)  # noqa: E731
+
+        def root(g: Tensor) -> Tensor:
+            found, failed = torch.linalg.cholesky_ex(
+                eye + ratio * g
+            )  # fails where noise drowns the floor, by rounding
+            rounding = 32 * torch.finfo(matrices[0].dtype).eps * trace(g)[:, None, None] * eye
+            return torch.where(
+                failed[:, None, None] == 0, found, torch.linalg.cholesky_ex(eye + ratio * (g + rounding)).L
+            )
+
+        roots = [root(g) for g in (gram, gram + along + along.mT + moved)]
         inverse, own_inverse = map(torch.cholesky_inverse, roots)
         shrunk = inverse @ along  # S_0^-1 D = (D - ratio M_0 shrunk) / floor^2
-        trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)  # noqa: E731
         log_det, own_log_det = (2 * root.diagonal(dim1=1, dim2=2).log().sum(1) for root in roots)
         squared = trace(moved - ratio * along.mT @ shrunk)
         excess = ratio[:, 0, 0] * (2 * trace(shrunk) + squared)
@@ -135,6 +145,7 @@ class _ChannelKL(torch.autograd.Function):
         return (ranks / 2 * (excess + log_det - own_log_det) + squared / squares / 2).to(matrices[0].dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         """In M alone."""
         layers = len(grad)

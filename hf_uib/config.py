@@ -93,7 +93,10 @@ class UIBConfig(TrainingArguments):
         metadata={"help": "Without a calibration_dataset: share of the retained data held out while the prior acts."},
     )
     forget_target: float | None = field(
-        default=None, metadata={"help": "A fixed level for the forget margins, in nats. By default it is measured."}
+        default=None,
+        metadata={
+            "help": "A fixed level for the forget margins, in nats. By default it is measured. -inf, for a hosted method: no level."
+        },
     )
     forget_batch_size: int | None = field(
         default=None, metadata={"help": "Forget examples per device and step. Default: per_device_train_batch_size."}

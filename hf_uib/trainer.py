@@ -47,7 +47,7 @@ PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set 
 UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
 )
-SILENT = 1e-3  # of the mean input's length: rounding
+SILENT = 1e-3  # of the mean input's length, of the usual unit: nothing
 TINY = 1e-6
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 MERGED_ERROR = 0.01  # of the largest logit
@@ -163,6 +163,8 @@ class UIBTrainer(Trainer):
         # 4. Prior
         self.prior = prior if prior is not None else self._build_prior(args)
         self._held_out = self._hold_out(args)
+        if self._held_out and isinstance(self.prior, CalibratedPrior):
+            self.prior.fitted = self.prior.following = not self.removed_classes
         if retain_dataset is None:
             if isinstance(self.prior, (InfluencePrior, NoPrior)):
                 name = args.prior if prior is None else type(prior).__name__
@@ -215,6 +217,10 @@ class UIBTrainer(Trainer):
         kind = PRIORS[args.prior]
         if not issubclass(kind, CalibratedPrior):
             return kind()
+        if kind is CalibratedPrior and args.forget_target is not None and not math.isfinite(args.forget_target):
+            raise ValueError(
+                "forget_target is a level in nats, a finite number, for the prior calibrated; leave it out to measure it."
+            )
         fitted = self.calibration_dataset is None and self.retain_dataset is not None and not self.removed_classes
         return kind(target=args.forget_target, fitted=fitted)
 
@@ -282,12 +288,14 @@ class UIBTrainer(Trainer):
         self.energy = {name: contrast.energy(layer) for name, layer in stats.items()}
         along = self._pattern_rms(subspaces)
         # What one unit of V_l x has to be multiplied with to be as large as the layer's output; where hardly anything but the mean
-        # comes in, there is no channel to speak of, and the mean gives the unit
-        self.unit_width = {}
+        # comes in there is no channel to speak of, and the mean gives the unit; where nothing comes out, the other layers' do
+        units = {}
         for name, layer in stats.items():
             mean = self.mean_inputs[name].norm()
             along[name] = torch.where(along[name] > SILENT * mean, along[name], mean)
-            self.unit_width[name] = layer.signal().float().clamp_min(TINY) / along[name].clamp_min(TINY)
+            units[name] = layer.signal().float() / along[name].clamp_min(TINY)
+        usual = torch.stack(list(units.values())).median()
+        self.unit_width = {name: torch.where(unit > SILENT * usual, unit, usual) for name, unit in units.items()}
         self.model.train(training)
         return subspaces
 
@@ -562,23 +570,28 @@ class UIBTrainer(Trainer):
 
     def _set_prior_mean(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         self.prior_mean = factors
-        self.prior_reads = self._reads(factors)
+        with self._in_full_precision():
+            self.prior_reads = self._reads(factors)
 
     def _kl_per_layer(self) -> Tensor:
         """R^(l) of section 3(a), ``[layers]``, in nats."""
         factors = {name: self._factors(name) for name in self.layers}
         width = self.width / self.args.subspace_rank**0.5
-        nats = bound.channel_kl(self._reads(factors), self.prior_reads, self.ranks, width, self.floors)
-        if self.shared:  # A is V_l but for a factor: nothing moves outside
-            return nats
-        beyond = [
-            bound.outside(
-                *bound.displacement(*factors[name], *self.prior_mean[name], layer.scaling[self.adapter_name]),
-                self.subspaces[name],
-            )
-            for name, layer in self.layers.items()
-        ]
-        return nats + torch.stack(beyond) / (2 * self.floors**2)
+        with self._in_full_precision():
+            nats = bound.channel_kl(self._reads(factors), self.prior_reads, self.ranks, width, self.floors)
+            if self.shared:  # A is V_l but for a factor: nothing moves outside
+                return nats
+            beyond = [
+                bound.outside(
+                    *bound.displacement(*factors[name], *self.prior_mean[name], layer.scaling[self.adapter_name]),
+                    self.subspaces[name],
+                )
+                for name, layer in self.layers.items()
+            ]
+            return nats + torch.stack(beyond) / (2 * self.floors**2)
+
+    def _in_full_precision(self):
+        return torch.autocast(self.args.device.type, enabled=False)
 
     def _fit_without_retained_data(self, model, batch, logits, labels) -> Tensor:
         adapted = self.accelerator.unwrap_model(model)

@@ -47,3 +47,19 @@ def test_trains_saves_and_detaches(architecture, tmp_path):
         entry for entry in trainer.layer_report() if "classifier" in entry["layer"] or "out_proj" in entry["layer"]
     ]
     assert any(entry["nats"] > 0 for entry in heads)  # the head unlearns too
+
+
+@pytest.mark.parametrize("factors", ["B", "both"])
+def test_layers_that_are_never_called_or_say_nothing(tmp_path, factors):
+    model = make_model()
+    model.unused = torch.nn.Linear(5, 5)
+    silent = next(m for n, m in model.named_modules() if n.endswith("output.dense") or n.endswith("o_proj"))
+    silent.weight.data.zero_()
+    args = UIBConfig(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, subspace_rank=4, noise_to_signal=0.5, prior_update_steps=2,
+        use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1, trainable_factors=factors,
+    )  # fmt: skip
+    trainer = UIBTrainer(model, args, make_rows(n=24, seed=1), make_rows(n=16, seed=2), make_rows(n=12, seed=3))
+    trainer.train()
+    nats = [row["kl_nats"] for row in trainer.state.log_history if "kl_nats" in row]
+    assert len(nats) == 4 and 0 < max(nats) < 1e4

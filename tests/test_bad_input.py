@@ -113,6 +113,9 @@ TRAINER = {
     "influence without retained rows": (
         lambda p: UIBTrainer(make_model(), config(p, prior="influence"), make_rows()), "give a retain_dataset",
     ),
+    "no level for the calibrated prior": (
+        lambda p: UIBTrainer(make_model(), config(p, forget_target=float("-inf")), make_rows(), make_rows(seed=2)), "finite number",
+    ),
     "unknown prior": (lambda p: config(p, prior="magic"), "choose one of"),
     "unknown subspace": (lambda p: config(p, prior_subspace="magic"), "choose one of"),
     "negative beta": (lambda p: config(p, beta=-1.0), "must be at least 0"),

@@ -74,6 +74,15 @@ def test_the_channel_kl_keeps_its_digits_near_the_mean():
     torch.testing.assert_close(single(near, read).double(), expected, rtol=1e-5, atol=0)
 
 
+def test_the_channel_kl_is_finite_where_noise_drowns_the_floor():
+    g = torch.Generator().manual_seed(4)
+    thin = (new(g, 40, 2) @ new(g, 2, 6)).float()  # of rank 2, read in 6 directions
+    reads = [(100 * thin + 0.1 * new(g, 40, 6).float()).requires_grad_()]
+    nats = bound.channel_kl(reads, [100 * thin], torch.tensor([6]), 30.0, torch.tensor([0.01]))
+    (gradient,) = torch.autograd.grad(nats.sum(), reads)
+    assert torch.isfinite(nats).all() and nats > 0 and torch.isfinite(gradient).all()
+
+
 def test_the_gradient_of_the_channel_kl_is_its_finite_difference():
     g = torch.Generator().manual_seed(3)
     prior_reads = [new(g, 5, 3), new(g, 4, 3), new(g, 5, 3)]

@@ -218,7 +218,8 @@ def test_hosted_priors_resume_bit_equal(tmp_path, prior):
     assert same(adapter_weights(whole), adapter_weights(resumed))
 
 
-def test_influence_moves_the_adapter_and_its_strength_scales_that(tmp_path):
+def test_influence_moves_the_adapter_and_its_strength_scales_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(influence, "RISE", math.inf)
     shifts = {}
     for strength in (0.0, 0.1, 0.2):
         trainer = make_trainer(tmp_path / str(strength), prior="influence", prior_strength=strength)
@@ -226,6 +227,26 @@ def test_influence_moves_the_adapter_and_its_strength_scales_that(tmp_path):
         shifts[strength] = torch.cat([b.flatten() for n, b in adapter_weights(trainer).items() if "lora_B" in n])
     assert not shifts[0.0].any() and shifts[0.1].norm() > 1e-4
     torch.testing.assert_close(shifts[0.2], 2 * shifts[0.1], rtol=1e-3, atol=1e-6)
+
+
+def test_influence_goes_no_further_than_the_retained_data_allow(tmp_path, monkeypatch):
+    def begun(name, rise):
+        monkeypatch.setattr(influence, "RISE", rise)
+        trainer = make_trainer(tmp_path / name, prior="influence", prior_strength=1.0)
+        trainer._begin()
+        logits, labels = trainer._forward_all(trainer.retain_dataset, list(range(len(trainer.retain_dataset))))
+        moved = torch.cat([b.flatten() for n, b in adapter_weights(trainer).items() if "lora_B" in n])
+        return F.cross_entropy(logits, labels).item(), moved
+
+    (start, none), (near, some), (far, all_of_it) = (
+        begun("none", -math.inf),
+        begun("near", 0.05),
+        begun("far", math.inf),
+    )
+    assert not none.any() and far > start + 0.05  # the whole way does harm
+    assert near <= start + 0.0501
+    share = (some @ all_of_it / (all_of_it @ all_of_it)).item()
+    assert math.log2(share) == pytest.approx(round(math.log2(share)), abs=1e-3) and 0 < share < 1
 
 
 def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):

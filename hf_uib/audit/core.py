@@ -122,7 +122,7 @@ def _deep_rows(deep: dict) -> dict[str, list[float]]:
     if deep["probes"]:
         last = {name: list(blocks)[-1] for name, blocks in deep["probes"].items()}
         for kind in ("linear", "mlp", "control"):
-            rows[f"probe of the last block: {kind}"] = [deep["probes"][n][last[n]][kind] for n in last]
+            rows[f"probe of the head's input: {kind}"] = [deep["probes"][n][last[n]][kind] for n in last]
     for kind in next(iter(deep["relearning"].values()))["curve"]:
         rows[f"bias after relearning: {kind}"] = [r["curve"][kind][-1][1] for r in deep["relearning"].values()]
     for kind, row in deep["compression"].items():

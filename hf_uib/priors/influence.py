@@ -11,6 +11,7 @@ from .base import Prior, Setting
 
 EXACT = 512  # weights, up to which the curvature is formed and factorised
 ITERATIONS = 20  # of conjugate gradients, each one pass over the retained sample
+RISE, HALVINGS = 0.05, 8  # nats
 TOLERANCE = 1e-10  # of the squared residual, relative
 
 
@@ -98,9 +99,27 @@ class InfluencePrior(Prior):
         """Move the adapter to the prior's mean."""
         weights = list(setting.trainable().values())
         with torch.no_grad():
+            at_start, limit = [weight.clone() for weight in weights], self.retained(setting) + RISE
             shift = self.strength * self.shift(setting, weights)
-            for weight, part in zip(weights, shift.split([w.numel() for w in weights]), strict=True):
-                weight += part.view_as(weight)
+            parts = [
+                part.view_as(w) for w, part in zip(weights, shift.split([w.numel() for w in weights]), strict=True)
+            ]
+            for share in (*(0.5**i for i in range(HALVINGS)), 0.0):
+                for weight, start, part in zip(weights, at_start, parts, strict=True):
+                    weight.copy_(start + share * part)
+                if self.retained(setting) <= limit:
+                    break
+
+    def retained(self, setting: Setting) -> Tensor:
+        """Mean loss on the retained sample, in nats (scalar)."""
+        sums = torch.zeros(2, device=next(setting.model.parameters()).device, dtype=torch.float64)
+        for inputs in setting.retain():
+            labels = inputs.pop("labels")
+            sums += torch.stack(
+                [self.loss(setting.model(**inputs).logits, labels).double(), sums.new_tensor(len(labels))]
+            )
+        setting.reduce([sums])
+        return sums[0] / sums[1]
 
     @torch.enable_grad()
     def shift(self, setting: Setting, weights: list[nn.Parameter]) -> Tensor:

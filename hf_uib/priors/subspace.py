@@ -49,11 +49,11 @@ class LayerStatistics:
 
     def mean_input(self) -> Tensor:
         """``[d_in]``."""
-        return self.inputs / self.tokens
+        return self.inputs / self.tokens.clamp_min(1)
 
     def signal(self) -> Tensor:
         """rms of W x per output, without the bias."""
-        return (self.outputs / self.tokens / self.d_out).sqrt()
+        return (self.outputs / self.tokens.clamp_min(1) / self.d_out).sqrt()
 
 
 def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> dict[str, LayerStatistics]:
@@ -123,7 +123,7 @@ def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatist
                     return
                 g = g if stats.sketch is None else g @ stats.sketch.T
                 stats.chunk += weight * (g.T @ x)
-                if stats.direction is not None and len(x) % len(scores) == 0:  # else what all examples share
+                if stats.direction is not None and len(inputs[0]) % len(scores) == 0:  # else what all examples share
                     scores.add_(((g @ stats.direction) * x).sum(1).view(len(scores), -1).sum(1))
 
             output.register_hook(on_gradient)

@@ -11,6 +11,7 @@ from functools import partial
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..", "benchmarks")
 RESULTS, TUNING = os.path.join(ROOT, "results.jsonl"), os.path.join(ROOT, "tuning.jsonl")
 TUNING_SEED = 100
+SEEDS = 3  # of a figure that is compared
 
 REMOVAL = ("fashion-random", "fashion-class")
 # The bias tasks of the targets

@@ -27,13 +27,12 @@ REMOVAL_COLUMNS = [
     "attack_auc",
     "mia_efficacy",
 ]
-SEEDS = 3  # of a figure that is compared
 MAIN = ("original", "lora", "full", "uib", "balanced", "retrained")  # the README's rows
 
 
 def measured(rows: dict[str, list[dict]], methods) -> bool:
-    """Whether each of the methods was run from at least `SEEDS` seeds."""
-    return all(len(rows.get(m, [])) >= SEEDS for m in methods)
+    """Whether each of the methods was run from at least `cells.SEEDS` seeds."""
+    return all(len(rows.get(m, [])) >= cells.SEEDS for m in methods)
 
 
 def main_methods() -> list[str]:
@@ -185,7 +184,11 @@ def rank_table(results: list[dict]) -> list[str]:
         "### Target 2: ranks\n",
         "Bias tasks: mean of the ranks by conflicting accuracy, follow rate and accuracy. Removal tasks: rank by average gap to "
         "the retrained model."
-        + (f" Not ranked, as not every method was run from {SEEDS} seeds: {', '.join(missing)}." if missing else "")
+        + (
+            f" Not ranked, as not every method was run from {cells.SEEDS} seeds: {', '.join(missing)}."
+            if missing
+            else ""
+        )
         + "\n",
         "| | " + " | ".join([*tasks, "**mean, bias tasks**", *removal]) + " |",
         "|---" * (len(tasks) + len(removal) + 2) + "|",
@@ -213,7 +216,8 @@ def hosting_table(results: list[dict]) -> list[str]:
         "Conflicting accuracy, follow rate and accuracy of X (tuned) and of UIB + X (one setting for all tasks); **bold** where "
         "the first two are better. In brackets how far each falls short of the retrained model, in points: the mean of what is "
         "missing in both accuracies and of what is too much in the follow rate; what goes beyond the retrained model does not make "
-        "up for it. A method that wrecks the model has a low follow rate, and shows there.\n",
+        "up for it. A method that wrecks the model has a low follow rate, and shows there. With two classes (tweets-airline) a reversed "
+        "bias passes for a high conflicting accuracy: there look at the accuracy.\n",
     ]  # fmt: skip
     hosts = {m: method.hosts for m, method in cells.METHODS.items() if method.hosts}
     tasks = [t for t in cells.BIAS if any(m in by_method(results, t) for m in hosts)]
@@ -230,7 +234,7 @@ def hosting_table(results: list[dict]) -> list[str]:
                 [f(rows[x]) for x in (host, m)] for f in (_three, lambda r, o=rows: _short(r, o))
             )
             better = mine[0] > theirs[0] and mine[1] < theirs[1]
-            both, nearer, compared = both + better, nearer + (near < far), compared + 1
+            both, nearer, compared = both + better, nearer + (near < far - 0.05), compared + 1
             text = " → ".join(f"{_shown(row)} ({gap:.1f})" for row, gap in ((theirs, far), (mine, near)))
             shown.append(f"**{text}**" if better else text)
         lines.append(f"| {cells.METHODS[host].title} → {cells.METHODS[m].title} | " + " | ".join(shown) + " |")
@@ -239,7 +243,8 @@ def hosting_table(results: list[dict]) -> list[str]:
         figures = [f"{_shown(_three(r[m]))} ({_short(r[m], r):.1f})" if m in r else "not run" for r in found]
         lines.append(f"| {cells.METHODS[m].title} | " + " | ".join(figures) + " |")
     lines.append(
-        f"\nOf {compared} pairs UIB + X is better in both on {both}, and falls less short of the retrained model on {nearer}."
+        f"\nOf {compared} pairs UIB + X is better in both on {both}, and falls less short of the retrained model (by more than "
+        f"0.05 points) on {nearer}."
     )
     return [*lines, ""]
 
@@ -384,6 +389,8 @@ def _printed_numbers(path: str) -> None:
 
 def _between_marks(path: str, table: str) -> None:
     """Put a table in its place in a page."""
+    if not table:  # nothing was measured: the page stays
+        return
     with open(path, encoding="utf-8") as file:
         page = file.read()
     begin, end = "<!-- results -->", "<!-- /results -->"

@@ -67,7 +67,6 @@ THIRD: dict[str, dict] = {
     **{f"ascent, gamma {g}": NOW | {"prior": "ascent", "prior_strength": g} for g in (0.3, 1.0)},
     "random label without a level, gamma 0.03": NOW | NO_LEVEL | {"prior": "random_label", "prior_strength": 0.03},
     **{f"random label, gamma {g}": NOW | {"prior": "random_label", "prior_strength": g} for g in (1.0, 3.0)},
-    **{f"saliency, gamma {g}": NOW | {"prior": "saliency", "prior_strength": g} for g in (1.0, 3.0)},
 }
 HOSTING = ("digits-colour", "fashion-colour", "fashion-patch", "fashion-outdated", "fashion-backdoor")
 VARIANTS = FIRST | SECOND | THIRD

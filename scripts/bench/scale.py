@@ -26,13 +26,10 @@ WORDS = {
 def run_scale(options) -> None:
     """All three, anew. Linux: memory is read off /proc."""
     sys.path.insert(0, TESTS)
-    if os.path.exists(SCALE):
-        os.remove(SCALE)
     import test_killed
     import test_processes
 
-    for prior, found in test_processes.compared().items():
-        cells.append(SCALE, {"kind": "equality", "prior": prior, "differences": found})
+    found = [{"kind": "equality", "prior": p, "differences": d} for p, d in test_processes.compared().items()]
     random.seed(2026)
     for processes, runs in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +41,7 @@ def run_scale(options) -> None:
                     test_killed.killed(target, processes, step, random.uniform(0, 0.08))
                     saving += os.path.isdir(os.path.join(target, "_unfinished"))
                 test_killed.assert_same(whole, test_killed.finished(target, processes))
-                cells.append(SCALE, {"kind": "kills", "processes": processes, "kills": 3, "while_saving": saving})
+                found.append({"kind": "kills", "processes": processes, "kills": 3, "while_saving": saving})
     for rows in ROWS:
         command = [
             sys.executable,
@@ -53,7 +50,11 @@ def run_scale(options) -> None:
             str(rows),
         ]
         done = subprocess.run([*command, "--cache", options.cache], capture_output=True, text=True, check=True)
-        cells.append(SCALE, json.loads(next(line for line in reversed(done.stdout.splitlines()) if "{" in line)))
+        found.append(json.loads(next(line for line in reversed(done.stdout.splitlines()) if "{" in line)))
+    if os.path.exists(SCALE):
+        os.remove(SCALE)
+    for cell in found:
+        cells.append(SCALE, cell)
 
 
 def memory_cell(rows: int, options) -> None:
@@ -105,8 +106,8 @@ def scale_tables() -> list[str]:
     if not equality:
         return []
     parts = [
-        "Largest relative difference between one process and two (uneven forget and calibration sets, six steps, world size "
-        "asserted; other seed: the control):\n",
+        "Largest difference between one process and two, relative where values are larger than 1 (uneven forget and "
+        "calibration sets, six steps, world size asserted; other seed: the control):\n",
         "| | " + " | ".join(equality) + " |",
         "|---" * (len(equality) + 1) + "|",
     ]

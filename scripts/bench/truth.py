@@ -11,11 +11,12 @@ TRUTH = os.path.join(cells.ROOT, "truth.jsonl")
 TASKS = ("digits-colour", "fashion-colour")
 COLUMNS = {
     "bias": "follow rate",
-    "linear": "attribute by a linear probe",
-    "mlp": "by an MLP",
-    "refit": "follow rate, new head on 2% of the forget set",
+    "linear": "attribute by a linear probe, last block",
+    "head": "at the head",
+    "mlp": "by an MLP, last block",
+    "refit": "follow rate, new head on a few forget rows",
     "retain": "after 64 steps on retained rows",
-    "forget": "after 64 steps with 1% of the forget set",
+    "forget": "after 64 steps with a few forget rows besides",
     "int8": "int8",
     "4-bit": "4-bit",
 }
@@ -63,8 +64,15 @@ def run_truth(options) -> None:
 
 def figures(cell: dict) -> dict[str, float]:
     """A row of the table."""
-    last = list(cell["probes"].values())[-1]
-    found = {"bias": cell["bias"], "linear": last["linear"], "mlp": last["mlp"], "refit": cell["refit"]}
+    blocks = [name for name in cell["probes"] if name.startswith("block")]
+    last, head = cell["probes"][blocks[-1]], cell["probes"]["head"]
+    found = {
+        "bias": cell["bias"],
+        "linear": last["linear"],
+        "head": head["linear"],
+        "mlp": last["mlp"],
+        "refit": cell["refit"],
+    }
     found |= {kind: curve[-1] for kind, curve in cell["relearning"].items()}
     return found | cell["compression"]
 
@@ -74,21 +82,23 @@ def truth_table() -> list[str]:
     runs = cells.read(TRUTH)
     parts = []
     for task in TASKS:
-        rows = {m: [figures(c) for c in runs if (c["task"], c["method"]) == (task, m)] for m in methods()}
-        rows = {m: mine for m, mine in rows.items() if len(mine) >= 3}
-        if not rows:
+        mine = {m: [figures(c) for c in runs if (c["task"], c["method"]) == (task, m)] for m in methods()}
+        if not any(len(found) >= cells.SEEDS for found in mine.values()):
             continue
-        chance = np.mean([list(c["probes"].values())[-1]["chance"] for c in runs if c["task"] == task])
+        chance = np.mean([c["probes"]["head"]["chance"] for c in runs if c["task"] == task])
         parts += [
             f"### Is it gone? {task}\n",
-            "Means over three seeds. The attribute is read off the last block by probes, with what the label says about it taken "
-            f"out (chance {chance:.2f}); all other columns are follow rates on the test set. Whoever holds the model can do all "
-            "this; the retrained model's row is the target.\n",
+            f"Means over {cells.SEEDS} seeds. Probes read the attribute off the features, with what the label says about it taken "
+            f"out (chance {chance:.2f}); the other columns are follow rates on the test set. A few forget rows are 2%, at least 50, for "
+            "the new head and 1%, at least 16, for the steps. Whoever holds the model can do all this; the retrained model's "
+            "row is the target.\n",
             "| | " + " | ".join(COLUMNS.values()) + " |",
             "|---" * (len(COLUMNS) + 1) + "|",
         ]
-        for method, mine in rows.items():
-            shown = [f"{np.mean([r[k] for r in mine]):.3f}" for k in COLUMNS]
+        for method, found in mine.items():
+            shown = [f"{np.mean([r[k] for r in found]):.3f}" for k in COLUMNS]
+            if len(found) < cells.SEEDS:
+                shown = ["not run", *[""] * (len(COLUMNS) - 1)]
             parts.append(f"| {cells.METHODS[method].title} | " + " | ".join(shown) + " |")
         parts.append("")
     return parts
