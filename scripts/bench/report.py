@@ -216,8 +216,8 @@ def hosting_table(results: list[dict]) -> list[str]:
         "Conflicting accuracy, follow rate and accuracy of X (tuned) and of UIB + X (one setting for all tasks); **bold** where "
         "the first two are better. In brackets how far each falls short of the retrained model, in points: the mean of what is "
         "missing in both accuracies and of what is too much in the follow rate; what goes beyond the retrained model does not make "
-        "up for it. A method that wrecks the model has a low follow rate, and shows there. With two classes (tweets-airline) a reversed "
-        "bias passes for a high conflicting accuracy: there look at the accuracy.\n",
+        "up for it. A method that wrecks the model has a low follow rate, and shows there. With two classes (tweets-airline) a "
+        "reversed bias passes for a high conflicting accuracy: there look at the accuracy.\n",
     ]  # fmt: skip
     hosts = {m: method.hosts for m, method in cells.METHODS.items() if method.hosts}
     tasks = [t for t in cells.BIAS if any(m in by_method(results, t) for m in hosts)]
