@@ -89,7 +89,7 @@ def truth_table() -> list[str]:
         parts += [
             f"### Is it gone? {task}\n",
             f"Means over {cells.SEEDS} seeds. Probes read the attribute off the features, with what the label says about it taken "
-            f"out (chance {chance:.2f}); the other columns are follow rates on the test set. A few forget rows are 2%, at least 50, "
+            f"out (chance {chance:.2f}); the rest are follow rates on the test set. A few forget rows are 2%, at least 50, "
             "for the new head and 1%, at least 16, for the steps. Whoever holds the model can do all this; the retrained model's "
             "row is the target.\n",
             "| | " + " | ".join(COLUMNS.values()) + " |",
