@@ -32,8 +32,6 @@ REGIMES = {
 TASKS = (*BIAS, *REMOVAL, *REGIMES)
 # Tasks whose forget labels are wrong, or whose forget rows shall be gone: more of a method is better than under a bias
 WRONG = ("fashion-outdated", "fashion-backdoor", *REMOVAL)
-# Not run: its curvature passes over all 22 M weights take longer than every other method on the task together
-SKIPPED = {("tweets-airline", "influence")}
 TUNED_ON = dict.fromkeys(("fashion-patch", *REGIMES), "fashion-colour")
 
 
@@ -131,12 +129,10 @@ def checkpoints(task, name: str, seed: int, options) -> dict:
 
 
 def applies(method: str, task) -> bool:
-    """Whether a method is run on a task: some need the attribute, and a forget set it is drawn for; one is too slow."""
+    """Whether a method is run on a task: some need the attribute, and a forget set it is drawn for."""
     if method == "uib_fifth" and task.name in REMOVAL:  # it is UIB's budget there
         return False
-    return (task.name, method) not in SKIPPED and (
-        not METHODS[method].needs_attribute or (task.bias_column is not None and "balanced" in task.sets)
-    )
+    return not METHODS[method].needs_attribute or (task.bias_column is not None and "balanced" in task.sets)
 
 
 def trained(task, models: dict, method: str, setting: dict, seed: int, folder: str) -> tuple[object, dict]:

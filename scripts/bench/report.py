@@ -166,9 +166,8 @@ def rank_table(results: list[dict]) -> list[str]:
     tasks, removal = [], []
     for task in (*cells.BIAS, *cells.REMOVAL):
         rows = by_method(results, task)
-        there = [m for m in table if m in rows and (task, m) not in cells.SKIPPED]
-        needed = [m for m in everywhere if (task, m) not in cells.SKIPPED]
-        if not measured(rows, (*needed, "retrained")):
+        there = [m for m in table if m in rows]
+        if not measured(rows, (*everywhere, "retrained")):
             continue
         if task in cells.BIAS:
             tasks.append(task)
