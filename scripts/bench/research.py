@@ -59,10 +59,11 @@ SECOND: dict[str, dict] = {
     "the root, and evidence for all steps": {"ANNEAL": 0.5, "prior_fraction": 1.0},
 }
 NOW = {"ANNEAL": 0.5, "DISPUTED": True}
-# The third round, on top of the default now: fewer steps, and hosted methods with and without a level
+# The third round, on top of the default now: fewer steps, no retained rows, and hosted methods with and without a level
 NO_LEVEL = {"forget_target": float("-inf")}
 THIRD: dict[str, dict] = {
     "the default now, a fifth of the retraining's steps": NOW | {"FIFTH": True},
+    "no retained rows": NOW | {"RETAIN": False},
     "ascent without a level, gamma 0.01": NOW | NO_LEVEL | {"prior": "ascent", "prior_strength": 0.01},
     **{f"ascent, gamma {g}": NOW | {"prior": "ascent", "prior_strength": g} for g in (0.3, 1.0)},
     "random label without a level, gamma 0.03": NOW | NO_LEVEL | {"prior": "random_label", "prior_strength": 0.03},
@@ -128,6 +129,8 @@ def run_research(options) -> None:
                 task.train_settings["unlearn_steps"] = budget // restarts
                 if not changed.get("CALIBRATION", True):
                     task.sets = sets | {"calibration": None}
+                if not changed.get("RETAIN", True):
+                    task.sets = sets | {"retain": None}
                 start = time.perf_counter()
                 with _changed(changed):
                     for _ in range(restarts):
@@ -149,7 +152,8 @@ def table() -> list[str]:
         *_rows(FIRST, FIRST_TASKS),
         "What changed the default, and what was tried beside it:\n",
         *_rows({"default": {}} | SECOND, FOLDS),
-        "Fewer steps, and the methods UIB hosts, on the default now (disputed labels included); accuracy as a third figure:\n",
+        "Fewer steps, no retained rows, and the methods UIB hosts, on the default now (disputed labels included); accuracy as a "
+        "third figure:\n",
         *_rows({"the root, and disputed labels: the default now": {}} | THIRD, HOSTING, accuracy=True),
     ]  # fmt: skip
 
