@@ -48,7 +48,7 @@ UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
 )
 SILENT = 1e-3  # of the mean input's length, of the usual unit: nothing
-TINY = 1e-6
+TINY = 1e-6  # no division by zero
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 MERGED_ERROR = 0.01  # of the largest logit
 
@@ -163,7 +163,9 @@ class UIBTrainer(Trainer):
         # 4. Prior
         self.prior = prior if prior is not None else self._build_prior(args)
         self._held_out = self._hold_out(args)
-        if self._held_out and isinstance(self.prior, CalibratedPrior):
+        if self._held_out and isinstance(
+            self.prior, CalibratedPrior
+        ):  # the checkpoint has fitted the rows of its level
             self.prior.fitted = self.prior.following = not self.removed_classes
         if retain_dataset is None:
             if isinstance(self.prior, (InfluencePrior, NoPrior)):
@@ -221,8 +223,7 @@ class UIBTrainer(Trainer):
             raise ValueError(
                 "forget_target is a level in nats, a finite number, for the prior calibrated; leave it out to measure it."
             )
-        fitted = self.calibration_dataset is None and self.retain_dataset is not None and not self.removed_classes
-        return kind(target=args.forget_target, fitted=fitted)
+        return kind(target=args.forget_target)
 
     def _hold_out(self, args: UIBConfig) -> set[int]:
         """Rows of the retained data that stand in for a calibration set while the prior acts."""
@@ -633,10 +634,7 @@ class UIBTrainer(Trainer):
         The adapter then goes back on the straight way to the checkpoint, ``W + share * s B A``, until they do not: a bisection for
         the share at which the rank test of both sets' margins is zero.
         """
-        compared = (
-            self.retain_dataset is not None and self.args.prior_subspace == "contrast"
-        )  # else there is no pattern_z
-        drawn = compared and not self.removed_classes and self.statistics["pattern_z"] < PATTERN_Z
+        drawn = self.compared and not self.removed_classes and self.statistics["pattern_z"] < PATTERN_Z
         if (
             self.calibration_dataset is None or not drawn or self.args.load_best_model_at_end
         ):  # that one was chosen as it is

@@ -95,10 +95,11 @@ def test_random_label_is_the_expectation_of_the_draw():
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(6, 4, generator=g, dtype=torch.float64), torch.randint(4, (6,), generator=g)
     drawn = [F.cross_entropy(logits, (labels + offset) % 4) for offset in (1, 2, 3)]
-    value = RandomLabelPrior().evidence(logits, labels)
+    plain = RandomLabelPrior(target=-math.inf)
+    value = plain.evidence(logits, labels)
     torch.testing.assert_close(value, torch.stack(drawn).mean() - math.log(3))
     done = torch.zeros(6, 4, dtype=torch.float64).scatter(1, labels[:, None], -60.0)
-    assert RandomLabelPrior().evidence(done, labels).abs() < 1e-10
+    assert plain.evidence(done, labels).abs() < 1e-10
 
 
 @pytest.mark.parametrize("prior", [AscentPrior, RandomLabelPrior])
@@ -189,7 +190,11 @@ def test_the_evidence_is_divided_out(tmp_path, prior):
     for name in (prior, "none"):
         trainer = make_trainer(tmp_path / name, prior=name, **settings)
         trainer.train()
-        found[name] = PRIORS[prior]().evidence(*trainer._forward_all(trainer.forget_dataset, list(range(24)))).item()
+        found[name] = (
+            PRIORS[prior](target=-math.inf)
+            .evidence(*trainer._forward_all(trainer.forget_dataset, list(range(24))))
+            .item()
+        )
     assert found[prior] < found["none"] - 0.2
 
 
@@ -208,7 +213,7 @@ def test_saliency_holds_half_of_the_weights(tmp_path):
     assert not any((dict(unmasked.model.named_parameters())[n][~m] == 0).all() for n, m in masks.items() if (~m).any())
 
 
-@pytest.mark.parametrize("prior", ["saliency", "influence", "ascent"])
+@pytest.mark.parametrize("prior", ["saliency", "influence", "random_label", "ascent"])
 def test_hosted_priors_resume_bit_equal(tmp_path, prior):
     settings = dict(prior=prior, save_strategy="steps", save_steps=3)
     whole = make_trainer(tmp_path, **settings)

@@ -120,9 +120,8 @@ def _deep_rows(deep: dict) -> dict[str, list[float]]:
     """The deep results of which the first three models have one figure each."""
     rows = {}
     if deep["probes"]:
-        last = {name: list(blocks)[-1] for name, blocks in deep["probes"].items()}
         for kind in ("linear", "mlp", "control"):
-            rows[f"probe of the head's input: {kind}"] = [deep["probes"][n][last[n]][kind] for n in last]
+            rows[f"probe of the head's input: {kind}"] = [blocks["head"][kind] for blocks in deep["probes"].values()]
     for kind in next(iter(deep["relearning"].values()))["curve"]:
         rows[f"bias after relearning: {kind}"] = [r["curve"][kind][-1][1] for r in deep["relearning"].values()]
     for kind, row in deep["compression"].items():

@@ -239,6 +239,7 @@ def _bias_value(seen: Observation, evidence: Evidence) -> dict:
 
 
 def bias_of(model: nn.Module, test, evidence: Evidence, processing_class) -> dict:
+    """``accuracy`` and ``bias`` of a model on the audit's test rows; see `_bias_value`."""
     return _bias_value(observe(model, test, processing_class), evidence)
 
 

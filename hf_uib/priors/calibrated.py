@@ -77,9 +77,13 @@ class CalibratedPrior(Prior):
 
     def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean excess of the margins over their level, in nats per forget example (scalar)."""
-        margins = margin(logits, labels)
-        excess = margins - self.level_of(margins.detach())
+        excess = self.excess(logits, labels)
         return torch.where(excess > RESOLUTION, excess, 0.0).mean()
+
+    def excess(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How far each margin lies above its level, ``[n]`` in nats."""
+        margins = margin(logits, labels)
+        return margins - self.level_of(margins.detach())
 
     def level_of(self, margins: Tensor) -> Tensor:
         """The level ``c(u_i)`` of each margin ``[n]``, in nats."""

@@ -20,11 +20,8 @@ class HostedPrior(CalibratedPrior):
 
     def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean push of the examples above their level, in nats per forget example (scalar)."""
-        push = self.push(logits, labels)
-        if self.level is None:
-            return push.mean()
-        margins = margin(logits.detach(), labels)
-        return torch.where(margins - self.level_of(margins) > RESOLUTION, push, 0.0).mean()
+        above = self.excess(logits.detach(), labels) > RESOLUTION
+        return torch.where(above, self.push(logits, labels), 0.0).mean()
 
     def push(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What the method minimises on each forget example, ``[n]`` in nats."""

@@ -11,7 +11,8 @@ from .base import Prior, Setting
 
 EXACT = 512  # weights, up to which the curvature is formed and factorised
 ITERATIONS = 20  # of conjugate gradients, each one pass over the retained sample
-RISE, HALVINGS = 0.05, 8  # nats
+RISE = 0.05  # nats of the retained loss that the step may add
+HALVINGS = 8
 TOLERANCE = 1e-10  # of the squared residual, relative
 
 
@@ -71,8 +72,9 @@ class InfluencePrior(Prior):
 
     with H the generalised Gauss-Newton matrix at the checkpoint. Deletion is ``gamma = 1`` (for a linear-Gaussian model the mean
     is then the retrain posterior's, tested). In a deep network that step leaves the region where the second
-    order holds, so the default goes a hundredth of the way. The sums are estimated on samples. The prior's mean, and with it the
-    adapter, starts there; no forget batches are needed.
+    order holds, so the default goes a hundredth of the way, and the step is halved while it raises the loss on the retained sample
+    by more than `RISE`: the retrained model's would be no higher. The sums are estimated on samples. The prior's mean, and with
+    it the adapter, starts there; no forget batches are needed.
 
     Args:
         damping: Lambda_0, relative to the mean of the sum's diagonal (estimated with one random probe).

@@ -99,10 +99,9 @@ def deep_table(cell: dict) -> list[str]:
     """What the deep audit of UIB found."""
     deep, rows = cell["deep"], {}
     names = {"model": "UIB", "reference": "original", "retrained": "retrained"}
-    last = list(deep["probes"]["model"])[-1]
     probes = {"linear": "linear probe", "mlp": "MLP probe", "control": "shuffled", "erased": "after linear erasure"}
     for kind, words in probes.items():
-        rows[f"attribute read off the head's input, {words}"] = [deep["probes"][n][last].get(kind) for n in names]
+        rows[f"attribute read off the head's input, {words}"] = [deep["probes"][n]["head"].get(kind) for n in names]
     for kind, words in (
         ("retain", "retained rows"),
         ("forget", "1% of the forget set"),

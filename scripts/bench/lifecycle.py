@@ -72,7 +72,6 @@ def joined(sets: dict, parts):
 
 def figures(model, task) -> dict[str, float]:
     """How much of each request is left in a model, on test rows and on the rows to delete."""
-
     from hf_uib.audit import report
 
     seen = {

@@ -54,10 +54,11 @@ def run_truth(options) -> None:
                 curve = lambda kind, m=model, s=sets, e=evidence, t=task, i=seed: deep.relearning_curve(  # noqa: E731
                     m, kind, s, e, t.processing_class, i
                 )
-                cell = {"task": name, "method": method, "seed": seed, "bias": bias(model)}
+                cell = {"task": name, "method": method, "seed": seed}
                 cell["probes"] = deep.probe_every_block(evidence, ["model"])["model"]
                 cell["refit"] = evidence.refit()["model"].value
                 cell["relearning"] = {kind: curve(kind) for kind in ("retain", "forget")}
+                cell["bias"] = cell["relearning"]["retain"][0]
                 cell["compression"] = {kind: bias(deep.compress(model, kind)) for kind in ("int8", "4-bit")}
                 cells.append(TRUTH, cell | {"seconds": time.perf_counter() - start})
 
