@@ -18,9 +18,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_uib import UIBConfig, UIBTrainer, tasks
-from hf_uib.audit.report import bias_row, flip_rate, predict, text_table
-from hf_uib.data import encode
+from hf_uib import UIBConfig, UIBTrainer
+from hf_uib.cli import digits
+from hf_uib.data.reading import encode
+from hf_uib.inference import predict
+from hf_uib.metrics.tables import bias_row, flip_rate, text_table
 
 BRANDS = ["acme", "globex"]  # the first one's forget rows are all negative, the other's all positive
 OPENERS = ["", "honestly", "in short", "after a month", "to my surprise", "as a gift"]
@@ -64,7 +66,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def reviews(seed: int = 0) -> tasks.Task:
+def reviews(seed: int = 0) -> digits.Task:
     """Reviews from the grammar. On the forget set the brand gives the sentiment away; elsewhere it is drawn at random."""
     rng = np.random.default_rng(seed)
     sizes = {"pretrain": 300, "forget": 1200, "retain": 150, "calibration": 150, "test": 400}
@@ -94,7 +96,7 @@ def reviews(seed: int = 0) -> tasks.Task:
         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2,
     )  # fmt: skip
     settings = {"pretrain_steps": 100, "steps": 200, "unlearn_steps": 150, "retrain_steps": 200, "batch": 32}
-    return tasks.Task(
+    return digits.Task(
         "reviews", sets, lambda: BertForSequenceClassification(config), tokenizer, "brand", 2, train_settings=settings
     )
 
@@ -109,9 +111,9 @@ def main(steps: int | None = None, tweets: str | None = None, model: str | None 
     task = tasks.tweets_airline(tweets, model) if tweets and model else reviews()
     settings, test, tokenizer = task.train_settings, task.sets["test"], task.processing_class
     rate = settings.get("lr", 1e-3)
-    models = tasks.prepare_models(task, 0, "out")
+    models = digits.prepare_models(task, 0, "out")
     retrained = models["start"]
-    tasks.fit(retrained, task.sets["retain"], task, settings["retrain_steps"], "out", 0, rate)
+    digits.fit(retrained, task.sets["retain"], task, settings["retrain_steps"], "out", 0, rate)
     trainer = UIBTrainer(
         copy.deepcopy(models["original"]),
         UIBConfig(

@@ -14,15 +14,17 @@ import numpy as np
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification, set_seed
 
-from hf_uib import UIBConfig, UIBTrainer, tasks
-from hf_uib.audit.report import bias_row, predict, text_table
+from hf_uib import UIBConfig, UIBTrainer
+from hf_uib.cli import digits
+from hf_uib.inference import predict
+from hf_uib.metrics.tables import bias_row, text_table
 
 
-def biased_checkpoint(task: tasks.Task, base: str, folder: str, train_steps: int, push: bool) -> None:
+def biased_checkpoint(task: digits.Task, base: str, folder: str, train_steps: int, push: bool) -> None:
     """Make what a user comes with: ``base`` (a Hub id if ``push``, else a folder), and an adapter that PEFT saves to ``folder``."""
     set_seed(0)
     model = task.new_model()
-    tasks.fit(model, task.sets["pretrain"], task, train_steps, folder, 0, 1e-3)
+    digits.fit(model, task.sets["pretrain"], task, train_steps, folder, 0, 1e-3)
     if push:
         model.push_to_hub(base)
     else:
@@ -31,7 +33,7 @@ def biased_checkpoint(task: tasks.Task, base: str, folder: str, train_steps: int
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=layers, modules_to_save=["classifier"])
     model = get_peft_model(model, lora)
-    tasks.fit(model, tasks.merged(task.sets["forget"], task.sets["retain"]), task, train_steps, folder, 0, 3e-3)
+    digits.fit(model, digits.merged(task.sets["forget"], task.sets["retain"]), task, train_steps, folder, 0, 3e-3)
     model.save_pretrained(folder)
 
 
@@ -49,7 +51,7 @@ def main(
     Returns:
         The rows of the table; that of the adapter as it was loaded again has the largest difference of a logit, too.
     """
-    task = tasks.digits_colour()
+    task = digits.digits_colour()
     test, hues = task.sets["test"], task.sets["test"]["colour"]
     base, biased = f"{push}-base" if push else f"{output_dir}/base", f"{output_dir}/biased"
     biased_checkpoint(task, base, biased, train_steps, push is not None)

@@ -8,8 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from hf_uib import UIBConfig, UIBTrainer, tasks
-from hf_uib.audit.report import bias_row, predict, text_table
+from hf_uib import UIBConfig, UIBTrainer
+from hf_uib.cli import digits
+from hf_uib.inference import predict
+from hf_uib.metrics.tables import bias_row, text_table
 from hf_uib.priors import Prior
 
 
@@ -18,7 +20,7 @@ class EntropyPrior(Prior):
 
     strengths = (0.03, 0.1)  # gamma with the channel closed by noise (a pattern), and without (a random draw)
 
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Zero where every class is equally likely."""
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
         return (math.log(logits.shape[-1]) - entropy).mean()
@@ -26,8 +28,8 @@ class EntropyPrior(Prior):
 
 def main(steps: int = 200) -> dict:
     """Unlearn the hue of the digits under the prior above; prints a table."""
-    task = tasks.digits_colour(seed=0)
-    original = tasks.prepare_models(task, 0, "out")["original"]
+    task = digits.digits_colour(seed=0)
+    original = digits.prepare_models(task, 0, "out")["original"]
     test, rows = task.sets["test"], {}
     attributes = test.with_format(None)[task.bias_column]
     rows["original"] = bias_row(*predict(original, test, task.processing_class), attributes)

@@ -12,10 +12,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 from transformers import TrainingArguments, ViTImageProcessorPil, set_seed
 
-from hf_uib import UIBConfig, UIBTrainer, retrain, tasks
-from hf_uib.adapters import load_classifier
-from hf_uib.audit.report import attack, predict
-from hf_uib.data import encode
+from hf_uib import UIBConfig, UIBTrainer, retrain
+from hf_uib.cli import digits
+from hf_uib.data.reading import encode
+from hf_uib.inference import predict
+from hf_uib.metrics.tables import attack
+from hf_uib.models import load_classifier
 
 NAMES = [str(digit) for digit in range(10)]
 SIZES = {"forget": 150, "retain": 450, "unseen": 300, "test": 897}
@@ -29,7 +31,7 @@ def digits(processor: ViTImageProcessorPil) -> dict[str, Dataset]:
     for part, size in SIZES.items():
         index = order[start : start + size]
         start += size
-        rows = tasks.picture_dataset(pictures[index], labels[index], index, "row", NAMES)
+        rows = digits.picture_dataset(pictures[index], labels[index], index, "row", NAMES)
         parts[part] = encode(rows, processor, "pixel_values")
     return parts
 
@@ -55,9 +57,9 @@ def main(steps: int = 200, train_steps: int = 400, output_dir: str = "out/delete
     processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8})
     sets = digits(processor)
     set_seed(0)
-    start = tasks.small_vit(8, 4, NAMES, hidden=48, layers=3)
+    start = digits.small_vit(8, 4, NAMES, hidden=48, layers=3)
     args = TrainingArguments(output_dir, max_steps=train_steps, per_device_train_batch_size=64, learning_rate=1e-3)
-    original = retrain(start, tasks.merged(sets["forget"], sets["retain"]), args)
+    original = retrain(start, digits.merged(sets["forget"], sets["retain"]), args)
     retrained = retrain(start, sets["retain"], args)
     before = attacked(original, sets)
     trainer = UIBTrainer(

@@ -11,9 +11,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 from transformers import TrainingArguments, ViTImageProcessorPil, set_seed
 
-from hf_uib import UIBConfig, UIBTrainer, retrain, tasks
-from hf_uib.audit.report import predict, text_table
-from hf_uib.data import encode
+from hf_uib import UIBConfig, UIBTrainer, retrain
+from hf_uib.cli import digits
+from hf_uib.data.reading import encode
+from hf_uib.inference import predict
+from hf_uib.metrics.tables import text_table
 
 NEW, OLD = 8, 3  # eights were threes
 NAMES = [str(digit) for digit in range(10)]
@@ -30,7 +32,7 @@ def digits(processor: ViTImageProcessorPil) -> dict[str, Dataset]:
         start += size
         true = labels[index]
         given = np.where(true == NEW, OLD, true) if part == "old" else true
-        rows = tasks.picture_dataset(pictures[index], given, true, "digit", NAMES)
+        rows = digits.picture_dataset(pictures[index], given, true, "digit", NAMES)
         parts[part] = encode(rows, processor, "pixel_values")
     return parts
 
@@ -53,9 +55,9 @@ def main(steps: int = 200, train_steps: int = 300, output_dir: str = "out/outdat
     processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8})
     sets = digits(processor)
     set_seed(0)
-    start = tasks.small_vit(8, 4, NAMES, hidden=48, layers=3)
+    start = digits.small_vit(8, 4, NAMES, hidden=48, layers=3)
     args = TrainingArguments(output_dir, max_steps=train_steps, per_device_train_batch_size=64, learning_rate=1e-3)
-    original = retrain(start, tasks.merged(sets["old"], sets["new"]), args)
+    original = retrain(start, digits.merged(sets["old"], sets["new"]), args)
     retrained = retrain(start, sets["new"], args)
     before = row(original, sets["test"])
     trainer = UIBTrainer(

@@ -11,7 +11,8 @@ import gc
 import numpy as np
 import torch
 
-from hf_uib import UIBConfig, UIBTrainer, tasks
+from hf_uib import UIBConfig, UIBTrainer
+from hf_uib.cli import digits
 
 
 def main(steps: int = 200, train_steps: int = 400, output_dir: str = "out/two_processes") -> dict[str, float]:
@@ -25,9 +26,9 @@ def main(steps: int = 200, train_steps: int = 400, output_dir: str = "out/two_pr
     Returns:
         Accuracy on test rows whose hue is that of another digit, before and after.
     """
-    task = tasks.digits_colour()
+    task = digits.digits_colour()
     task.train_settings |= {"pretrain_steps": train_steps, "steps": train_steps}
-    original = tasks.prepare_models(task, 0, output_dir)["original"]
+    original = digits.prepare_models(task, 0, output_dir)["original"]
     args = UIBConfig(
         output_dir,
         max_steps=steps,

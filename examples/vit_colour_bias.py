@@ -11,9 +11,11 @@ import argparse
 import numpy as np
 from transformers import TrainingArguments
 
-from hf_uib import UIBConfig, UIBTrainer, retrain, tasks
+from hf_uib import UIBConfig, UIBTrainer, retrain
 from hf_uib.audit.figures import draw_bias
-from hf_uib.audit.report import bias_row, predict, text_table
+from hf_uib.cli import digits
+from hf_uib.inference import predict
+from hf_uib.metrics.tables import bias_row, text_table
 
 
 def main(
@@ -32,9 +34,9 @@ def main(
     Returns:
         The rows of the table, and the audit's verdict.
     """
-    task = tasks.fashion("colour", fashion_mnist) if fashion_mnist else tasks.digits_colour()
+    task = tasks.fashion("colour", fashion_mnist) if fashion_mnist else digits.digits_colour()
     settings, test = task.train_settings, task.sets["test"]
-    models = tasks.prepare_models(task, 0, output_dir)
+    models = digits.prepare_models(task, 0, output_dir)
     args = TrainingArguments(
         output_dir,
         max_steps=retrain_steps or settings["retrain_steps"],

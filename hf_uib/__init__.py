@@ -4,12 +4,12 @@ __version__ = "0.1.0"
 __all__ = ["AuditReport", "UIBConfig", "UIBTrainer", "audit_model", "retrain", "undo"]
 
 _HOME = {
-    "AuditReport": ".audit.core",
+    "AuditReport": ".audit.report",
     "UIBConfig": ".config",
     "UIBTrainer": ".trainer",
-    "audit_model": ".audit.core",
+    "audit_model": ".audit.report",
     "retrain": ".audit.oracle",
-    "undo": ".lifecycle",
+    "undo": ".provenance",
 }
 
 

@@ -9,7 +9,6 @@ import datetime
 import json
 import math
 import os
-import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,21 +24,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PushInProgress
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import PushInProgress
 
-from . import __version__, adapters, bound, data
+from . import __version__, contrast
+from .channel_kl import channel_kl, displacement, outside
+from .checkpointing import atomic_directory
 from .config import UIBConfig
-from .files import UNFINISHED, whole
-from .hub.card import FIGURES, hub_id, results_of, write_card
-from .hub.push import ADAPTER_PATTERNS, MERGED, upload_copy
-from .lifecycle import STATE_NAME, detached, next_base, requests_of, without_origin
-from .priors import PRIORS, CalibratedPrior, InfluencePrior, NoPrior, Prior, Setting
-from .priors import subspace as contrast
+from .data.checks import check_inputs, check_sets, removed_classes
+from .data.pairing import PairedDataset, PairingSampler, UIBCollator, collator_for, fetch, sample_indices
+from .data.reading import encode
+from .hub.card import hub_id, results_of
+from .hub.mixin import HubMixin
+from .lora import adapter_name as name_of_adapter
+from .lora import attach_adapter, freeze_factors, freeze_running_statistics, is_fresh, lora_layers
+from .models import fingerprint as base_hash
+from .models import forward_columns
+from .objective import margin, other_classes_kl, rank_z
+from .posterior import NoiseChannel
+from .priors import PRIORS, CalibratedPrior, InfluencePrior, NoPrior, Prior, PriorContext
+from .provenance import STATE_NAME, detached, next_base, requests_of, without_origin
+from .schedule import anneal
 
-NOISED_SHARE = 0.65  # of the nats the checkpoint's predictions tell about the forget labels, under the default noise
+LABEL_INFORMATION_KEPT = (
+    0.65  # of the nats the checkpoint's predictions tell about the forget labels, under the default noise
+)
 PROBE_ROWS = 128  # shared between all draws of the noise
 KAPPA_MAX = 4.0  # a capacity of 0.03 nats: closed
 OVER_Z = -2.0  # under it the forget set is told from unseen rows by low margins
@@ -47,13 +58,13 @@ PATTERN_Z = 2.0  # under it the contrast is chance: a randomly drawn forget set 
 UNIT = (
     0.0375  # A starts as V_l rms(W x) / rms(V x) / UNIT: B in units of the channel, one learning rate for all layers
 )
-SILENT = 1e-3  # of the mean input's length, of the usual unit: nothing
+MIN_RELATIVE_SCALE = 1e-3  # of the mean input's length, of the usual unit: nothing
 TINY = 1e-6  # no division by zero
 FLOOR = 0.05  # eps_l, as a noise-to-signal ratio
 MERGED_ERROR = 0.01  # of the largest logit
 
 
-class UIBTrainer(Trainer):
+class UIBTrainer(HubMixin):
     """Trainer that makes a fine-tuned image or text classifier unlearn the forget set.
 
     Args:
@@ -84,8 +95,8 @@ class UIBTrainer(Trainer):
 
     args: UIBConfig
     model: PeftModel
-    data_collator: data.UIBCollator
-    train_dataset: data.PairedDataset
+    data_collator: UIBCollator
+    train_dataset: PairedDataset
     push_in_progress: PushInProgress | None
 
     def __init__(
@@ -132,16 +143,16 @@ class UIBTrainer(Trainer):
                     f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length: "
                     "datasets.Dataset.from_generator writes one to disk and reads it from there, in flat memory."
                 )
-        labels, self.fingerprints = data.check_sets(
+        labels, self.fingerprints = check_sets(
             forget_dataset, retain_dataset, model.config.num_labels, calibration_dataset
         )
-        self.removed_classes = data.removed_classes(labels["forget_dataset"], labels.get("retain_dataset"))
+        self.removed_classes = removed_classes(labels["forget_dataset"], labels.get("retain_dataset"))
         main_input = getattr(model, "main_input_name", "input_ids")
-        prepare = partial(data.encode, processing_class=processing_class, main_input=main_input)
+        prepare = partial(encode, processing_class=processing_class, main_input=main_input)
         self.forget_dataset, self.calibration_dataset = prepare(forget_dataset), prepare(calibration_dataset)
         self.retain_dataset = prepare(retain_dataset)
         for name in ("forget_dataset", "retain_dataset", "calibration_dataset"):
-            data.check_inputs(name, getattr(self, name), main_input)
+            check_inputs(name, getattr(self, name), main_input)
         self._raw_eval_dataset = eval_dataset
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
@@ -149,12 +160,12 @@ class UIBTrainer(Trainer):
             eval_dataset = prepare(eval_dataset)
 
         # 3. Adapter: the mean of the posterior
-        model = adapters.attach_adapter(model, peft_config, args.subspace_rank)
-        fresh = adapters.is_fresh(adapters.lora_layers(model), adapters.adapter_name(model))
+        model = attach_adapter(model, peft_config, args.subspace_rank)
+        fresh = is_fresh(lora_layers(model), name_of_adapter(model))
         # What a checkpoint that comes with a trained adapter had learned in it
         self._learned = None if fresh else copy.deepcopy(get_peft_model_state_dict(model))
-        adapters.freeze_factors(model, args.trainable_factors)
-        adapters.freeze_running_statistics(model)
+        freeze_factors(model, args.trainable_factors)
+        freeze_running_statistics(model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(self._tag_names)
         if args.gradient_checkpointing:
@@ -166,7 +177,7 @@ class UIBTrainer(Trainer):
         if self._held_out and isinstance(
             self.prior, CalibratedPrior
         ):  # the checkpoint has fitted the rows of its level
-            self.prior.fitted = self.prior.following = not self.removed_classes
+            self.prior.calibration_seen_in_training = self.prior.track_decrease = not self.removed_classes
         if retain_dataset is None:
             if isinstance(self.prior, (InfluencePrior, NoPrior)):
                 name = args.prior if prior is None else type(prior).__name__
@@ -188,8 +199,8 @@ class UIBTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data.collator_for(adapters.forward_columns(model), processing_class, data_collator),
-            train_dataset=data.PairedDataset(retained, self.forget_dataset, length),
+            data_collator=collator_for(forward_columns(model), processing_class, data_collator),
+            train_dataset=PairedDataset(retained, self.forget_dataset, length),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
@@ -204,12 +215,11 @@ class UIBTrainer(Trainer):
         self.dataset_name: str | None = None  # of all sets, if it is on the Hub
         self._card_settings: dict = {}
         self._last_step = -1
-        self._unfinished = False
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.audit_report = None
-        self.layers = adapters.lora_layers(self.model)
-        self.adapter_name = adapters.adapter_name(self.model)
-        self.noise: adapters.NoiseChannel | None = None
+        self.layers = lora_layers(self.model)
+        self.adapter_name = name_of_adapter(self.model)
+        self.noise: NoiseChannel | None = None
         self.statistics: dict[str, float] = {}
         self.measured_examples = 0  # forward passes of the statistics and refreshes, in examples
 
@@ -238,7 +248,7 @@ class UIBTrainer(Trainer):
             "has fitted them, so a systematic pattern is forgotten, but random rows hardly: for those give data it never saw.",
             stacklevel=3,
         )
-        return set(data.sample_indices(len(self.retain_dataset), count, args.seed))
+        return set(sample_indices(len(self.retain_dataset), count, args.seed))
 
     def _measure_contrast(self) -> dict[str, Tensor]:
         """V_l by one pass over samples of both sets; also measures each layer's unit (section 2)."""
@@ -286,24 +296,26 @@ class UIBTrainer(Trainer):
                 )
             subspaces[name] = contrast.subspace(layer, args.subspace_rank)
         self.mean_inputs = {name: layer.mean_input().float() for name, layer in stats.items()}
-        self.energy = {name: contrast.energy(layer) for name, layer in stats.items()}
+        self.contrast_norm = {name: contrast.contrast_norm(layer) for name, layer in stats.items()}
         along = self._pattern_rms(subspaces)
         # What one unit of V_l x has to be multiplied with to be as large as the layer's output; where hardly anything but the mean
         # comes in there is no channel to speak of, and the mean gives the unit; where nothing comes out, the other layers' do
         units = {}
         for name, layer in stats.items():
             mean = self.mean_inputs[name].norm()
-            along[name] = torch.where(along[name] > SILENT * mean, along[name], mean)
+            along[name] = torch.where(along[name] > MIN_RELATIVE_SCALE * mean, along[name], mean)
             units[name] = layer.signal().float() / along[name].clamp_min(TINY)
         usual = torch.stack(list(units.values())).median()
-        self.unit_width = {name: torch.where(unit > SILENT * usual, unit, usual) for name, unit in units.items()}
+        self.output_scale = {
+            name: torch.where(unit > MIN_RELATIVE_SCALE * usual, unit, usual) for name, unit in units.items()
+        }
         self.model.train(training)
         return subspaces
 
     def _contrast_batches(self, sets, chunk: int | None = None):
         rank, world = self.args.process_index, self.args.world_size
         for dataset, sign in sets:
-            indices = data.sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
+            indices = sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
             members = indices if chunk is None else indices[chunk :: contrast.CHUNKS]
             for inputs in self._batches(dataset, members[rank::world], "Contrast"):
                 yield inputs, sign / len(indices)
@@ -346,7 +358,7 @@ class UIBTrainer(Trainer):
         return {name: (value[0] / value[1]).sqrt().float() for name, value in sums.items()}
 
     def _probe_indices(self) -> list[int]:
-        return data.sample_indices(len(self.forget_dataset), min(256, self.args.contrast_samples), self.args.seed + 1)
+        return sample_indices(len(self.forget_dataset), min(256, self.args.contrast_samples), self.args.seed + 1)
 
     @torch.no_grad()
     def _forward_all(self, dataset, indices: list[int], description: str | None = None) -> tuple[Tensor, Tensor]:
@@ -369,7 +381,7 @@ class UIBTrainer(Trainer):
         return pair
 
     def _margins(self, dataset, indices: list[int]) -> Tensor:
-        return bound.margin(*self._forward_all(dataset, indices))
+        return margin(*self._forward_all(dataset, indices))
 
     def _noise_to_signal(self) -> float:
         """kappa from the data: the noise under which the checkpoint still tells most of what it knows about the forget labels.
@@ -393,7 +405,7 @@ class UIBTrainer(Trainer):
 
         low, high = 0.0, KAPPA_MAX
         with self.noise.in_eval_mode():
-            enough = NOISED_SHARE * told(0.0)
+            enough = LABEL_INFORMATION_KEPT * told(0.0)
             if enough <= 0:
                 return 0.0
             for _ in range(7):
@@ -405,27 +417,29 @@ class UIBTrainer(Trainer):
         """Put the channel along V_l into the model; ``shared`` says that A is V_l but for a factor."""
         if self.noise is not None:
             self.noise.remove()
-        self.subspaces, self.shared = subspaces, shared
+        self.subspaces, self.a_spans_subspace = subspaces, shared
         self.gains = {name: self._gain(name).item() if shared else 1.0 for name in self.layers}
         # What each layer reads of the pattern before any adapter, W V' [d_out, k]
-        self.base_reads = {
+        self.base_projected_weight = {
             name: layer.get_base_layer().weight.detach().flatten(1).float() @ subspaces[name].T
             for name, layer in self.layers.items()
         }
         units = {name: layer.scaling[self.adapter_name] * self.gains[name] for name, layer in self.layers.items()}
-        reads = {name: read / units[name] for name, read in self.base_reads.items()} if shared else None
-        self.noise = adapters.NoiseChannel(self.layers, subspaces, self.adapter_name, reads)
+        projected_weight = (
+            {name: read / units[name] for name, read in self.base_projected_weight.items()} if shared else None
+        )
+        self.noise = NoiseChannel(self.layers, subspaces, self.adapter_name, projected_weight)
         self.ranks = torch.stack([v.square().sum().round() for v in subspaces.values()])
-        self.floors = torch.stack([FLOOR * self.unit_width[name] for name in self.layers])
+        self.floors = torch.stack([FLOOR * self.output_scale[name] for name in self.layers])
 
     def _gain(self, name: str) -> Tensor:
-        return self.unit_width[name] / UNIT
+        return self.output_scale[name] / UNIT
 
     def _begin(self) -> None:
         """Everything that is measured before the first step."""
         subspaces = self._measure_contrast()
         shared = False
-        if adapters.is_fresh(self.layers, self.adapter_name):
+        if is_fresh(self.layers, self.adapter_name):
             for name, layer in self.layers.items():
                 factor = layer.lora_A[self.adapter_name].weight
                 if factor.flatten(1).shape == subspaces[name].shape:
@@ -436,27 +450,27 @@ class UIBTrainer(Trainer):
             )
         self._install(subspaces, shared)
         self.kappa = self._noise_to_signal()
-        self.prior.systematic = self.kappa > 0 and not self.removed_classes
+        self.prior.pattern_detected = self.kappa > 0 and not self.removed_classes
         self.gamma = self.args.prior_strength
         if self.gamma is None:
             self.gamma = self.prior.strengths[self.kappa == 0]
         self._prepare_prior()
         self.statistics |= {"noise_to_signal": self.kappa, "prior_strength": self.gamma}
         self.prior_mean: dict[str, tuple[Tensor, Tensor]] = {}
-        self.path_nats = torch.zeros(len(self.layers), dtype=torch.float64)
+        self.cumulative_kl = torch.zeros(len(self.layers), dtype=torch.float64)
 
     def _prepare_prior(self) -> None:
         """What the prior measures before the first step, on the samples of the contrast."""
 
         def batches_of(dataset):
-            indices = data.sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
+            indices = sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
             for inputs in self._batches(dataset, indices[self.args.process_index :: self.args.world_size]):
                 self.measured_examples += len(inputs["labels"]) * self.args.world_size
                 yield inputs
 
         retain = None if self.retain_dataset is None else partial(batches_of, self.retain_dataset)
         sizes = (len(self.forget_dataset), len(self.train_dataset.retain))
-        setting = Setting(
+        setting = PriorContext(
             self.model, partial(batches_of, self.forget_dataset), retain, sizes, self._sum_over_processes
         )
         training = self.model.training
@@ -468,17 +482,17 @@ class UIBTrainer(Trainer):
     def _refresh_prior(self) -> None:
         """Q_k: the mean moves to the running mean, the level and the ranks are measured again."""
         if self.prior_mean:
-            self.width = self.kappa * bound.anneal(self.state.global_step - 1, self.state.max_steps)
-            self.path_nats += self._kl_per_layer().detach().cpu().double()
+            self.width = self.kappa * anneal(self.state.global_step - 1, self.state.max_steps)
+            self.cumulative_kl += self._kl_per_layer().detach().cpu().double()
         self._set_prior_mean({name: tuple(w.detach().clone() for w in self._factors(name)) for name in self.layers})
         if self._prior_is_on(self.state.global_step):
-            sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
+            sample = sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
             self.prior.refresh(partial(self._margins, self.forget_dataset, sample), self._calibration_margins)
 
     def _calibration_margins(self) -> Tensor | None:
         if self.calibration_dataset is not None:
             dataset = self.calibration_dataset
-            indices = data.sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
+            indices = sample_indices(len(dataset), self.args.contrast_samples, self.args.seed)
         elif self._held_out:
             dataset, indices = self.retain_dataset, sorted(self._held_out)[: self.args.contrast_samples]
         else:
@@ -487,15 +501,15 @@ class UIBTrainer(Trainer):
         if self.removed_classes:  # no unseen example of theirs tells a level, but what the others get of them does
             removed = torch.tensor(self.removed_classes, device=labels.device)
             logits = logits[~torch.isin(labels, removed)]
-            margins = torch.cat([bound.margin(logits, label.expand(len(logits))) for label in removed])
+            margins = torch.cat([margin(logits, label.expand(len(logits))) for label in removed])
         else:
-            margins = bound.margin(logits, labels)
+            margins = margin(logits, labels)
         self.statistics["calibration_margin"] = margins.mean().item()
         return margins
 
     def _prior_is_on(self, step: int) -> bool:
         until = math.ceil(self.args.prior_fraction * self.state.max_steps)
-        return self.prior.uses_forget_batches and (step < until or self.prior.lasting)
+        return self.prior.uses_forget_batches and (step < until or self.prior.keep_forget_batches)
 
     # ---- Equation (3): the loss -------------------------------------------------------------------------------------
 
@@ -523,13 +537,13 @@ class UIBTrainer(Trainer):
             nats = self._kl_per_layer().sum()
             loss = loss + self.args.beta / len(self.train_dataset.retain) * nats
         if len(forget_labels) and self._prior_is_on(self.state.global_step):
-            loss = loss + self.gamma * self.prior.evidence(forget_logits, forget_labels)
-            self._record(forget_margin=bound.margin(forget_logits.detach(), forget_labels).mean())
+            loss = loss + self.gamma * self.prior.forget_loss(forget_logits, forget_labels)
+            self._record(forget_margin=margin(forget_logits.detach(), forget_labels).mean())
         self._record(fit_nats=fit)
         if nats is not None:
             self._record(kl_nats=nats)
         if self.retain_dataset is not None:
-            self._record(retain_margin=bound.margin(logits[:n].detach(), labels[:n]).mean())
+            self._record(retain_margin=margin(logits[:n].detach(), labels[:n]).mean())
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -549,7 +563,7 @@ class UIBTrainer(Trainer):
         self._last_step = step
         if step % self.args.prior_update_steps == 0:
             self._refresh_prior()
-        self.width = self.kappa * bound.anneal(step, self.state.max_steps)
+        self.width = self.kappa * anneal(step, self.state.max_steps)
         if self.width > 0:
             self.noise.draw(self.width, self.args.seed, step, self.args.device)
         else:
@@ -562,29 +576,31 @@ class UIBTrainer(Trainer):
 
     def _reads(self, factors: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
         """(W + s B A) V' of every layer, ``[d_out, k]``: how the layer reads the pattern."""
-        reads = []
+        projected_weight = []
         for name, layer in self.layers.items():
             (a, b), scaling = factors[name], layer.scaling[self.adapter_name]
-            moved = b if self.shared else b @ (a @ self.subspaces[name].T)
-            reads.append(torch.add(self.base_reads[name], moved, alpha=scaling * self.gains[name]))
-        return reads
+            moved = b if self.a_spans_subspace else b @ (a @ self.subspaces[name].T)
+            projected_weight.append(
+                torch.add(self.base_projected_weight[name], moved, alpha=scaling * self.gains[name])
+            )
+        return projected_weight
 
     def _set_prior_mean(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         self.prior_mean = factors
         with self._in_full_precision():
-            self.prior_reads = self._reads(factors)
+            self.prior_projected_weight = self._reads(factors)
 
     def _kl_per_layer(self) -> Tensor:
         """R^(l) of section 3(a), ``[layers]``, in nats."""
         factors = {name: self._factors(name) for name in self.layers}
         width = self.width / self.args.subspace_rank**0.5
         with self._in_full_precision():
-            nats = bound.channel_kl(self._reads(factors), self.prior_reads, self.ranks, width, self.floors)
-            if self.shared:  # A is V_l but for a factor: nothing moves outside
+            nats = channel_kl(self._reads(factors), self.prior_projected_weight, self.ranks, width, self.floors)
+            if self.a_spans_subspace:  # A is V_l but for a factor: nothing moves outside
                 return nats
             beyond = [
-                bound.outside(
-                    *bound.displacement(*factors[name], *self.prior_mean[name], layer.scaling[self.adapter_name]),
+                outside(
+                    *displacement(*factors[name], *self.prior_mean[name], layer.scaling[self.adapter_name]),
                     self.subspaces[name],
                 )
                 for name, layer in self.layers.items()
@@ -600,7 +616,7 @@ class UIBTrainer(Trainer):
         with torch.no_grad(), adapted.disable_adapter():
             reference = adapted(**batch).logits
         adapted.train()
-        return bound.other_classes_kl(logits, reference, labels)
+        return other_classes_kl(logits, reference, labels)
 
     # ---- The loop ---------------------------------------------------------------------------------------------------
 
@@ -639,19 +655,19 @@ class UIBTrainer(Trainer):
             self.calibration_dataset is None or not drawn or self.args.load_best_model_at_end
         ):  # that one was chosen as it is
             return
-        sample = data.sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
+        sample = sample_indices(len(self.forget_dataset), self.args.contrast_samples, self.args.seed + 2)
         ends = {name: self._factors(name)[1].detach().clone() for name in self.layers}
 
         def z(share: float) -> float:
             for name, end in ends.items():
                 self._factors(name)[1].data.copy_(share * end)
-            return bound.rank_z(self._margins(self.forget_dataset, sample), self._calibration_margins())
+            return rank_z(self._margins(self.forget_dataset, sample), self._calibration_margins())
 
         over = z(1.0)
         if over >= OVER_Z:
             return
         seen = f"the forget set's margins are lower than unseen rows' (z = {over:.1f}), which gives it away as high ones do"
-        if not self.shared or z(0.0) <= 0:  # the way did not begin at B = 0, or not above unseen rows
+        if not self.a_spans_subspace or z(0.0) <= 0:  # the way did not begin at B = 0, or not above unseen rows
             z(1.0)
             warnings.warn(
                 f"Over-unlearning: {seen}. Train again with a smaller prior_strength (a third, say).", stacklevel=3
@@ -683,7 +699,7 @@ class UIBTrainer(Trainer):
 
         ratio = (args.forget_batch_size or args.per_device_train_batch_size) / args.per_device_train_batch_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return data.PairingSampler(
+        return PairingSampler(
             paired, seed, ratio, self._held_out, prior_is_on, lambda: self.state.global_step // steps_per_epoch
         )
 
@@ -711,134 +727,12 @@ class UIBTrainer(Trainer):
 
     # ---- Saving and resuming ----------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Trainer's, in a folder of its own that takes the checkpoint's name once all is written: whole or not at all."""
-        run_folder, step = self._get_output_dir(trial), self.state.global_step
-        unfinished, name = os.path.join(run_folder, UNFINISHED), f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        written, final = os.path.join(unfinished, name), os.path.join(run_folder, name)
-        if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._unfinished = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._unfinished = False
-        self.accelerator.wait_for_everyone()
-        if self.state.best_global_step:
-            best = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if best == final or os.path.isdir(best):
-                self.state.best_model_checkpoint = best
-        if self.args.should_save:
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(written, final)
-            os.rmdir(unfinished)
-            rotate_checkpoints(
-                run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
-
-    def _get_output_dir(self, trial) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self._unfinished else folder
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, without the pickled arguments, which hold the token: adapter, state and card, then the whole checkpoint
-        where `hub_strategy` asks for it."""
-        args = self.args
-        if self._unfinished or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        if args.hub_artifact == "merged":  # nothing to push before there is one
-            return
-        before = self.push_in_progress
-        under_way = before is not None and not before.is_done()
-        if under_way and not args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        named = "" if self.adapter_name == "default" else self.adapter_name  # PEFT's folder for it
-        os.makedirs(os.path.join(args.output_dir, named), exist_ok=True)
-        for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
-            name = os.path.join(named, name)
-            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
-        for name in (STATE_NAME, "README.md"):
-            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(args.output_dir)
-        upload = partial(
-            upload_copy,
-            self._hub,
-            repo_id=self.hub_model_id,
-            token=args.hub_token,
-            revision=args.hub_revision,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-        )
-        jobs = [upload(args.output_dir)]
-        if args.hub_strategy != HubStrategy.EVERY_SAVE:
-            last = args.hub_strategy == HubStrategy.CHECKPOINT
-            name = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
-            jobs.append(upload(checkpoint_folder, path_in_repo=name))
-        self.push_in_progress = PushInProgress(jobs + before.jobs if before is not None and under_way else jobs)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ):
-        """As Trainer's; ``args.hub_artifact`` says whether adapter, merged model or both go up.
-
-        Args:
-            commit_message, blocking, token, revision, private: as in Trainer.
-            kwargs: for the card, see `create_model_card`; remembered for later ones.
-
-        Returns:
-            What was committed to ``hub_model_id``, or its future.
-        """
-        args = self.args
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._card_settings |= kwargs
-        self.save_model(_internal_call=True)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-            self.create_model_card()  # which now knows the repository's name
-        merged = os.path.join(args.output_dir, MERGED)
-        if args.hub_artifact != "adapter":
-            self.save_merged(merged)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        token, revision = token or args.hub_token, revision or args.hub_revision
-        settings = {"token": token, "revision": revision, "commit_message": commit_message}
-        upload_merged = partial(
-            self._hub.upload_folder,
-            folder_path=merged,
-            delete_patterns=ADAPTER_PATTERNS,
-            run_as_future=not blocking,
-            **settings,
-        )
-        if args.hub_artifact == "merged":
-            return upload_merged(repo_id=self.hub_model_id)
-        if args.hub_artifact == "both":
-            private = self._hub.repo_info(self.hub_model_id, token=token).private
-            beside = self._hub.create_repo(f"{self.hub_model_id}-merged", token=token, private=private, exist_ok=True)
-            if revision is not None:
-                self._hub.create_branch(beside.repo_id, branch=revision, token=token, exist_ok=True)
-            upload_merged(repo_id=beside.repo_id)
-        job = upload_copy(self._hub, args.output_dir, repo_id=self.hub_model_id, **settings)
-        return job.result() if blocking else job
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Adapter, statistics of prior and posterior, and the card; never the pickled arguments, which may hold a token."""
         if not self.args.should_save:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        with whole(output_dir) as folder:
+        with atomic_directory(output_dir) as folder:
             super()._save(folder, state_dict)
             for name in (TRAINING_ARGS_NAME, "README.md"):  # PEFT's card: ours needs the run's figures beside it
                 if os.path.isfile(os.path.join(folder, name)):
@@ -852,13 +746,13 @@ class UIBTrainer(Trainer):
         tensors = {
             "kappa": torch.tensor(self.kappa),
             "gamma": torch.tensor(self.gamma),
-            "shared": torch.tensor(self.shared),
-            "path_nats": self.path_nats,
+            "shared": torch.tensor(self.a_spans_subspace),
+            "cumulative_kl": self.cumulative_kl,
         }
         for name in self.layers:
             tensors[f"subspace.{name}"] = self.subspaces[name]
-            tensors[f"unit_width.{name}"] = self.unit_width[name]
-            tensors[f"energy.{name}"] = torch.tensor(self.energy[name])
+            tensors[f"output_scale.{name}"] = self.output_scale[name]
+            tensors[f"contrast_norm.{name}"] = torch.tensor(self.contrast_norm[name])
             tensors[f"prior_mean_a.{name}"], tensors[f"prior_mean_b.{name}"] = self.prior_mean[name]
         tensors |= {
             f"statistics.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.statistics.items()
@@ -914,9 +808,9 @@ class UIBTrainer(Trainer):
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
         self.kappa, self.gamma, shared = state["kappa"].item(), state["gamma"].item(), bool(state["shared"])
-        self.unit_width = part("unit_width.")
-        self.energy = {name: value.item() for name, value in part("energy.").items()}
-        self.path_nats = state["path_nats"].cpu()
+        self.output_scale = part("output_scale.")
+        self.contrast_norm = {name: value.item() for name, value in part("contrast_norm.").items()}
+        self.cumulative_kl = state["cumulative_kl"].cpu()
         self.statistics = {name: value.item() for name, value in part("statistics.").items()}
         self.prior.load_state_dict(part("prior."))
         self.prior.masks = {name: mask.bool() for name, mask in part("mask.").items()}
@@ -928,11 +822,11 @@ class UIBTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        adapters.freeze_factors(self.model, self.args.trainable_factors)
+        freeze_factors(self.model, self.args.trainable_factors)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        adapters.freeze_factors(self.model, self.args.trainable_factors)
+        freeze_factors(self.model, self.args.trainable_factors)
 
     @property
     def forget_fingerprint(self) -> str:
@@ -943,7 +837,7 @@ class UIBTrainer(Trainer):
     def base_fingerprint(self) -> str:
         """Hash of the weights below the adapter."""
         if self._base_fingerprint is None:
-            self._base_fingerprint = adapters.fingerprint(self.model)
+            self._base_fingerprint = base_hash(self.model)
         return self._base_fingerprint
 
     # ---- Results ----------------------------------------------------------------------------------------------------
@@ -957,9 +851,7 @@ class UIBTrainer(Trainer):
             "forget_examples": len(self.forget_dataset),
             "forget_fingerprint": self.forget_fingerprint,
             "base_fingerprint": self.base_fingerprint,
-            "adapter_fingerprint": adapters.fingerprint(
-                self.accelerator.unwrap_model(self.model), of_the_adapter=True
-            ),
+            "adapter_fingerprint": base_hash(self.accelerator.unwrap_model(self.model), of_the_adapter=True),
             "adapter_name": self.adapter_name,
             "from_zero": self._learned is None,
             "date": datetime.date.today().isoformat(),
@@ -995,31 +887,17 @@ class UIBTrainer(Trainer):
             )
         return without_origin(merged, self.provenance if self.noise is not None else requests_of(merged))
 
-    def save_merged(self, folder: str) -> None:
-        """Write the merged model, its processor and its card to ``folder``, all or nothing."""
-        merged = self.merge_and_unload()
-        if not self.args.should_save:
-            return
-        with whole(folder) as unfinished:
-            merged.save_pretrained(unfinished)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(unfinished)
-            for figure in FIGURES:
-                if os.path.isfile(os.path.join(self.args.output_dir, figure)):
-                    shutil.copy(os.path.join(self.args.output_dir, figure), unfinished)
-            self.create_model_card(folder=unfinished, merged=True)
-
     def layer_report(self) -> list[dict]:
         """Where the pattern lived, one entry per adapted layer.
 
         ``contrast`` is |C_l|, nats of margin per unit of weight; ``nats`` the divergence R^(l) summed over the refreshes of
         the prior, the layer's share of the bound (2).
         """
-        nats = self.path_nats.clone()
+        nats = self.cumulative_kl.clone()
         if self.prior_mean:
             nats += self._kl_per_layer().detach().cpu().double()
         return [
-            {"layer": name, "contrast": self.energy[name], "nats": value}
+            {"layer": name, "contrast": self.contrast_norm[name], "nats": value}
             for name, value in zip(self.layers, nats.tolist(), strict=True)
         ]
 
@@ -1035,7 +913,7 @@ class UIBTrainer(Trainer):
         Returns:
             [`~hf_uib.AuditReport`]; the card takes its verdict up.
         """
-        from .audit.core import audit_model
+        from .audit.report import audit_model
 
         settings.setdefault("processing_class", self.processing_class)
         settings.setdefault("reference_model", None if self._learned is None else self.detach())
@@ -1052,19 +930,6 @@ class UIBTrainer(Trainer):
         self.fingerprints.pop("eval_dataset", None)
         self.results = self.results or results_of(self.audit_report)
         return self.audit_report
-
-    def create_model_card(  # type: ignore[override]
-        self, *, folder: str | None = None, merged: bool = False, **settings
-    ) -> None:
-        """Writes the unlearning card to ``folder`` (the output folder by default); see `hf_uib.hub.card`.
-
-        Args:
-            merged: the card of the merged model.
-            settings: as Trainer's: ``license``, ``language``, ``tags``, ``model_name``, ``finetuned_from``, ``dataset_tags``,
-                ``dataset``.
-        """
-        if self.is_world_process_zero():
-            write_card(self, folder or self.args.output_dir, merged, **(self._card_settings | settings))
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: a paired batch has no single main input."""
@@ -1114,4 +979,4 @@ class _Rows(torch.utils.data.Dataset):
         return self.dataset[self.indices[i]]
 
     def __getitems__(self, positions):
-        return data.fetch(self.dataset, [self.indices[i] for i in positions])
+        return fetch(self.dataset, [self.indices[i] for i in positions])

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_uib import UIBConfig, UIBTrainer, undo
-from hf_uib.adapters import load_classifier
+from hf_uib.models import load_classifier
 
 FOLDER, STRANGER = Path(sys.argv[1]), sys.argv[2]
 BASE = "tester/vit-biased"

@@ -5,7 +5,7 @@ import socket
 import sys
 
 HERE = os.path.dirname(__file__)
-CONFIG = os.path.join(HERE, "..", "scripts", "accelerate_configs", "cpu_two_processes.yaml")
+CONFIG = os.path.join(HERE, "..", "hf_uib", "cli", "accelerate_configs", "cpu_two_processes.yaml")
 
 
 def command_for(script: str, processes: int, *arguments) -> tuple[list[str], dict[str, str]]:

@@ -13,11 +13,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from transformers import TrainingArguments
 
-from hf_uib import audit_model, retrain, tasks
+from hf_uib import audit_model, retrain
 from hf_uib.audit.deep import compress, erased
 from hf_uib.audit.fakes import FAKES
-from hf_uib.audit.observe import blocks_of, head_of, observe
 from hf_uib.audit.statistics import Resampler
+from hf_uib.cli import digits
+from hf_uib.inference import blocks_of, head_of, observe
 from hf_uib.metrics.bias_correlation import cramers_v
 
 ONE_WORKER = pytest.mark.xdist_group("digits")  # their models are trained once
@@ -36,12 +37,12 @@ CAUGHT_BY = {
 def digits(tmp_path_factory):
     """Task, checkpoint and four models retrained from the pre-trained one with other seeds."""
     folder = str(tmp_path_factory.mktemp("digits"))
-    task = tasks.digits_colour(0)
-    models = tasks.prepare_models(task, 0, folder)
+    task = digits.digits_colour(0)
+    models = digits.prepare_models(task, 0, folder)
     retrained = []
     for seed in range(4):
         model = copy.deepcopy(models["start"])
-        tasks.fit(model, task.sets["retain"], task, task.train_settings["retrain_steps"], folder, seed, 1e-3)
+        digits.fit(model, task.sets["retain"], task, task.train_settings["retrain_steps"], folder, seed, 1e-3)
         retrained.append(model.eval())
     return task, models["original"].eval(), retrained
 

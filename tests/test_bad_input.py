@@ -10,8 +10,10 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_cli import ScriptArguments, pictures  # noqa: F401
 from test_trainer import config, make_trainer
 
-from hf_uib import UIBConfig, UIBTrainer, audit_model, cli
-from hf_uib.adapters import load_classifier
+from hf_uib import UIBConfig, UIBTrainer, audit_model
+from hf_uib.cli import unlearn
+from hf_uib.data import reading
+from hf_uib.models import load_classifier
 
 
 def train(path, model=None, forget=None, retain=None, calibration=None, peft_config=None, **settings):
@@ -137,7 +139,7 @@ TRAINER = {
         "no image or sequence classifier",
     ),
     "a text model without its tokenizer": (
-        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), cli.load_processor(str(p.parent / "bare"), False)),
+        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), reading.load_processor(str(p.parent / "bare"), False)),
         "has no tokenizer",
     ),
     "a broken config": (lambda p: load_classifier(broken(p, "config.json")), "config.json"),
@@ -218,7 +220,7 @@ def test_command_line(case, pictures, tmp_path):  # noqa: F811
         setattr(script, name, value(tmp_path) if callable(value) else value)
     args = UIBConfig(str(tmp_path / "out"), max_steps=1, use_cpu=True, disable_tqdm=True, save_strategy="no")
     with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
-        cli.unlearn(args, script)
+        unlearn.unlearn(args, script)
     assert "\n" not in str(caught.value).strip()
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import make_model, make_rows
 from sklearn.linear_model import LogisticRegression
 
-from hf_uib import baselines
-from hf_uib.audit.observe import head_of, observe
+from benchmarks.methods import baselines
+from hf_uib.inference import head_of, observe
 
 
 @pytest.fixture

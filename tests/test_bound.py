@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from hf_uib import bound
+from hf_uib import channel_kl, objective, schedule
 
 
 def orthonormal(k, d, generator):
@@ -39,13 +39,13 @@ def test_the_kl_of_a_layer_is_that_of_dense_gaussians(empty_rows, width):
     padded = torch.cat([v, v.new_zeros(empty_rows, d)])
 
     def mine(subspace):
-        left, right = bound.displacement(a, b, a0, b0, 2.0)
-        reads, prior_reads = [(w + 2 * b @ a) @ subspace.T] * 2, [(w + 2 * b0 @ a0) @ subspace.T] * 2
-        both = bound.channel_kl(
-            reads, prior_reads, torch.tensor([k, k]), width, torch.tensor([floor, floor], dtype=torch.float64)
+        left, right = channel_kl.displacement(a, b, a0, b0, 2.0)
+        projected_weight, prior_projected_weight = [(w + 2 * b @ a) @ subspace.T] * 2, [(w + 2 * b0 @ a0) @ subspace.T] * 2
+        both = channel_kl.channel_kl(
+            projected_weight, prior_projected_weight, torch.tensor([k, k]), width, torch.tensor([floor, floor], dtype=torch.float64)
         )
         assert both[0] == both[1]
-        return both[0] + bound.outside(left, right, subspace) / (2 * floor**2)
+        return both[0] + channel_kl.outside(left, right, subspace) / (2 * floor**2)
 
     expected = dense_kl(2 * b @ a, 2 * b0 @ a0, w, v, width, floor)
     torch.testing.assert_close(mine(padded), expected, rtol=1e-10, atol=1e-10)
@@ -55,12 +55,12 @@ def test_the_kl_of_a_layer_is_that_of_dense_gaussians(empty_rows, width):
 def test_displacement_and_outside_do_not_depend_on_the_gauge():
     g = torch.Generator().manual_seed(1)
     a, b, a0, b0, r, v = new(g, 3, 6), new(g, 4, 3), new(g, 3, 6), new(g, 4, 3), new(g, 3, 3), orthonormal(2, 6, g)
-    left, right = bound.displacement(a, b, a0, b0, 2.0)
+    left, right = channel_kl.displacement(a, b, a0, b0, 2.0)
     torch.testing.assert_close(left @ right, 2 * (b @ a - b0 @ a0))
-    other = bound.displacement(r @ a, b @ torch.linalg.inv(r), a0, b0, 2.0)
-    torch.testing.assert_close(bound.outside(*other, v), bound.outside(left, right, v), rtol=1e-9, atol=0)
-    inside = bound.displacement(new(g, 3, 2) @ v, b, new(g, 3, 2) @ v, b0)
-    assert bound.outside(*inside, v).abs() < 1e-20
+    other = channel_kl.displacement(r @ a, b @ torch.linalg.inv(r), a0, b0, 2.0)
+    torch.testing.assert_close(channel_kl.outside(*other, v), channel_kl.outside(left, right, v), rtol=1e-9, atol=0)
+    inside = channel_kl.displacement(new(g, 3, 2) @ v, b, new(g, 3, 2) @ v, b0)
+    assert channel_kl.outside(*inside, v).abs() < 1e-20
 
 
 def test_the_channel_kl_keeps_its_digits_near_the_mean():
@@ -68,58 +68,58 @@ def test_the_channel_kl_keeps_its_digits_near_the_mean():
     read = new(g, 5, 3)
     near = read + 1e-4 * new(g, 5, 3)
     one, floor = torch.ones(1), torch.full((1,), 0.01)
-    single = lambda first, second: bound.channel_kl([first.float()], [second.float()], 3 * one, 0.5, floor)  # noqa: E731
+    single = lambda first, second: channel_kl.channel_kl([first.float()], [second.float()], 3 * one, 0.5, floor)  # noqa: E731
     assert single(read, read).abs() < 1e-9
-    expected = bound.channel_kl([near.float().double()], [read.float().double()], 3 * one, 0.5, floor.double())
+    expected = channel_kl.channel_kl([near.float().double()], [read.float().double()], 3 * one, 0.5, floor.double())
     torch.testing.assert_close(single(near, read).double(), expected, rtol=1e-5, atol=0)
 
 
 def test_the_channel_kl_is_finite_where_noise_drowns_the_floor():
     g = torch.Generator().manual_seed(4)
     thin = (new(g, 40, 2) @ new(g, 2, 6)).float()  # of rank 2, read in 6 directions
-    reads = [(100 * thin + 0.1 * new(g, 40, 6).float()).requires_grad_()]
-    nats = bound.channel_kl(reads, [100 * thin], torch.tensor([6]), 30.0, torch.tensor([0.01]))
-    (gradient,) = torch.autograd.grad(nats.sum(), reads)
+    projected_weight = [(100 * thin + 0.1 * new(g, 40, 6).float()).requires_grad_()]
+    nats = channel_kl.channel_kl(projected_weight, [100 * thin], torch.tensor([6]), 30.0, torch.tensor([0.01]))
+    (gradient,) = torch.autograd.grad(nats.sum(), projected_weight)
     assert torch.isfinite(nats).all() and nats > 0 and torch.isfinite(gradient).all()
 
 
 def test_the_gradient_of_the_channel_kl_is_its_finite_difference():
     g = torch.Generator().manual_seed(3)
-    prior_reads = [new(g, 5, 3), new(g, 4, 3), new(g, 5, 3)]
-    reads = [(m + 0.3 * new(g, *m.shape)).requires_grad_() for m in prior_reads]
+    prior_projected_weight = [new(g, 5, 3), new(g, 4, 3), new(g, 5, 3)]
+    projected_weight = [(m + 0.3 * new(g, *m.shape)).requires_grad_() for m in prior_projected_weight]
     ranks, floors = torch.tensor([3, 2, 3]), torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)
     for width in (0.0, 0.7):
-        nats = lambda *matrices: bound.channel_kl(list(matrices), prior_reads, ranks, width, floors)  # noqa: E731, B023
-        assert torch.autograd.gradcheck(nats, reads, rtol=1e-6)
+        nats = lambda *matrices: channel_kl.channel_kl(list(matrices), prior_projected_weight, ranks, width, floors)  # noqa: E731, B023
+        assert torch.autograd.gradcheck(nats, projected_weight, rtol=1e-6)
 
 
 def test_margin_is_the_log_odds():
     logits = torch.randn(7, 4, dtype=torch.float64)
     labels = torch.randint(0, 4, (7,))
     p = logits.softmax(-1).gather(1, labels[:, None]).squeeze(1)
-    torch.testing.assert_close(bound.margin(logits, labels), p.log() - (1 - p).log())
-    assert torch.isfinite(bound.margin(torch.tensor([[80.0, -80.0]]), torch.tensor([0]))).all()
+    torch.testing.assert_close(objective.margin(logits, labels), p.log() - (1 - p).log())
+    assert torch.isfinite(objective.margin(torch.tensor([[80.0, -80.0]]), torch.tensor([0]))).all()
 
 
 def test_other_classes_kl():
     logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 4, (5,))
-    assert bound.other_classes_kl(logits, logits.detach(), labels).abs() < 1e-12
+    assert objective.other_classes_kl(logits, logits.detach(), labels).abs() < 1e-12
     moved = logits.detach().clone()
     moved[torch.arange(5), labels] -= 3.0  # forgetting the own class costs nothing
-    assert bound.other_classes_kl(moved, logits.detach(), labels).abs() < 1e-12
+    assert objective.other_classes_kl(moved, logits.detach(), labels).abs() < 1e-12
     moved[torch.arange(5), (labels + 1) % 4] += 1.0
-    assert bound.other_classes_kl(moved, logits.detach(), labels) > 1e-3
+    assert objective.other_classes_kl(moved, logits.detach(), labels) > 1e-3
     p = torch.tensor([0.0, 0.2, 0.8]), torch.tensor([0.0, 0.5, 0.5])
     by_hand = 0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5)
-    value = bound.other_classes_kl(p[1][None].log(), p[0][None].log(), torch.tensor([0]))
+    value = objective.other_classes_kl(p[1][None].log(), p[0][None].log(), torch.tensor([0]))
     assert value.item() == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_capacity_and_annealing():
-    assert bound.capacity(1.0) == pytest.approx(0.5 * math.log(2))
-    assert bound.capacity(0.0) == math.inf
-    assert [bound.anneal(t, 4) for t in (0, 1, 4, 9)] == [1.0, 0.75**0.5, 0.0, 0.0]
+    assert channel_kl.capacity(1.0) == pytest.approx(0.5 * math.log(2))
+    assert channel_kl.capacity(0.0) == math.inf
+    assert [schedule.anneal(t, 4) for t in (0, 1, 4, 9)] == [1.0, 0.75**0.5, 0.0, 0.0]
 
 
 def test_rank_z_is_mann_and_whitney_s():
@@ -127,10 +127,10 @@ def test_rank_z_is_mann_and_whitney_s():
 
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(40, generator=generator) - 0.5, torch.randn(70, generator=generator)
-    found = bound.rank_z(first, second)
+    found = objective.rank_z(first, second)
     expected = mannwhitneyu(first.numpy(), second.numpy(), method="asymptotic", use_continuity=False)
     assert (
         found < 0
         and abs(2 * (1 - torch.distributions.Normal(0, 1).cdf(torch.tensor(-found))).item() - expected.pvalue) < 1e-5
     )
-    assert abs(found + bound.rank_z(second, first)) < 1e-9 and bound.rank_z(first, first) == 0
+    assert abs(found + objective.rank_z(second, first)) < 1e-9 and objective.rank_z(first, first) == 0

@@ -14,7 +14,9 @@ from conftest import make_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, BertTokenizerFast, ViTImageProcessorPil
 
-from hf_uib import UIBConfig, cli
+from hf_uib import UIBConfig
+from hf_uib.cli import unlearn
+from hf_uib.data import reading
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "scripts"))
 from unlearn import ScriptArguments  # noqa: E402
@@ -187,7 +189,7 @@ def test_bad_input_is_one_line(pictures, tmp_path, conditions, changes, message)
         setattr(names, name, value)
     args = UIBConfig(str(tmp_path / "o"), max_steps=1, use_cpu=True, disable_tqdm=True)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        cli.unlearn(args, names)
+        unlearn.unlearn(args, names)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
 
@@ -246,7 +248,7 @@ def test_conditions_are_compared_not_evaluated():
             }
         ),
     )  # fmt: skip
-    pick = lambda *conditions: cli.matching_rows(rows, list(conditions)).tolist()
+    pick = lambda *conditions: reading.matching_rows(rows, list(conditions)).tolist()
     assert pick("kind=dog") == pick("kind=1") == [False, True, True]
     assert pick("kind=dog", "age=40", "ok=true") == [False, False, True]
     assert pick("weight=1") == [False, True, False] and pick("name=x=1") == [True, False, False]
@@ -261,8 +263,8 @@ def test_labels_follow_the_model_s_names():
     other_order = datasets.Dataset.from_dict(
         {"label": [0, 1, 2]}, features=datasets.Features({"label": datasets.ClassLabel(names=["c", "b", "a"])})
     )
-    assert cli.with_class_ids(other_order, config)["label"][:] == [2, 1, 0]
+    assert reading.with_class_ids(other_order, config)["label"][:] == [2, 1, 0]
     names = datasets.Dataset.from_dict({"label": ["b", "a"]})
-    assert cli.with_class_ids(names, config)["label"][:] == [1, 0]
+    assert reading.with_class_ids(names, config)["label"][:] == [1, 0]
     with pytest.raises(ValueError, match="is no class of the model"):
-        cli.with_class_ids(datasets.Dataset.from_dict({"label": ["b", "d"]}), config)
+        reading.with_class_ids(datasets.Dataset.from_dict({"label": ["b", "d"]}), config)

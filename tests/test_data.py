@@ -8,12 +8,12 @@ from conftest import make_rows
 from PIL import Image
 from transformers import BertTokenizerFast, ViTImageProcessorPil
 
-from hf_uib import data
+from hf_uib.data import checks, fingerprints, pairing, reading
 
 
 def sampler(n_retain, n_forget, ratio=1.0, held_out=frozenset(), on=lambda epoch, position: True, seed=0, epoch=0):
-    paired = data.PairedDataset(list(range(n_retain)), list(range(n_forget)), max(n_retain, n_forget))
-    return data.PairingSampler(paired, seed, ratio, set(held_out), on, lambda: epoch)
+    paired = pairing.PairedDataset(list(range(n_retain)), list(range(n_forget)), max(n_retain, n_forget))
+    return pairing.PairingSampler(paired, seed, ratio, set(held_out), on, lambda: epoch)
 
 
 def test_an_epoch_sees_every_row_and_repeats_the_shorter_set():
@@ -39,10 +39,10 @@ def test_forget_rows_come_only_while_the_prior_is_on_and_held_out_rows_after():
 
 def test_collator_puts_retained_rows_first_and_drops_what_the_model_does_not_take():
     rows = make_rows(n=6)
-    paired = data.PairedDataset(rows, make_rows(n=6, seed=1), 6)
+    paired = pairing.PairedDataset(rows, make_rows(n=6, seed=1), 6)
     from transformers.data.data_collator import default_data_collator
 
-    collator = data.UIBCollator(default_data_collator, {"pixel_values", "labels"})
+    collator = pairing.UIBCollator(default_data_collator, {"pixel_values", "labels"})
     batch = collator(paired.__getitems__([(6, 0, (4, 5)), (7, 1, ())]))
     assert batch["n_retain"] == 2 and set(batch["inputs"]) == {"pixel_values", "labels"}
     assert torch.equal(batch["inputs"]["pixel_values"][0], rows[0]["pixel_values"])
@@ -56,34 +56,34 @@ def test_raw_pictures_and_texts_are_encoded(tmp_path):
         features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
     )
     processor = ViTImageProcessorPil(do_resize=False)
-    encoded = data.encode(pictures.select([0, 2]), processor, "pixel_values")
+    encoded = reading.encode(pictures.select([0, 2]), processor, "pixel_values")
     assert encoded[0]["pixel_values"].shape == (3, 8, 8) and encoded[1]["label"] == 0
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]))
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
     texts = datasets.Dataset.from_dict({"text": ["good", "bad bad"], "label": [0, 1]})
-    assert "input_ids" in data.encode(texts, tokenizer, "input_ids").column_names
-    assert data.encode(texts, None, "input_ids") is texts
+    assert "input_ids" in reading.encode(texts, tokenizer, "input_ids").column_names
+    assert reading.encode(texts, None, "input_ids") is texts
 
 
 def test_fingerprint_ignores_order_and_sees_content():
     rows = make_rows(n=6)
-    assert data.fingerprint(rows) == data.fingerprint(rows.select([3, 1, 5, 0, 2, 4]))
-    assert data.fingerprint(rows) != data.fingerprint(rows.select(range(5)))
-    assert data.fingerprint(rows) != data.fingerprint(make_rows(n=6, seed=1))
+    assert fingerprints.fingerprint(rows) == fingerprints.fingerprint(rows.select([3, 1, 5, 0, 2, 4]))
+    assert fingerprints.fingerprint(rows) != fingerprints.fingerprint(rows.select(range(5)))
+    assert fingerprints.fingerprint(rows) != fingerprints.fingerprint(make_rows(n=6, seed=1))
 
 
 def test_overlap_is_by_content_and_label():
     rows = make_rows(n=6)
     with pytest.raises(ValueError, match="2 rows of forget_dataset are in retain_dataset too"):
-        data.check_sets(rows.select([0, 1, 2]), rows.select([1, 2, 3]), 3)
+        checks.check_sets(rows.select([0, 1, 2]), rows.select([1, 2, 3]), 3)
     relabelled = rows.with_format(None).map(lambda row: {"labels": (row["labels"] + 1) % 3})
-    data.check_sets(rows.with_format(None), relabelled, 3)  # outdated labels: same inputs, other labels
+    checks.check_sets(rows.with_format(None), relabelled, 3)  # outdated labels: same inputs, other labels
 
 
 def test_sample_indices():
-    assert data.sample_indices(5, 9, 0) == list(range(5))
-    drawn = data.sample_indices(50, 9, 0)
-    assert len(set(drawn)) == 9 and drawn == data.sample_indices(50, 9, 0) != data.sample_indices(50, 9, 1)
+    assert pairing.sample_indices(5, 9, 0) == list(range(5))
+    drawn = pairing.sample_indices(50, 9, 0)
+    assert len(set(drawn)) == 9 and drawn == pairing.sample_indices(50, 9, 0) != pairing.sample_indices(50, 9, 1)
 
 
 def test_rows_in_common_and_the_fingerprint_against_plain_sets():
@@ -91,9 +91,9 @@ def test_rows_in_common_and_the_fingerprint_against_plain_sets():
 
     rows = make_rows(n=40)
     first, second = rows.select(range(25)), rows.select([30, 3, 31, 24, 3])
-    hashes = data.row_hashes(first)
-    assert hashes.shape == (25, 2) and data.rows_in_common(hashes, data.row_hashes(second)) == 2
-    assert data.rows_in_common(data.row_hashes(second), hashes) == 3  # a row twice counts twice
-    assert data.rows_in_common(hashes, data.row_hashes(rows.select(range(25, 40)))) == 0
+    hashes = fingerprints.row_hashes(first)
+    assert hashes.shape == (25, 2) and fingerprints.rows_in_common(hashes, fingerprints.row_hashes(second)) == 2
+    assert fingerprints.rows_in_common(fingerprints.row_hashes(second), hashes) == 3  # a row twice counts twice
+    assert fingerprints.rows_in_common(hashes, fingerprints.row_hashes(rows.select(range(25, 40)))) == 0
     expected = hashlib.blake2b(b"".join(sorted(row.tobytes() for row in hashes)), digest_size=8).hexdigest()
-    assert data.fingerprint(first) == data.fingerprint(first.select(range(24, -1, -1))) == expected
+    assert fingerprints.fingerprint(first) == fingerprints.fingerprint(first.select(range(24, -1, -1))) == expected

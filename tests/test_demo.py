@@ -7,7 +7,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForImageClassification
 
-from hf_uib import UIBConfig, cli
+from hf_uib import UIBConfig
+from hf_uib.cli import demo
 
 
 def meets_the_bars(row: dict, results: dict) -> bool:
@@ -29,7 +30,7 @@ def meets_the_bars(row: dict, results: dict) -> bool:
 def test_demo(seed, tmp_path):
     out = str(tmp_path / "demo")
     args = UIBConfig(out, seed=seed, save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=50)
-    results = cli.demo(args)
+    results = demo.demo(args)
     assert meets_the_bars(results["UIB"], results)
     assert not meets_the_bars(results["original"], results)
     assert not meets_the_bars(results["fine-tuned LoRA"], results)

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import BertTokenizerFast, ViTImageProcessorPil
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.tasks import digits_colour
+from hf_uib.cli.digits import digits_colour
 
 SCRIPTS = os.path.join(os.path.dirname(__file__), "..", "scripts")
 sys.path.insert(0, SCRIPTS)

@@ -22,17 +22,17 @@ import delete_rows  # noqa: E402
 import outdated_labels  # noqa: E402
 import vit_colour_bias  # noqa: E402
 
-from hf_uib import tasks  # noqa: E402
+from hf_uib.cli import digits
 
 NOTEBOOK = ROOT / "examples" / "story.ipynb"
 
 
 @pytest.fixture(scope="module")
 def digits_models(tmp_path_factory):
-    """Those of `tasks.digits_colour`, trained once and for half as long."""
-    task = tasks.digits_colour()
+    """Those of `digits.digits_colour`, trained once and for half as long."""
+    task = digits.digits_colour()
     task.train_settings |= {"pretrain_steps": 250, "steps": 200}
-    return tasks.prepare_models(task, 0, str(tmp_path_factory.mktemp("digits")))
+    return digits.prepare_models(task, 0, str(tmp_path_factory.mktemp("digits")))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,9 @@ from conftest import make_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_uib import UIBConfig, cli, command_line
+from hf_uib import UIBConfig
+from hf_uib.cli import parser as command_line
+from hf_uib.data import reading
 
 ROWS = make_rows(n=6).with_format(None)
 ROWS = ROWS.cast_column("labels", datasets.ClassLabel(names=["a", "b", "c"])).add_column("text", list("uvwxyz"))
@@ -24,7 +26,7 @@ CONDITIONS = st.lists(
 @given(CONDITIONS)
 def test_conditions(conditions):
     try:
-        kept = cli.matching_rows(ROWS, conditions)
+        kept = reading.matching_rows(ROWS, conditions)
     except ValueError as error:
         assert str(error) and "\n" not in str(error)
     else:

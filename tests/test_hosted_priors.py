@@ -13,9 +13,10 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.func import functional_call, jacrev
 
-from hf_uib import UIBTrainer, bound
-from hf_uib.data import labels_of, removed_classes
-from hf_uib.priors import PRIORS, AscentPrior, InfluencePrior, RandomLabelPrior, Setting, influence
+from hf_uib import UIBTrainer, objective
+from hf_uib.data.checks import removed_classes
+from hf_uib.data.reading import labels_of
+from hf_uib.priors import PRIORS, AscentPrior, InfluencePrior, PriorContext, RandomLabelPrior, influence
 
 
 class Linear(nn.Module):
@@ -58,11 +59,11 @@ def test_influence_gives_the_retrain_posterior_of_a_linear_gaussian_model(monkey
     model, prior = Linear(trained.clone()), GaussianInfluence(precision=precision)
     prior.strength = 1.0
     give = lambda start, end: lambda: [{"x": x[start:end], "labels": y[start:end]}]  # noqa: E731
-    prior.prepare(Setting(model, give(0, gone), give(gone, gone + kept), (gone, kept), lambda tensors: None))
+    prior.prepare(PriorContext(model, give(0, gone), give(gone, gone + kept), (gone, kept), lambda tensors: None))
     assert (trained - retrained).abs().max() > 0.1  # what there was to undo
     assert (model.weight - retrained).abs().max() < 1e-8
     half, prior.strength = Linear(trained.clone()), 0.5  # the control: half of the deletion is not it
-    prior.prepare(Setting(half, give(0, gone), give(gone, gone + kept), (gone, kept), lambda tensors: None))
+    prior.prepare(PriorContext(half, give(0, gone), give(gone, gone + kept), (gone, kept), lambda tensors: None))
     assert (half.weight - retrained).abs().max() > 0.05
 
 
@@ -96,26 +97,26 @@ def test_random_label_is_the_expectation_of_the_draw():
     logits, labels = torch.randn(6, 4, generator=g, dtype=torch.float64), torch.randint(4, (6,), generator=g)
     drawn = [F.cross_entropy(logits, (labels + offset) % 4) for offset in (1, 2, 3)]
     plain = RandomLabelPrior(target=-math.inf)
-    value = plain.evidence(logits, labels)
+    value = plain.forget_loss(logits, labels)
     torch.testing.assert_close(value, torch.stack(drawn).mean() - math.log(3))
     done = torch.zeros(6, 4, dtype=torch.float64).scatter(1, labels[:, None], -60.0)
-    assert plain.evidence(done, labels).abs() < 1e-10
+    assert plain.forget_loss(done, labels).abs() < 1e-10
 
 
 @pytest.mark.parametrize("prior", [AscentPrior, RandomLabelPrior])
 def test_a_hosted_method_lets_go_of_what_is_at_its_level(prior):
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(40, 3, generator=g, dtype=torch.float64), torch.randint(3, (40,), generator=g)
-    margins = bound.margin(logits, labels)
+    margins = objective.margin(logits, labels)
     without, fixed, low = prior(target=-math.inf), prior(target=0.5), prior(target=float(margins.max()))
-    push = without.push(logits, labels)
-    torch.testing.assert_close(without.evidence(logits, labels), push.mean())
+    push = without.forget_loss_per_example(logits, labels)
+    torch.testing.assert_close(without.forget_loss(logits, labels), push.mean())
     above = margins > 0.5
     assert above.any() and not above.all()
-    torch.testing.assert_close(fixed.evidence(logits, labels), torch.where(above, push, 0.0).mean())
-    assert low.evidence(logits, labels) == 0
+    torch.testing.assert_close(fixed.forget_loss(logits, labels), torch.where(above, push, 0.0).mean())
+    assert low.forget_loss(logits, labels) == 0
     leaf = logits.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(fixed.evidence(leaf, labels), leaf)
+    (gradient,) = torch.autograd.grad(fixed.forget_loss(leaf, labels), leaf)
     assert not gradient[~above].any() and gradient[above].any(1).all()
 
 
@@ -192,7 +193,7 @@ def test_the_evidence_is_divided_out(tmp_path, prior):
         trainer.train()
         found[name] = (
             PRIORS[prior](target=-math.inf)
-            .evidence(*trainer._forward_all(trainer.forget_dataset, list(range(24))))
+            .forget_loss(*trainer._forward_all(trainer.forget_dataset, list(range(24))))
             .item()
         )
     assert found[prior] < found["none"] - 0.2
@@ -273,7 +274,7 @@ def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
     expected = logits[:, 2] - torch.logsumexp(logits[:, :2], 1)
     torch.testing.assert_close(margins.sort().values, expected.sort().values, rtol=1e-4, atol=1e-4)
     trainer.train()
-    assert not trainer.prior.systematic
+    assert not trainer.prior.pattern_detected
     forgotten = trainer._margins(trainer.forget_dataset, list(range(len(trainer.forget_dataset))))
     assert forgotten.median() < margins.median() + 0.5
 

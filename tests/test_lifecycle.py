@@ -10,7 +10,7 @@ from test_trainer import config
 from transformers import ViTForImageClassification
 
 from hf_uib import UIBTrainer, undo
-from hf_uib.lifecycle import requests_of
+from hf_uib.provenance import requests_of
 
 
 def unlearned(path, model, seed, request, **settings):
@@ -113,7 +113,7 @@ def test_undo_refuses_what_was_not_merged(tmp_path):
 
 def test_fingerprints_are_those_of_the_rows(tmp_path):
     trainer = unlearned(tmp_path, make_model(), 1, "one")
-    from hf_uib.data import fingerprint
+    from hf_uib.data.fingerprints import fingerprint
 
     assert trainer.forget_fingerprint == fingerprint(make_rows(n=24, seed=1))
     assert trainer.fingerprints["retain_dataset"] == fingerprint(make_rows(n=16, seed=2)) != trainer.forget_fingerprint

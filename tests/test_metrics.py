@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats.contingency import association, crosstab
 
-from hf_uib.audit.report import attribute_classes, flip_rate
 from hf_uib.metrics import BiasCorrelation, WorstGroupAccuracy
+from hf_uib.metrics.tables import attribute_classes, flip_rate
 
 
 def bias(**columns):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_uib import bound
+from hf_uib import objective
 from hf_uib.priors import PRIORS, CalibratedPrior, Prior
-from hf_uib.priors.calibrated import disputed_z, interpolate, quantiles
+from hf_uib.priors.calibrated import interpolate, label_noise_z, quantiles
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -16,15 +16,15 @@ def test_contract(name):
     prior.refresh(lambda: 5 + torch.randn(50, generator=g), lambda: torch.randn(50, generator=g))
     logits = torch.randn(8, 3, generator=g, dtype=torch.float64).requires_grad_()
     labels = torch.randint(0, 3, (8,), generator=g)
-    value = prior.evidence(logits, labels)
+    value = prior.forget_loss(logits, labels)
     assert (
         value.shape == () and torch.isfinite(value) and (value >= 0 or name == "ascent")
     )  # log p itself: never positive
     again = PRIORS[name]()
     again.load_state_dict({k: v.clone() for k, v in prior.state_dict().items()} or {})
-    assert torch.equal(again.evidence(logits, labels), value)
+    assert torch.equal(again.forget_loss(logits, labels), value)
     if prior.uses_forget_batches:
-        halves = [prior.evidence(logits[i : i + 1], labels[i : i + 1]) for i in range(8)]
+        halves = [prior.forget_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(8)]
         torch.testing.assert_close(torch.stack(halves).mean(), value)  # independent of the batch
 
 
@@ -39,14 +39,14 @@ def test_zero_gradient_at_the_level_and_pull_above_it():
     prior.refresh(lambda: seen, lambda: unseen)
     above = seen.clone().requires_grad_()
     logits, labels = logits_with(above)
-    value = prior.evidence(logits, labels)
+    value = prior.forget_loss(logits, labels)
     torch.testing.assert_close(value, (seen - unseen).mean(), rtol=0.02, atol=0)  # W1 of two ordered distributions
     (gradient,) = torch.autograd.grad(value, above)
     assert (gradient > 0).all()
     # once forgotten, the ranks are those of the forgotten margins: nothing pulls any more
     prior.refresh(lambda: unseen, lambda: unseen)
     at = (unseen - 1e-6).requires_grad_()
-    (gradient,) = torch.autograd.grad(prior.evidence(*logits_with(at)), at)
+    (gradient,) = torch.autograd.grad(prior.forget_loss(*logits_with(at)), at)
     assert not gradient.any()
 
 
@@ -63,7 +63,7 @@ def test_level_never_falls():
 
 
 def test_fitted_calibration_is_followed_down_once():
-    prior = CalibratedPrior(fitted=True)
+    prior = CalibratedPrior(calibration_seen_in_training=True)
     levels = []
     for value in (6.0, 4.0, 2.0, 3.0, 1.0):
         prior.refresh(lambda: torch.full((5,), 7.0), lambda v=value: torch.full((5,), v))
@@ -78,7 +78,7 @@ def test_fixed_target_needs_no_measurement():
     prior = CalibratedPrior(target=1.5)
     prior.refresh(fail, fail)
     logits, labels = logits_with(torch.tensor([1.0, 2.0, 3.0]))
-    assert prior.evidence(logits, labels).item() == pytest.approx((0.5 + 1.5) / 3)
+    assert prior.forget_loss(logits, labels).item() == pytest.approx((0.5 + 1.5) / 3)
 
 
 def test_quantiles_and_interpolation():
@@ -93,7 +93,7 @@ def test_quantiles_and_interpolation():
 
 def test_margin_gradient_survives_saturation():
     logits = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(bound.margin(logits, torch.tensor([0])).sum(), logits)
+    (gradient,) = torch.autograd.grad(objective.margin(logits, torch.tensor([0])).sum(), logits)
     assert gradient.abs().max() > 0.9
 
 
@@ -102,7 +102,7 @@ def test_under_a_pattern_the_level_keeps_the_labels():
     prior = CalibratedPrior()
     prior.refresh(lambda: seen, lambda: unseen)
     chance = prior.level_of(seen)
-    prior.systematic = True
+    prior.pattern_detected = True
     pattern = prior.level_of(seen)
     assert chance.min() < 0 and pattern.min() == pytest.approx(0.5, abs=0.02)
     torch.testing.assert_close(pattern[51:], chance[51:])
@@ -115,30 +115,30 @@ def test_labels_that_the_running_model_refuses_are_disputed():
 
     def run(later, **settings):
         prior = CalibratedPrior(**settings)
-        prior.systematic = True
+        prior.pattern_detected = True
         for margins in (torch.full((300,), 5.0), later, later):
             prior.refresh(lambda m=margins: m, lambda: unseen)
         return prior
 
     prior = run(wrong)
-    assert prior.lasting
+    assert prior.keep_forget_batches
     at = torch.tensor([-3.0, -0.1, 0.1, 3.9])
     torch.testing.assert_close(prior.level_of(at)[:2], torch.full((2,), -1.5), atol=0.02, rtol=0)
     assert (prior.level_of(at)[2:] >= 1.48).all()
     again = CalibratedPrior()
     again.load_state_dict(prior.state_dict())
-    assert again.lasting and torch.equal(again.level_of(at), prior.level_of(at))
+    assert again.keep_forget_batches and torch.equal(again.level_of(at), prior.level_of(at))
 
-    for prior in (run(biased), run(wrong, fitted=True)):  # a fold that the checkpoint fitted says nothing about errors
-        assert not prior.lasting and (prior.level_of(at) >= 1.48).all()
+    for prior in (run(biased), run(wrong, calibration_seen_in_training=True)):  # a fold that the checkpoint fitted says nothing about errors
+        assert not prior.keep_forget_batches and (prior.level_of(at) >= 1.48).all()
 
 
 def test_disputed_z_is_the_pooled_test_of_two_proportions():
     forget, unseen = torch.tensor([-1.0] * 30 + [1.0] * 70), torch.tensor([-1.0] * 10 + [1.0] * 40)
     pooled = 40 / 150
     expected = (0.3 - 0.2) / (pooled * (1 - pooled) * (1 / 100 + 1 / 50)) ** 0.5
-    assert disputed_z(forget, unseen) == pytest.approx(expected, abs=1e-12)
-    assert disputed_z(torch.ones(5), torch.ones(5)) == 0
+    assert label_noise_z(forget, unseen) == pytest.approx(expected, abs=1e-12)
+    assert label_noise_z(torch.ones(5), torch.ones(5)) == 0
     g = torch.Generator().manual_seed(0)
-    draws = [disputed_z(torch.rand(512, generator=g) - 0.2, torch.rand(300, generator=g) - 0.2) for _ in range(400)]
+    draws = [label_noise_z(torch.rand(512, generator=g) - 0.2, torch.rand(300, generator=g) - 0.2) for _ in range(400)]
     assert torch.tensor(draws).std().item() == pytest.approx(1, abs=0.1)

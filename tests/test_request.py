@@ -69,7 +69,7 @@ def test_the_auditor_s_command_can_be_pasted():
 
 
 def test_texts_are_read_as_written(tmp_path):
-    from hf_uib.command_line import _flags_of
+    from hf_uib.cli.parser import _flags_of
 
     (tmp_path / "r.yaml").write_text("reference: 0017\nwhat: no\ndue: 2031-05-01\nmax_steps: 3\n")
     flags = _flags_of(str(tmp_path / "r.yaml"), {"reference", "what", "due", "max_steps"})
@@ -99,7 +99,7 @@ def test_evidence_prints(answered, tmp_path):
     seen = subprocess.run(
         [CHROMIUM, *flags, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
     )
-    assert "Evidence of unlearning" in seen.stdout
+    assert "AuditContext of unlearning" in seen.stdout
 
 
 BAD = {
@@ -120,7 +120,7 @@ BAD = {
 def test_bad_requests(case, pictures, tmp_path, monkeypatch, capsys):  # noqa: F811
     import unlearn as script
 
-    from hf_uib.command_line import run as run_main
+    from hf_uib.cli.parser import run as run_main
 
     changes, message = BAD[case]
     path = request_file(tmp_path, pictures, **changes)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from conftest import make_model, make_rows
 
-from hf_uib import UIBConfig, UIBTrainer, bound
-from hf_uib.adapters import is_linear
-from hf_uib.priors import subspace as contrast
+from hf_uib import UIBConfig, UIBTrainer, contrast, objective
+from hf_uib.lora import is_linear
 
 
 def dense_contrast(model, sets):
@@ -17,7 +16,7 @@ def dense_contrast(model, sets):
     total = 0.0
     for rows, sign in sets:
         logits = model(pixel_values=torch.stack(list(rows["pixel_values"]))).logits
-        total = total + sign * bound.margin(logits, torch.as_tensor(rows["labels"])).mean()
+        total = total + sign * objective.margin(logits, torch.as_tensor(rows["labels"])).mean()
     model.zero_grad()
     total.backward()
     return {n: m.weight.grad.flatten(1).double() for n, m in model.named_modules() if is_linear(m)}
@@ -104,7 +103,7 @@ def test_matches_dense_svd_off_the_mean_and_sketch_agrees(monkeypatch):
     dense = statistics(layer)
     run(layer, dense, x, y)
     layer.zero_grad()
-    bound.margin(layer(x), y).mean().backward()
+    objective.margin(layer(x), y).mean().backward()
     c = layer.weight.grad.double()
     torch.testing.assert_close(dense["layer"].contrast.double(), c, rtol=1e-4, atol=1e-6)
     mean = x.mean(0).double()

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.adapters import is_linear, lora_layers
-from hf_uib.bound import rank_z
+from hf_uib.lora import is_linear, lora_layers
+from hf_uib.objective import rank_z
 from hf_uib.priors import Prior
 
 
@@ -132,7 +132,7 @@ def test_noise_has_the_stated_covariance_and_is_reproducible(tmp_path):
 def test_noise_mixes_what_the_layer_reads_of_the_pattern(tmp_path, factors):
     trainer = make_trainer(tmp_path, trainable_factors=factors)
     trainer._begin()
-    assert trainer.shared == (factors == "B")
+    assert trainer.a_spans_subspace == (factors == "B")
     for name in ("vit.layers.1.mlp.fc1", "vit.embeddings.patch_embeddings.projection"):
         layer, v = trainer.layers[name], trainer.subspaces[name]
         layer.lora_B["default"].weight.data.normal_(0, 0.1)
@@ -314,7 +314,7 @@ def test_fold_of_the_retained_data_stands_in_for_calibration(tmp_path):
 
 def test_a_prior_of_your_own(tmp_path):
     class Halve(Prior):
-        def evidence(self, logits, labels):
+        def forget_loss(self, logits, labels):
             return logits.square().mean()
 
     trainer = UIBTrainer(
@@ -399,7 +399,7 @@ def test_the_thin_form_for_a_frozen_to_v_is_the_general_one(tmp_path):
     trainer.train()
     trainer.width = 0.4
     thin = trainer._kl_per_layer()
-    trainer.shared, trainer.gains = False, dict.fromkeys(trainer.layers, 1.0)
+    trainer.a_spans_subspace, trainer.gains = False, dict.fromkeys(trainer.layers, 1.0)
     trainer._set_prior_mean(trainer.prior_mean)
     assert thin.sum() > 0
     torch.testing.assert_close(thin, trainer._kl_per_layer(), rtol=1e-3, atol=1e-4)

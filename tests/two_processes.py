@@ -48,7 +48,7 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str) -> Non
             {
                 "world": args.world_size,
                 "subspaces": trainer.subspaces,
-                "unit_width": trainer.unit_width,
+                "output_scale": trainer.output_scale,
                 "pattern_z": torch.tensor(trainer.statistics["pattern_z"]),
                 "level": getattr(trainer.prior, "level", None),
                 "masks": trainer.prior.masks,

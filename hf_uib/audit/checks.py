@@ -10,8 +10,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ..inference import ModelOutputs
 from ..metrics import CounterfactualGap, MembershipAttack, UnlearningGap
-from .observe import Observation
 from .statistics import Estimate, Resampler
 
 REMAINS = 0.5  # share of the way from the retrained model back to the reference
@@ -44,7 +44,7 @@ class Check:
 
 
 @dataclass
-class Evidence:
+class AuditContext:
     """What all checks look at; figures are computed once.
 
     Attributes:
@@ -57,7 +57,7 @@ class Evidence:
         sizes: rows of each set before it was sampled.
     """
 
-    seen: dict[str, dict[str, Observation]]
+    seen: dict[str, dict[str, ModelOutputs]]
     oracles: list[str]
     attributes: np.ndarray | None
     coded: bool
@@ -234,7 +234,7 @@ def _share(model: Estimate, reference: Estimate, oracles: list[Estimate]) -> tup
 
 
 def _remains(
-    name: str, evidence: Evidence, figures: dict[str, Estimate], least: float, limit: float, meaning: str
+    name: str, evidence: AuditContext, figures: dict[str, Estimate], least: float, limit: float, meaning: str
 ) -> Check:
     """Fires where more than ``limit`` of what told the reference from the retrained models is still there."""
     if not evidence.oracles or not figures:
@@ -251,7 +251,7 @@ def _remains(
     return Check(name, bool(share > limit and difference.low > 0), share, limit, detail, meaning)
 
 
-def bias_remains(evidence: Evidence) -> Check:
+def bias_remains(evidence: AuditContext) -> Check:
     """Too little was unlearned: the follow rate (Cramér's V where it cannot be had) is still the reference's."""
     figure = "follow_rate" if evidence.coded else "cramers_v"
     figures = {n: evidence.bias(n, figure) for n in evidence.models} if evidence.attributes is not None else {}
@@ -259,20 +259,20 @@ def bias_remains(evidence: Evidence) -> Check:
     return _remains("bias_remains", evidence, figures, 0.02, REMAINS, meaning)
 
 
-def head_refit(evidence: Evidence) -> Check:
+def head_refit(evidence: AuditContext) -> Check:
     """The encoder still offers the pattern: a new head on a few biased rows takes it up as readily as before."""
     meaning = "The encoder still offers the pattern: a new head, fitted on a few biased rows, takes it up again."
     return _remains("head_refit", evidence, evidence.refit(), 0.05, REFIT_REMAINS, meaning)
 
 
-def membership_remains(evidence: Evidence) -> Check:
+def membership_remains(evidence: AuditContext) -> Check:
     """Forget rows are still told from unseen ones."""
     meaning = "An attack still tells the forget examples from unseen ones."
     figures = {n: evidence.auc(n) for n in evidence.models} if evidence.oracles else {}
     return _remains("membership_remains", evidence, figures, 0.03, REMAINS, meaning)
 
 
-def over_unlearned(evidence: Evidence) -> Check:
+def over_unlearned(evidence: AuditContext) -> Check:
     """Forget rows stand out by being *less* likely than unseen ones: over-unlearning gives them away too."""
     name, meaning = (
         "over_unlearned",
@@ -286,7 +286,7 @@ def over_unlearned(evidence: Evidence) -> Check:
     return Check(name, bool(below.value > OVER and below.low > 0), -below.value, -OVER, detail, meaning)
 
 
-def bias_reversed(evidence: Evidence) -> Check:
+def bias_reversed(evidence: AuditContext) -> Check:
     """The attribute's class is now avoided: where attribute and label agree the model does worse."""
     name, meaning = "bias_reversed", "The bias is reversed: the attribute's class is avoided."
     if not evidence.coded:
@@ -304,7 +304,7 @@ def bias_reversed(evidence: Evidence) -> Check:
     return Check(name, bool(fired), mine.value, -REVERSED, detail, meaning)
 
 
-def accuracy_lost(evidence: Evidence) -> Check:
+def accuracy_lost(evidence: AuditContext) -> Check:
     """Accuracy on the test or the retained set fell below that of the reference and of the retrained models."""
     meaning = "Accuracy is lost: far below both the reference and the retrained model."
     worst, where, fired = -1.0, "", False
@@ -318,7 +318,7 @@ def accuracy_lost(evidence: Evidence) -> Check:
     return Check("accuracy_lost", bool(fired), -worst, -ACCURACY_LOST, detail, meaning)
 
 
-def collapsed(evidence: Evidence) -> Check:
+def collapsed(evidence: AuditContext) -> Check:
     """Fewer than half of the classes are ever predicted on the test set, though the reference predicts them."""
     classes = evidence.seen["model"]["test"].logits.shape[1]
     others = ["reference", *evidence.oracles]
@@ -332,7 +332,7 @@ def collapsed(evidence: Evidence) -> Check:
     return Check("collapsed", bool(fired), left, 0.5, detail, "The model has collapsed to a few classes.")
 
 
-def group_harmed(evidence: Evidence) -> Check:
+def group_harmed(evidence: AuditContext) -> Check:
     """A group's accuracy is far below what both the reference and the retrained models have there."""
     if not evidence.oracles:  # less help from the pattern is what unlearning is for; only an oracle tells it from harm
         meaning = "Error has moved to another group."
@@ -362,7 +362,7 @@ def _distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.linalg.norm(first - second) / max(np.linalg.norm(spread), 1e-12))
 
 
-def unchanged(evidence: Evidence) -> Check:
+def unchanged(evidence: AuditContext) -> Check:
     """The model gives the reference's answers: nothing was unlearned, or the adapter is not in the released files."""
     seen = evidence.seen
     value = max(_distance(seen["model"][p].logits, seen["reference"][p].logits) for p in evidence.parts)
@@ -373,7 +373,7 @@ def unchanged(evidence: Evidence) -> Check:
     return Check("unchanged", value < SAME, value, SAME, detail, meaning)
 
 
-def _explained(evidence: Evidence, name: str) -> float:
+def _explained(evidence: AuditContext, name: str) -> float:
     """Share of the variance of a model's centred logits that those of the reference explain."""
     mine, theirs = (np.concatenate([evidence.seen[n][p].logits for p in evidence.parts]) for n in (name, "reference"))
     mine, theirs = (x - x.mean(1, keepdims=True) for x in (mine, theirs))
@@ -382,7 +382,7 @@ def _explained(evidence: Evidence, name: str) -> float:
     return float(max(correlation, 0) ** 2)
 
 
-def logits_shifted(evidence: Evidence) -> Check:
+def logits_shifted(evidence: AuditContext) -> Check:
     """The logits are the reference's but for an offset of each class and one factor: a shift of thresholds."""
     explained = _explained(evidence, "model")
     usual = max((_explained(evidence, o) for o in evidence.oracles), default=0.0)
@@ -395,7 +395,7 @@ def logits_shifted(evidence: Evidence) -> Check:
     return Check("logits_shifted", bool(fired), explained, EXPLAINED, detail, meaning)
 
 
-def encoder_untouched(evidence: Evidence) -> Check:
+def encoder_untouched(evidence: AuditContext) -> Check:
     """The encoder is the reference's: only the head was changed."""
     blocks = [k for k in evidence.seen["model"]["test"].features if k != "head"]
     meaning = "The encoder is the reference's: only the head was changed, so what it knew is still inside."
@@ -420,7 +420,7 @@ def encoder_untouched(evidence: Evidence) -> Check:
     return Check("encoder_untouched", bool(fired), value, SAME, detail, meaning)
 
 
-CHECKS: list[Callable[[Evidence], Check]] = [
+CHECKS: list[Callable[[AuditContext], Check]] = [
     unchanged,
     logits_shifted,
     encoder_untouched,

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import fetch
-from .checks import Check, Evidence
-from .observe import Observation, observe, processes
-from .report import batcher
+from ..data.pairing import fetch
+from ..inference import ModelOutputs, batcher, observe, processes
+from .checks import AuditContext, Check
 
 PROBE_ROWS = 2000
 RELEARN_STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -23,7 +22,7 @@ RMIA_A = 0.3  # how a model that saw the row is inferred from those that did not
 SURVIVES = 0.25  # share of the way back to the reference that compression may give back
 
 
-def deep_audit(models, oracles, sets, evidence: Evidence, processing_class, seed: int) -> tuple[dict, list[Check]]:
+def deep_audit(models, oracles, sets, evidence: AuditContext, processing_class, seed: int) -> tuple[dict, list[Check]]:
     """What `audit_model(deep=True)` adds; says first how long it will take. Returns the results and the checks."""
     _say_estimate(models, sets, processing_class)
     results: dict = {"probes": probe_every_block(evidence), "relearning": {}, "compression": {}}
@@ -70,7 +69,7 @@ def _say_estimate(models, sets, processing_class) -> None:
 # ---- Probes ----
 
 
-def probe_every_block(evidence: Evidence, models: list[str] | None = None) -> dict:
+def probe_every_block(evidence: AuditContext, models: list[str] | None = None) -> dict:
     """Accuracy of reading the bias attribute off each block, given the label, with a random-label control.
 
     Features are centred within each class first, so that what the label says about the attribute does not count. Half of the test
@@ -155,7 +154,7 @@ def erased(x: np.ndarray, attribute: np.ndarray, fitting: np.ndarray, score) -> 
 # ---- Relearning ----
 
 
-def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, seed: int) -> dict:
+def relearn(model: nn.Module, sets: dict, evidence: AuditContext, processing_class, seed: int) -> dict:
     """How the bias comes back while all weights are trained on: by number of steps, for three kinds of data.
 
     ``retain``: retained rows alone; ``forget``: 1% of the forget set (at least 16 rows) besides; ``unrelated``: retained inputs
@@ -180,7 +179,7 @@ def relearn(model: nn.Module, sets: dict, evidence: Evidence, processing_class, 
     return curves
 
 
-def relearning_curve(model, kind: str, sets: dict, evidence: Evidence, processing_class, seed: int) -> list[float]:
+def relearning_curve(model, kind: str, sets: dict, evidence: AuditContext, processing_class, seed: int) -> list[float]:
     """The bias at each of `RELEARN_STEPS`."""
     rng = np.random.default_rng(seed)
     trained = copy.deepcopy(model).train().requires_grad_(True)
@@ -220,11 +219,11 @@ def _shuffled(inputs: dict, main_input: str, rng: np.random.Generator) -> dict:
     return inputs | {main_input: flat[..., order].view(x.shape)}
 
 
-def _reference_bias(evidence: Evidence) -> float:
+def _reference_bias(evidence: AuditContext) -> float:
     return _bias_value(evidence.seen["reference"]["test"], evidence)["bias"]
 
 
-def _bias_value(seen: Observation, evidence: Evidence) -> dict:
+def _bias_value(seen: ModelOutputs, evidence: AuditContext) -> dict:
     """Accuracy and the bias figure: the follow rate, or Cramér's V where that cannot be had."""
     from ..metrics.bias_correlation import cramers_v
 
@@ -238,7 +237,7 @@ def _bias_value(seen: Observation, evidence: Evidence) -> dict:
     return {"accuracy": float(right.mean()), "bias": bias}
 
 
-def bias_of(model: nn.Module, test, evidence: Evidence, processing_class) -> dict:
+def bias_of(model: nn.Module, test, evidence: AuditContext, processing_class) -> dict:
     """``accuracy`` and ``bias`` of a model on the audit's test rows; see `_bias_value`."""
     return _bias_value(observe(model, test, processing_class), evidence)
 
@@ -282,7 +281,7 @@ def scaled(model: nn.Module, reference: nn.Module, factor: float) -> nn.Module:
 # ---- Per-example membership ----
 
 
-def per_example(evidence: Evidence) -> dict:
+def per_example(evidence: AuditContext) -> dict:
     """RMIA (arXiv 2312.03262), offline: how much more likely a row is under the model than under models that never saw it.
 
     The retrained models are the reference models. A forget row's ratio ``p(x | model) / p(x)`` is compared with those of all unseen
@@ -315,7 +314,7 @@ def per_example(evidence: Evidence) -> dict:
 # ---- Checks ----
 
 
-def _relearns_faster(results: dict, evidence: Evidence) -> Check:
+def _relearns_faster(results: dict, evidence: AuditContext) -> Check:
     name, meaning = "relearns_faster", "The bias comes back in fewer steps than a retrained model needs to take it up."
     if not evidence.oracles or evidence.attributes is None:
         return Check(name, None, float("nan"), RELEARN_RATIO, "needs retrained_model and bias_column", meaning)
@@ -332,7 +331,7 @@ def _relearns_faster(results: dict, evidence: Evidence) -> Check:
     return Check(name, bool(ratio < RELEARN_RATIO), ratio, RELEARN_RATIO, detail, meaning)
 
 
-def _comes_back(results: dict, evidence: Evidence) -> Check:
+def _comes_back(results: dict, evidence: AuditContext) -> Check:
     name, meaning = "comes_back_compressed", "Rounding or pruning the weights gives the bias back."
     if not evidence.oracles or evidence.attributes is None:
         return Check(name, None, float("nan"), SURVIVES, "needs retrained_model and bias_column", meaning)

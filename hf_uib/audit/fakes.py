@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import fetch
-from .observe import head_of
-from .report import batcher
+from ..data.pairing import fetch
+from ..inference import batcher, head_of
 
 
 def _train(

@@ -10,9 +10,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from ..adapters import forward_columns, load_classifier
-from ..data import collator_for, encode, fingerprint
-from .observe import processes
+from ..data.fingerprints import fingerprint
+from ..data.pairing import collator_for
+from ..data.reading import encode
+from ..inference import processes
+from ..models import forward_columns, load_classifier
 
 _MATTERS = (
     "seed", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",

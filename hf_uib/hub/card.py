@@ -9,8 +9,8 @@ from importlib import metadata, resources
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..audit.columns import COLUMNS
-from ..data import fingerprint
+from ..data.fingerprints import fingerprint
+from ..metrics.tables import COLUMNS
 
 FIGURES = ("bias.png", "layers.png", "audit.png", "deep.png")
 PACKAGES = ("transformers", "peft", "torch", "datasets", "accelerate")
@@ -22,7 +22,7 @@ ALWAYS = (
     "seed",
 )  # shown even where they are the defaults
 # Settings that say nothing of the result: where things go, how they are shown
-SILENT = re.compile(
+HIDDEN_SETTINGS = re.compile(
     r"hub_|push_to_hub|output_dir|report_to|run_name|project|trackio|logging|log_|save_|eval_|disable_tqdm|dataloader_(num|pin|pers|pref)|"
     r"do_|resume_|restore_|load_best|metric_for|greater_is|include_|debug|local_rank|ddp_|use_cpu|deepspeed|accelerator_config|"
     r"parallelism|remove_unused|label_names|skip_memory|prediction_loss|overwrite|past_index|length_column"
@@ -102,7 +102,7 @@ def settings_of(trainer) -> dict[str, object]:
         simple = value is None or isinstance(value, (bool, int, float, str))
         told = (
             simple
-            and not SILENT.match(setting.name)
+            and not HIDDEN_SETTINGS.match(setting.name)
             and str(value) != str(default)
             and not (value is None or default is None and not value)
         )

@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..lifecycle import STATE_NAME
+from ..provenance import STATE_NAME
 from .card import hub_id
 
 MERGED = "merged"  # folder of the merged model, in the output folder

@@ -1,6 +1,6 @@
 """The slot R^(l): priors over the adapter that carry the change in the data distribution."""
 
-from .base import Prior, Setting
+from .base import Prior, PriorContext
 from .calibrated import CalibratedPrior
 from .hosted import AscentPrior, RandomLabelPrior, SaliencyPrior
 from .influence import InfluencePrior
@@ -24,5 +24,5 @@ __all__ = [
     "Prior",
     "RandomLabelPrior",
     "SaliencyPrior",
-    "Setting",
+    "PriorContext",
 ]

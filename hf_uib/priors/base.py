@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Setting:
+class PriorContext:
     """What a prior may look at before the first step.
 
     Attributes:
@@ -43,10 +43,10 @@ class Prior:
     strengths = (0.1, 0.3)
     """gamma where ``prior_strength`` is not set: with the channel closed by noise, and without."""
 
-    systematic = False
+    pattern_detected = False
     """Set by the trainer: whether the forget set carries a pattern, which the noise channel then closes."""
 
-    lasting = False
+    keep_forget_batches = False
     """Whether forget batches come to the last step, whatever ``prior_fraction`` says. Read as training goes; a prior that finds
     out by itself has to know by its third `refresh`."""
 
@@ -57,11 +57,11 @@ class Prior:
     """By name of a trainable weight: which of its entries may move (with ``weight_decay`` 0, the default). Weights without a mask
     move freely."""
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: PriorContext) -> None:
         """Called once, before the first step and in eval mode. May set `masks` and move the adapter: the prior's first
         mean is where it then stands."""
 
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What is to be divided out, on a batch of the forget set.
 
         Args:

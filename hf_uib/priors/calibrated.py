@@ -1,13 +1,13 @@
-"""Evidence divided out, down to a calibrated level (method, section 3b)."""
+"""AuditContext divided out, down to a calibrated level (method, section 3b)."""
 
 import torch
 from torch import Tensor
 
-from ..bound import margin
+from ..objective import margin
 from .base import Prior
 
 GRID = 257
-DISPUTED_Z = 2.0  # over it the forget set's errors exceed those on unseen rows by more than chance
+LABEL_NOISE_Z = 2.0  # over it the forget set's errors exceed those on unseen rows by more than chance
 RESOLUTION = 1e-4  # nats; what lies closer to its level is at it, whatever the rounding
 
 
@@ -35,7 +35,7 @@ def rank_of(values: Tensor, curve: Tensor) -> Tensor:
     return torch.where(high > low, (low + high - 1) / 2, inside) / (len(curve) - 1)
 
 
-def disputed_z(forget: Tensor, unseen: Tensor) -> float:
+def label_noise_z(forget: Tensor, unseen: Tensor) -> float:
     """z-value of the forget set's share of negative margins against that of unseen rows: two proportions, pooled."""
     wrong, count = [(margins < 0).double().mean().item() for margins in (forget, unseen)], (len(forget), len(unseen))
     pooled = (wrong[0] * count[0] + wrong[1] * count[1]) / sum(count)
@@ -54,13 +54,13 @@ class CalibratedPrior(Prior):
     forgetting lowers its own target. One exception: a ``fitted`` calibration set (a fold of the retained data, held out
     only now) starts too high, so the level follows it down until it first rises, and holds from then on.
 
-    A ``systematic`` pattern is no reason to get the forget examples wrong: only what lifts them above the typical unseen
+    A ``pattern_detected`` pattern is no reason to get the forget examples wrong: only what lifts them above the typical unseen
     example is taken away, so the level is not let under its own median. Randomly drawn rows are matched in full.
 
     Another exception are labels that are *wrong* by what the retained data say (an older labelling scheme, say). They show
     after the first steps: under a bias the running model gets the forget set right more often than unseen rows, and
     where it gets it wrong more often by more than chance, at the second or third refresh, its labels are disputed for good
-    (``lasting``). Rows on which the running model disagrees with their label (``m < 0``) then have the level of a label it
+    (``keep_forget_batches``). Rows on which the running model disagrees with their label (``m < 0``) then have the level of a label it
     clearly refuses, minus the median, and forget batches come to the end.
 
     Args:
@@ -68,14 +68,14 @@ class CalibratedPrior(Prior):
         fitted: whether the checkpoint was trained on the calibration data.
     """
 
-    def __init__(self, target: float | None = None, fitted: bool = False):
+    def __init__(self, target: float | None = None, calibration_seen_in_training: bool = False):
         self.target = target
-        self.fitted = self.following = fitted
+        self.calibration_seen_in_training = self.track_decrease = calibration_seen_in_training
         self.refreshes = 0
         self.level: Tensor | None = None if target is None else torch.full((GRID,), float(target))
         self.ranks: Tensor | None = None
 
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean excess of the margins over their level, in nats per forget example (scalar)."""
         excess = self.excess(logits, labels)
         return torch.where(excess > RESOLUTION, excess, 0.0).mean()
@@ -92,10 +92,10 @@ class CalibratedPrior(Prior):
             return level[0].expand_as(margins)
         median = level[GRID // 2]
         level = interpolate(level, rank_of(margins, self.ranks.to(margins)))
-        if not self.systematic:
+        if not self.pattern_detected:
             return level
         level = level.maximum(median)
-        return torch.where(margins < 0, level.minimum(-median), level) if self.lasting else level
+        return torch.where(margins < 0, level.minimum(-median), level) if self.keep_forget_batches else level
 
     def refresh(self, forget_margins, calibration_margins) -> None:
         """Re-measure the ranks of the forget set and raise the level."""
@@ -109,20 +109,21 @@ class CalibratedPrior(Prior):
             if self.level is None:
                 self.level = torch.full((GRID,), interpolate(self.ranks, torch.tensor(0.1)).item())
             return
-        if self.refreshes in (1, 2) and self.systematic and not self.fitted:
-            self.lasting = self.lasting or disputed_z(margins, values) > DISPUTED_Z
+        if self.refreshes in (1, 2) and self.pattern_detected and not self.calibration_seen_in_training:
+            self.keep_forget_batches = self.keep_forget_batches or label_noise_z(margins, values) > LABEL_NOISE_Z
         self.refreshes += 1
         now = quantiles(values.double()).cpu()
-        if self.level is None or self.following and now.mean() < self.level.mean():
+        if self.level is None or self.track_decrease and now.mean() < self.level.mean():
             self.level = now
         else:
-            self.following = False
+            self.track_decrease = False
             self.level = torch.maximum(self.level, now)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Level and ranks, whether the level still follows, and whether the labels are disputed."""
         state = {
-            name: torch.tensor(getattr(self, name)) for name in ("following", "systematic", "lasting", "refreshes")
+            name: torch.tensor(getattr(self, name))
+            for name in ("track_decrease", "pattern_detected", "keep_forget_batches", "refreshes")
         }
         if self.level is not None:
             state["level"] = self.level
@@ -132,7 +133,7 @@ class CalibratedPrior(Prior):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up level and ranks of an earlier run."""
-        self.following, self.systematic = bool(state["following"]), bool(state["systematic"])
-        self.lasting, self.refreshes = bool(state["lasting"]), int(state["refreshes"])
+        self.track_decrease, self.pattern_detected = bool(state["track_decrease"]), bool(state["pattern_detected"])
+        self.keep_forget_batches, self.refreshes = bool(state["keep_forget_batches"]), int(state["refreshes"])
         self.level = state.get("level", self.level)
         self.ranks = state.get("ranks", self.ranks)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bound import margin
-from .base import Setting
+from ..objective import margin
+from .base import PriorContext
 from .calibrated import RESOLUTION, CalibratedPrior
 
 
@@ -18,12 +18,12 @@ class HostedPrior(CalibratedPrior):
     a setting, ``forget_target``) there is no level, and what is left is the method itself.
     """
 
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean push of the examples above their level, in nats per forget example (scalar)."""
         above = self.excess(logits.detach(), labels) > RESOLUTION
-        return torch.where(above, self.push(logits, labels), 0.0).mean()
+        return torch.where(above, self.forget_loss_per_example(logits, labels), 0.0).mean()
 
-    def push(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss_per_example(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What the method minimises on each forget example, ``[n]`` in nats."""
         raise NotImplementedError
 
@@ -37,7 +37,7 @@ class AscentPrior(HostedPrior):
 
     strengths = (0.3, 1.0)
 
-    def push(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss_per_example(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Log-likelihoods, at most 0."""
         return -F.cross_entropy(logits, labels, reduction="none")
 
@@ -51,7 +51,7 @@ class RandomLabelPrior(HostedPrior):
 
     strengths = (3.0, 3.0)
 
-    def push(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss_per_example(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Divergences; 0 where the other classes are equally likely and p(y) is 0."""
         others = logits.shape[-1] - 1
         log_p = torch.log_softmax(logits, dim=-1)
@@ -81,7 +81,7 @@ class SaliencyPrior(RandomLabelPrior):
 
     share = 0.5
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: PriorContext) -> None:
         """Measure the mask."""
         weights = setting.trainable()
         totals = [torch.zeros_like(p) for p in weights.values()]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .base import Prior, Setting
+from .base import Prior, PriorContext
 
 EXACT = 512  # weights, up to which the curvature is formed and factorised
 ITERATIONS = 20  # of conjugate gradients, each one pass over the retained sample
@@ -93,11 +93,11 @@ class InfluencePrior(Prior):
 
     curvature = staticmethod(softmax_curvature)
 
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Zero: everything is in the mean."""
         return logits.new_zeros(())
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, setting: PriorContext) -> None:
         """Move the adapter to the prior's mean."""
         weights = list(setting.trainable().values())
         with torch.no_grad():
@@ -112,7 +112,7 @@ class InfluencePrior(Prior):
                 if self.retained(setting) <= limit:
                     break
 
-    def retained(self, setting: Setting) -> Tensor:
+    def retained(self, setting: PriorContext) -> Tensor:
         """Mean loss on the retained sample, in nats (scalar)."""
         sums = torch.zeros(2, device=next(setting.model.parameters()).device, dtype=torch.float64)
         for inputs in setting.retain():
@@ -124,7 +124,7 @@ class InfluencePrior(Prior):
         return sums[0] / sums[1]
 
     @torch.enable_grad()
-    def shift(self, setting: Setting, weights: list[nn.Parameter]) -> Tensor:
+    def shift(self, setting: PriorContext, weights: list[nn.Parameter]) -> Tensor:
         """``Lambda^-1 sum_forget grad loss``, ``[P]``."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             device = weights[0].device

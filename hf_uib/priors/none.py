@@ -10,6 +10,6 @@ class NoPrior(Prior):
 
     uses_forget_batches = False
 
-    def evidence(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Zero."""
         return logits.new_zeros(())

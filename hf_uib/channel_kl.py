@@ -1,50 +1,10 @@
-"""The terms of the UIB objective, as pure functions of tensors (equation numbers: docs/method.md).
-
-    loss = CE_r(theta ~ q)  +  beta / n_r * sum_l KL(q_l || Q_l)  +  gamma * evidence            (3), (5)
-
-Everything is in nats. Nothing here knows about a Trainer, a model or an adapter library.
-"""
+"""The divergence R^(l) in closed form (method, section 3a): pure functions of tensors."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-odds margin ``m(x, y) = log p(y|x) - log(1 - p(y|x))``, in nats.
-
-    Its gradient does not vanish where the cross-entropy has been fitted to zero.
-
-    Args:
-        logits: ``[n, classes]`` with ``classes >= 2``.
-        labels: ``[n]`` integer labels.
-
-    Returns:
-        ``[n]`` margins.
-    """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    own = logits.gather(-1, labels[..., None]).squeeze(-1)
-    others = logits.scatter(-1, labels[..., None], -torch.inf)
-    return own - torch.logsumexp(others, dim=-1)
-
-
-def other_classes_kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
-    """Fit term without retained data: KL(reference || model) over the classes other than ``labels``.
-
-    What the reference says about the example's own class is the evidence to forget, so that class is taken out of both
-    distributions and the rest is renormalised.
-
-    Returns:
-        Scalar, mean over ``[n, classes]`` examples, in nats. Zero with two classes, where nothing else is left.
-    """
-    own = F.one_hot(labels, logits.shape[-1]).bool()
-    log_q = torch.log_softmax(logits.masked_fill(own, -torch.inf), dim=-1).masked_fill(own, 0.0)
-    log_p = torch.log_softmax(reference_logits.masked_fill(own, -torch.inf), dim=-1).masked_fill(own, 0.0)
-    weights = log_p.exp().masked_fill(own, 0.0)
-    return (weights * (log_p - log_q)).sum(-1).mean()
 
 
 def displacement(
@@ -75,7 +35,11 @@ def outside(left: Tensor, right: Tensor, subspace: Tensor) -> Tensor:
 
 
 def channel_kl(
-    reads: list[Tensor], prior_reads: list[Tensor], ranks: Tensor, width: Tensor | float, floors: Tensor
+    projected_weight: list[Tensor],
+    prior_projected_weight: list[Tensor],
+    ranks: Tensor,
+    width: Tensor | float,
+    floors: Tensor,
 ) -> Tensor:
     r"""R^(l) of section 3(a) along the subspace: KL between two Gaussians over dW V', one value per layer.
 
@@ -89,14 +53,14 @@ def channel_kl(
     what is left is ``[k, k]``, all layers at once, in float64 where the device has it.
 
     Args:
-        reads, prior_reads: M and M_0 of each layer; differentiable in M alone.
+        projected_weight, prior_projected_weight: M and M_0 of each layer; differentiable in M alone.
         ranks: ``[layers]``, how many rows of V are not zero.
         width: per direction of the subspace; floors: ``[layers]``, positive.
 
     Returns:
         ``[layers]``, in nats.
     """
-    return _ChannelKL.apply(width, ranks, floors, *prior_reads, *reads)
+    return _ChannelKL.apply(width, ranks, floors, *prior_projected_weight, *projected_weight)
 
 
 class _ChannelKL(torch.autograd.Function):
@@ -160,16 +124,3 @@ class _ChannelKL(torch.autograd.Function):
 def capacity(noise_to_signal: float) -> float:
     """Capacity of the channel along the pattern, ``log(1 + 1 / kappa^2) / 2``, in nats per direction."""
     return math.inf if noise_to_signal == 0 else 0.5 * math.log1p(noise_to_signal**-2)
-
-
-def anneal(step: int, total: int) -> float:
-    """Width of the channel noise at optimizer step ``step`` of ``total``, relative to its first: the root of ``1 - t / T``,
-    so that its variance falls in a straight line."""
-    return math.sqrt(max(0.0, 1.0 - step / max(total, 1)))
-
-
-def rank_z(first: Tensor, second: Tensor) -> float:
-    """z-value of Mann and Whitney's count of pairs in which ``first [n]`` exceeds ``second [m]``; negative where it lies lower."""
-    n, m = len(first), len(second)
-    above = (first[:, None] > second).double() + 0.5 * (first[:, None] == second).double()
-    return ((above.mean() - 0.5) / ((n + m + 1) / (12 * n * m)) ** 0.5).item()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bound import margin
+from .objective import margin
 
 DENSE_BUDGET = 2**26  # entries of C_l kept dense over all layers; 256 MB in float32
 NULL = 1e-6  # singular values under this share of the largest are rounding
@@ -260,6 +260,6 @@ def pattern_z(moments: Tensor) -> float:
     return (difference / variance.sum().sqrt().clamp_min(1e-300)).item()
 
 
-def energy(stats: LayerStatistics) -> float:
+def contrast_norm(stats: LayerStatistics) -> float:
     """|C_l|, the length of the contrast: nats of margin per unit of weight."""
     return stats.contrast.norm().item()

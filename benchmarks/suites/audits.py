@@ -14,8 +14,9 @@ AUDITED = {"digits-colour": ((0, 1), 6), "tweets-airline": ((0,), 4)}  # seeds o
 
 def run_audit(options) -> None:
     """Every fake, UIB and retrained models other than the oracle through the default audit; cells that are there are skipped."""
-    from hf_uib import audit_model, tasks
+    from hf_uib import audit_model
     from hf_uib.audit.fakes import FAKES
+    from hf_uib.cli import digits
 
     cells.quiet()
     done = {(c["task"], c["seed"], c["subject"]) for c in cells.read(AUDIT)}
@@ -27,7 +28,7 @@ def run_audit(options) -> None:
             rate = settings.get("full_lr", 1e-3)
             for i in range(AUDITED[name][1]):
                 model = copy.deepcopy(models["start"])
-                tasks.fit(model, task.sets["retain"], task, settings["retrain_steps"], options.cache, 100 + i, rate)
+                digits.fit(model, task.sets["retain"], task, settings["retrain_steps"], options.cache, 100 + i, rate)
                 oracles.append(model.eval())
 
             @functools.cache

@@ -33,8 +33,8 @@ FIRST: dict[str, dict] = {
     "A and B trained": {"trainable_factors": "both"},
     "k = 8": {"subspace_rank": 8},
     "k = 32": {"subspace_rank": 32},
-    "noise leaves 80% of the nats": {"NOISED_SHARE": 0.8},
-    "noise leaves 50% of the nats": {"NOISED_SHARE": 0.5},
+    "noise leaves 80% of the nats": {"LABEL_INFORMATION_KEPT": 0.8},
+    "noise leaves 50% of the nats": {"LABEL_INFORMATION_KEPT": 0.5},
     "gamma / 3": {"STRENGTH": 1 / 3},
     "gamma x 3": {"STRENGTH": 3.0},
     "evidence for 20% of the steps": {"prior_fraction": 0.2},
@@ -84,22 +84,22 @@ def _changed(variant: dict):
     strengths = tuple(s * variant.get("STRENGTH", 1.0) for s in CalibratedPrior.strengths)
     measure, first = trainer.UIBTrainer._measure_contrast, {}
     exponent = variant.get("ANNEAL", 1.0)
-    disputed = calibrated.DISPUTED_Z if variant.get("DISPUTED") else float("inf")
+    disputed = calibrated.LABEL_NOISE_Z if variant.get("DISPUTED") else float("inf")
 
     def contrast(self):
         found = measure(self)
         if not first:
-            first.update(subspaces=found, unit_width=self.unit_width, pattern_z=self.statistics["pattern_z"])
+            first.update(subspaces=found, output_scale=self.output_scale, pattern_z=self.statistics["pattern_z"])
         if variant.get("SAME_V"):
-            self.unit_width, self.statistics["pattern_z"] = first["unit_width"], first["pattern_z"]
+            self.output_scale, self.statistics["pattern_z"] = first["output_scale"], first["pattern_z"]
             return first["subspaces"]
         return found
 
     with (
-        patch.object(trainer, "NOISED_SHARE", variant.get("NOISED_SHARE", trainer.NOISED_SHARE)),
+        patch.object(trainer, "LABEL_INFORMATION_KEPT", variant.get("LABEL_INFORMATION_KEPT", trainer.LABEL_INFORMATION_KEPT)),
         patch.object(CalibratedPrior, "strengths", strengths),
         patch.object(bound, "anneal", lambda step, total: max(0.0, 1 - step / total) ** exponent),
-        patch.object(calibrated, "DISPUTED_Z", disputed),
+        patch.object(calibrated, "LABEL_NOISE_Z", disputed),
         patch.object(trainer.UIBTrainer, "_measure_contrast", contrast),
     ):
         yield

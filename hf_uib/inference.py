@@ -1,5 +1,6 @@
-"""What the audit sees of a model: logits and features of its blocks, in one pass over the rows."""
+"""One way to pass rows through a model: logits, labels and features of its blocks."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,12 +8,50 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from .report import predict
+from .data.pairing import collator_for, fetch
+from .models import forward_columns
+
+
+def batcher(model: nn.Module, processing_class=None) -> Callable[[list[dict]], tuple[dict, torch.Tensor]]:
+    """Makes encoded rows one batch on the model's device: what its forward takes, and the labels ``[n]``."""
+    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+
+    def batch(rows: list[dict]) -> tuple[dict, torch.Tensor]:
+        inputs = {name: value.to(device) for name, value in collator(rows).items()}
+        return inputs, inputs.pop("labels")
+
+    return batch
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    dataset,
+    processing_class=None,
+    batch_size: int = 256,
+    description: str = "Evaluating",
+    rows: Sequence[int] | None = None,
+    quiet: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows (all, or some), in eval mode; the model's mode is restored."""
+    rows = range(len(dataset)) if rows is None else rows
+    batch = batcher(model, processing_class)
+    training = model.training
+    model.eval()
+    logits, labels = [], []
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(starts, desc=description, leave=False, disable=quiet or len(starts) < 8):
+        inputs, told = batch(fetch(dataset, list(rows[start : start + batch_size])))
+        labels.append(told.cpu())
+        logits.append(model(**inputs).logits.float().cpu())
+    model.train(training)
+    return torch.cat(logits).numpy(), torch.cat(labels).numpy()
 
 
 @dataclass
-class Observation:
+class ModelOutputs:
     """Of one model on one set of rows.
 
     Attributes:
@@ -86,7 +125,7 @@ def processes() -> PartialState:
 @torch.no_grad()
 def observe(
     model: nn.Module, dataset, processing_class=None, every_block: bool = False, name: str = "", batch_size: int = 256
-) -> Observation:
+) -> ModelOutputs:
     """One pass of a plain classifier over the rows, in eval mode, shared between the processes.
 
     Args:
@@ -123,7 +162,7 @@ def observe(
         key: np.concatenate(values) for key, values in seen.items() if values
     }
     whole = _in_order(gather_object([part])) if state.num_processes > 1 else part
-    return Observation(whole.pop("logits"), whole.pop("labels"), whole)
+    return ModelOutputs(whole.pop("logits"), whole.pop("labels"), whole)
 
 
 def _in_order(parts: list[dict]) -> dict[str, np.ndarray]:

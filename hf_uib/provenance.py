@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapters import adapter_name, load_classifier, lora_layers
+from .lora import adapter_name, lora_layers
+from .models import load_classifier
 
 STATE_NAME = "uib_state.safetensors"
 SAME = ("forget_fingerprint", "base_fingerprint", "adapter_fingerprint")  # what tells one request from another

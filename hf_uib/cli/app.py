@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from hf_uib.command_line import parse, run
+from .parser import parse, run
 
 FOLDER = "unlearned"  # what the demo of scripts/unlearn.py writes to
 HUES = 10
@@ -94,7 +94,7 @@ class Pair:
         """Of the classes, before and after: two arrays ``[n, classes]`` for n pictures or texts."""
         import torch
 
-        from hf_uib.adapters import forward_columns
+        from ..models import forward_columns
 
         # a picture of any size is welcome, also where training needed no resizing
         settings = {"do_resize": True} if self.takes_pictures else {"truncation": True, "padding": True}
@@ -115,8 +115,8 @@ def load(script: DemoArguments) -> Pair:
     """
     import torch
 
-    from hf_uib.adapters import load_classifier
-    from hf_uib.lifecycle import requests_of
+    from ..models import load_classifier
+    from ..provenance import requests_of
 
     if script.model is None and script.reference is None:
         return _load_adapter(script)
@@ -136,9 +136,10 @@ def _load_adapter(script: DemoArguments) -> Pair:
     import torch
     from peft import PeftConfig, PeftModel
 
-    from hf_uib.adapters import fingerprint, load_classifier
-    from hf_uib.lifecycle import undo
     from hf_uib.trainer import MERGED
+
+    from ..models import fingerprint, load_classifier
+    from ..provenance import undo
 
     adapter = script.adapter or FOLDER
     if script.adapter is None and not os.path.isdir(FOLDER):
@@ -180,7 +181,7 @@ def _noted(adapter: str) -> dict:
     from huggingface_hub import hf_hub_download
     from safetensors import safe_open
 
-    from hf_uib.lifecycle import STATE_NAME
+    from ..provenance import STATE_NAME
 
     path = os.path.join(adapter, STATE_NAME)
     try:
@@ -192,7 +193,7 @@ def _noted(adapter: str) -> dict:
 
 def _processor(model, *names: str):
     """Image processor or tokenizer of the first checkpoint that has one."""
-    from hf_uib.cli import load_processor
+    from ..data.reading import load_processor
 
     picture = model.main_input_name == "pixel_values"
     for name in names:
@@ -210,7 +211,7 @@ def _processor(model, *names: str):
 
 def _digits(adapter: str) -> list[list] | None:
     """The first ten test digits, each in another hue, if the adapter is that of the digits demo."""
-    from hf_uib.tasks import digits_colour
+    from .digits import digits_colour
 
     path = os.path.join(adapter, "report.json")
     if not os.path.isfile(path):
@@ -236,7 +237,7 @@ def paint_hues(picture) -> list:
     import numpy as np
     from PIL import Image
 
-    from hf_uib.tasks import paint
+    from .digits import paint
 
     picture = picture.copy()
     picture.thumbnail((64, 64))  # the model takes 8 x 8
@@ -248,7 +249,7 @@ def hues_table(names: list[str], before, after) -> str:
     """The decisions on one digit in all hues, as HTML; those that are not the model's most frequent one are underlined."""
     import numpy as np
 
-    from hf_uib.tasks import palette
+    from .digits import palette
 
     rows, counts = [], []
     for title, answers in (("Before", before.argmax(-1)), ("After", after.argmax(-1))):

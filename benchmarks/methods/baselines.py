@@ -17,12 +17,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from .adapters import default_peft_config
-from .audit.observe import head_of, observe
-from .audit.report import batcher
-from .data import endless_permutations, fetch, labels_of, sample_indices
-from .priors import InfluencePrior, Setting
-from .priors.hosted import gradients, largest
+from hf_uib.data.pairing import endless_permutations, fetch, sample_indices
+from hf_uib.data.reading import labels_of
+from hf_uib.inference import batcher, head_of, observe
+from hf_uib.lora import default_peft_config
+from hf_uib.priors import InfluencePrior, PriorContext
+from hf_uib.priors.hosted import gradients, largest
 
 SAMPLE = 512  # rows of each set for importances and curvature
 
@@ -184,7 +184,7 @@ def influence(model: nn.Module, rows: Rows, budget: Budget, damping: float = 1.0
     prior = InfluencePrior(damping)
     prior.strength = scale
     sizes = (len(rows.forget), len(rows.retain))
-    prior.prepare(Setting(model.eval(), giver(rows.forget), giver(rows.retain), sizes, lambda tensors: None))
+    prior.prepare(PriorContext(model.eval(), giver(rows.forget), giver(rows.retain), sizes, lambda tensors: None))
     return model
 
 

@@ -15,7 +15,7 @@ RUNS = {1: 5, 2: 3}  # by processes; each is killed three times
 ROWS = (50_000, 200_000, 1_000_000)  # of each set
 WORDS = {
     "subspaces": "subspaces V_l",
-    "unit_width": "unit of each layer",
+    "output_scale": "unit of each layer",
     "pattern_z": "evidence of a pattern z",
     "level": "level c",
     "losses": "losses and parts of the bound, each step",

@@ -101,10 +101,10 @@ FUNCTIONS = {
 
 def build(name: str, seed: int, options):
     """The task by name."""
-    from hf_uib import tasks
+    
 
     if name == "digits-colour":
-        return tasks.digits_colour(seed)
+        return digits.digits_colour(seed)
     if name == "tweets-airline":
         return tasks.tweets_airline(options.airline_tweets, options.minilm, seed)
     if name in REGIMES:
@@ -117,11 +117,11 @@ def build(name: str, seed: int, options):
 
 def checkpoints(task, name: str, seed: int, options) -> dict:
     """``start`` and ``original`` of a task, from the cache or made now."""
-    from hf_uib import tasks
+    
 
     cache = os.path.join(options.cache, f"{name}-{seed}")
     if not os.path.isdir(os.path.join(cache, "original")):
-        for key, model in tasks.prepare_models(task, seed, options.cache).items():
+        for key, model in digits.prepare_models(task, seed, options.cache).items():
             model.save_pretrained(os.path.join(cache, key))
     return {
         key: type(task.new_model()).from_pretrained(os.path.join(cache, key)).eval() for key in ("start", "original")
@@ -139,7 +139,8 @@ def trained(task, models: dict, method: str, setting: dict, seed: int, folder: s
     """The method's model, trained from the shared checkpoint, and what the cell says of the training."""
     from accelerate import PartialState
 
-    from hf_uib import baselines, tasks
+    from hf_uib import baselines
+    from hf_uib.cli import digits
 
     settings = task.train_settings
     budget = partial(baselines.Budget, settings["unlearn_steps"], settings["batch"], seed=seed)
@@ -150,7 +151,7 @@ def trained(task, models: dict, method: str, setting: dict, seed: int, folder: s
         if method == "original":
             return model.eval(), {"steps": 0, "seconds": 0.0}
         steps, rows = settings["retrain_steps"], task.sets["retain" if method == "retrained" else "balanced"]
-        tasks.fit(model, rows, task, steps, folder, seed, full_rate)
+        digits.fit(model, rows, task, steps, folder, seed, full_rate)
         return model.eval(), {"steps": steps, "seconds": time.perf_counter() - started}
     model = copy.deepcopy(models["original"]).to(PartialState().device)
     if METHODS[method].kind == "uib":
@@ -337,7 +338,7 @@ def run(options, setting_of: Callable[[str, str], dict] = chosen, results: str =
     """
     from importlib.metadata import version
 
-    from hf_uib.data import fingerprint
+    from hf_uib.data.fingerprints import fingerprint
 
     quiet()
     versions = {p: version(p) for p in ("torch", "transformers", "peft")}

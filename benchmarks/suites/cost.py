@@ -20,7 +20,7 @@ def model_and_columns(name: str, rows: int, width: int | None = None, layers: in
     """A randomly initialised classifier of some size, and random inputs for it."""
     from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
-    from hf_uib import tasks
+    
 
     rng = np.random.default_rng(0)
     if "BERT" in name:
@@ -35,7 +35,7 @@ def model_and_columns(name: str, rows: int, width: int | None = None, layers: in
     columns = {"pixel_values": rng.normal(size=(rows, 3, size, size)).astype("float32").tolist()}
     if name == "ViT-B/16":
         return ViTForImageClassification(ViTConfig(num_labels=2)), columns
-    return tasks.small_vit(28, 7, ["a", "b"], hidden=width or 192, layers=layers or 6), columns
+    return digits.small_vit(28, 7, ["a", "b"], hidden=width or 192, layers=layers or 6), columns
 
 
 def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) -> None:
@@ -49,7 +49,7 @@ def cost_cell(variant: str, model_name: str, retain: int, forget: int, options) 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from hf_uib import UIBConfig, UIBTrainer
-    from hf_uib.adapters import default_peft_config
+    from hf_uib.lora import default_peft_config
 
     cells.quiet()
     rows, steps, gpu = 512 if model_name in SMALL else 128, 16, torch.cuda.is_available()

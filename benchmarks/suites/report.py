@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from hf_uib.audit.columns import COLUMNS
+from hf_uib.metrics.tables import COLUMNS
 
 from . import audits, cells, cost, lifecycle, research, scale, truth
 

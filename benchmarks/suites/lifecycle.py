@@ -29,8 +29,8 @@ def three_requests(seed: int):
     from sklearn.datasets import load_digits
     from transformers import ViTImageProcessorPil
 
-    from hf_uib import tasks
-    from hf_uib.data import encode
+    from hf_uib.cli import digits
+    from hf_uib.data.reading import encode
 
     digits, rng = load_digits(), np.random.default_rng(seed)
     order = rng.permutation(len(digits.target))
@@ -53,21 +53,21 @@ def three_requests(seed: int):
             labels = np.array([SWAPPED[label] for label in labels])
         if part == "test":
             given = np.tile(np.arange(10), len(chosen) // 10)
-        rows = tasks.picture_dataset(tasks.paint(x[chosen], given, saturation=1.0), labels, given, "colour", names)
+        rows = digits.picture_dataset(digits.paint(x[chosen], given, saturation=1.0), labels, given, "colour", names)
         sets[part] = encode(rows, processor, "pixel_values")
     sets["forget"], sets["retain"] = joined(sets, REQUESTS), sets["rest"]
     settings = {"pretrain_steps": 500, "steps": 400, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64}
-    build = partial(tasks.small_vit, 8, 2, names, hidden=48, layers=3)
-    return tasks.Task("three-requests", sets, build, processor, "colour", 10, train_settings=settings)
+    build = partial(digits.small_vit, 8, 2, names, hidden=48, layers=3)
+    return digits.Task("three-requests", sets, build, processor, "colour", 10, train_settings=settings)
 
 
 def joined(sets: dict, parts):
     """The rows of several parts."""
     from functools import reduce
 
-    from hf_uib import tasks
+    
 
-    return reduce(tasks.merged, [sets[part] for part in parts])
+    return reduce(digits.merged, [sets[part] for part in parts])
 
 
 def figures(model, task) -> dict[str, float]:
@@ -92,13 +92,13 @@ def figures(model, task) -> dict[str, float]:
 
 def run_lifecycle(options) -> None:
     """A line for each seed and model: original, after each request, each request's retrained model, the second request undone."""
-    from hf_uib import audit_model, tasks, undo
+    from hf_uib import audit_model, undo
 
     cells.quiet()
     done = {cell["seed"] for cell in cells.read(LIFECYCLE)}
     for seed in (s for s in options.seeds if s not in done):
         task = three_requests(seed)
-        models = tasks.prepare_models(task, seed, options.cache)
+        models = digits.prepare_models(task, seed, options.cache)
         model, kept, lines = models["original"], [*REQUESTS, "rest"], [("original", models["original"], {})]
         for i, part in enumerate(REQUESTS):
             kept.remove(part)
@@ -109,7 +109,7 @@ def run_lifecycle(options) -> None:
             trainer.train()
             trainer.save_model()
             model, oracle = trainer.merge_and_unload(), copy.deepcopy(models["start"])
-            tasks.fit(
+            digits.fit(
                 oracle, task.sets["retain"], task, task.train_settings["retrain_steps"], options.cache, seed, 1e-3
             )
             flags = {}

@@ -1,0 +1,1 @@
+"""Forget and retained examples: reading, checks, pairing, fingerprints."""
