@@ -5,11 +5,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .lora import freeze_factors
+from .state import UIBState
+
+if TYPE_CHECKING:
+    from .config import UIBConfig
 
 STAGING = "_unfinished"  # no name in `_` is ever uploaded
 
@@ -45,9 +53,40 @@ def write_json(content: dict, path: str) -> None:
 
 
 class AtomicCheckpoints(Trainer):
-    """Trainer whose checkpoints are written whole or not at all."""
+    """Trainer whose output folder and checkpoints are written whole or not at all.
+
+    A folder holds the adapter, `UIBState` and the card; never the pickled arguments, which may hold a token.
+    """
+
+    args: "UIBConfig"
+    model: PeftModel
 
     _staging = False  # while a checkpoint is being written
+
+    def state_to_save(self) -> UIBState | None:
+        """What is written beside the adapter, if anything."""
+        raise NotImplementedError
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        with atomic_directory(output_dir) as folder:
+            super()._save(folder, state_dict)
+            for name in (TRAINING_ARGS_NAME, "README.md"):  # PEFT's card: ours needs the run's figures beside it
+                if os.path.isfile(os.path.join(folder, name)):
+                    os.remove(os.path.join(folder, name))
+            if (state := self.state_to_save()) is not None:
+                state.save(folder)
+        self.create_model_card(folder=output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        freeze_factors(self.model, self.args.trainable_factors)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        freeze_factors(self.model, self.args.trainable_factors)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's, in a folder of its own that takes the checkpoint's name once all is written: whole or not at all."""

@@ -1,9 +1,13 @@
 """What becomes of an unlearned model: detached, merged, asked again, and one request taken back."""
 
 import copy
+import dataclasses
+import datetime
 import json
 import os
+import warnings
 
+import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
@@ -11,11 +15,42 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import __version__
 from .lora import adapter_name, lora_layers
 from .models import load_classifier
+from .state import STATE_NAME
 
-STATE_NAME = "uib_state.safetensors"
+MERGED_ERROR = 0.01  # of the largest logit
 SAME = ("forget_fingerprint", "base_fingerprint", "adapter_fingerprint")  # what tells one request from another
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestRecord:
+    """One unlearning request, as it is kept in ``config.unlearning``, in the card and beside the adapter.
+
+    Attributes:
+        request: what was to be forgotten, in words.
+        forget_examples: how many rows.
+        forget_fingerprint, base_fingerprint, adapter_fingerprint: hashes of the forget rows, the weights below the adapter, and the
+            adapter.
+        adapter_name: of the adapter in PEFT.
+        from_zero: whether the adapter held nothing before; else the checkpoint's own adapter was trained further.
+    """
+
+    request: str
+    forget_examples: int
+    forget_fingerprint: str
+    base_fingerprint: str
+    adapter_fingerprint: str
+    adapter_name: str
+    from_zero: bool
+    method: str = "uib"
+    date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
+    hf_uib: str = __version__
+
+    def to_dict(self) -> dict:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
 
 
 def detached(model: PeftModel) -> PreTrainedModel:
@@ -26,6 +61,28 @@ def detached(model: PeftModel) -> PreTrainedModel:
             for name in module.modules_to_save:
                 module.modules_to_save[name] = module.original_module
     return model.unload()
+
+
+def merged(model: PeftModel, inputs: dict[str, torch.Tensor], requests: list[dict]) -> PreTrainedModel:
+    """A plain copy of the model with the adapter merged into its weights.
+
+    Warns where rounding makes its logits another model's (a base in 16 bits).
+
+    Args:
+        inputs: of some rows, to compare the logits on.
+        requests: all that the merged model has unlearned.
+    """
+    plain = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        before, after = (m.eval()(**inputs).logits.float() for m in (model, plain))
+    difference = (before - after).abs().max()
+    if difference > MERGED_ERROR * before.abs().max():
+        warnings.warn(
+            f"The merged model's logits differ from the adapted model's by up to {difference:.2g}: the base weights are too coarse "
+            "for the adapter. Load the base with dtype=torch.float32 before merging.",
+            stacklevel=3,
+        )
+    return without_origin(plain, requests)
 
 
 def requests_of(model: nn.Module) -> list[dict]:

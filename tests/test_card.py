@@ -29,7 +29,7 @@ def audited(tmp_path_factory):
         "UIB": {"accuracy": 0.625, "forget_accuracy": 0.25, "seconds": 3.0},
     }
     trainer.audit(trainer.eval_dataset, "source")
-    trainer._card_settings = {"license": "apache-2.0", "language": "en", "tags": ["medical"]}
+    trainer.card_settings = {"license": "apache-2.0", "language": "en", "tags": ["medical"]}
     trainer.save_model()
     trainer.save_merged(str(path / "out" / "merged"))
     return trainer, path / "out"

@@ -203,7 +203,7 @@ def _takes_pictures(trainer) -> bool:
 
 def describe_data(trainer) -> list[dict]:
     """Name, size and fingerprint of every set, as it was given; never a row."""
-    test = trainer._raw_eval_dataset
+    test = trainer.raw_eval_dataset
     if test is None or isinstance(test, dict) or not hasattr(test, "__len__"):
         test = None
     elif "eval_dataset" not in trainer.fingerprints:

@@ -73,7 +73,7 @@ class HubMixin(AtomicCheckpoints):
         """
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._card_settings |= kwargs
+        self.card_settings |= kwargs
         self.save_model(_internal_call=True)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -129,4 +129,4 @@ class HubMixin(AtomicCheckpoints):
                 ``dataset``.
         """
         if self.is_world_process_zero():
-            write_card(self, folder or self.args.output_dir, merged, **(self._card_settings | settings))
+            write_card(self, folder or self.args.output_dir, merged, **(self.card_settings | settings))
