@@ -63,6 +63,10 @@ class AtomicCheckpoints(Trainer):
 
     _staging = False  # while a checkpoint is being written
 
+    def create_model_card(self, *, folder: str | None = None, **settings) -> None:  # type: ignore[override]
+        """Write the card to ``folder``."""
+        raise NotImplementedError
+
     def state_to_save(self) -> UIBState | None:
         """What is written beside the adapter, if anything."""
         raise NotImplementedError
@@ -70,15 +74,15 @@ class AtomicCheckpoints(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        with atomic_directory(output_dir) as folder:
+        target = str(output_dir if output_dir is not None else self.args.output_dir)
+        with atomic_directory(target) as folder:
             super()._save(folder, state_dict)
             for name in (TRAINING_ARGS_NAME, "README.md"):  # PEFT's card: ours needs the run's figures beside it
                 if os.path.isfile(os.path.join(folder, name)):
                     os.remove(os.path.join(folder, name))
             if (state := self.state_to_save()) is not None:
                 state.save(folder)
-        self.create_model_card(folder=output_dir)
+        self.create_model_card(folder=target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -170,7 +170,9 @@ class UIBConfig(TrainingArguments):
         return _settings(InfluenceSettings, "influence_settings", self.influence_settings)
 
 
-def _settings(kind: type, name: str, given: dict | None):
+def _settings(kind: type, name: str, given: dict | str | None):
+    if isinstance(given, str):
+        raise ValueError(f'{name} is {given!r}; write it as JSON, {{"name": value}}.')
     known = [f.name for f in fields(kind)]
     unknown = [key for key in given or {} if key not in known]
     if unknown:
@@ -196,7 +198,7 @@ def refuse_unsupported(args: UIBConfig) -> None:
             "UIBTrainer does not run with auto_find_batch_size: a second try would go on from weights the first one moved. Set "
             "per_device_train_batch_size (with gradient_accumulation_steps the trajectory is that of the larger batch)."
         )
-    if args.accelerator_config.split_batches:
+    if getattr(args.accelerator_config, "split_batches", False):
         raise ValueError(
             "UIBTrainer does not run with split_batches: set per_device_train_batch_size to a process's share instead."
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class LayerStatistics:
         return (self.outputs / self.tokens.clamp_min(1) / self.d_out).sqrt()
 
 
-def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> dict[str, LayerStatistics]:
+def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str, LayerStatistics]:
     """Empty statistics for linear ``layers``; the widest are sketched where dense ones would exceed `DENSE_BUDGET`.
 
     A sketch has ``2 k + 8`` rows (Halko, Martinsson and Tropp, 2011), and a second pass then gives ``C_l`` on its range.
@@ -91,7 +92,7 @@ def in_double(tensor: Tensor) -> Tensor:
     return (tensor if wide_dtype(tensor.device) == torch.float64 else tensor.cpu()).double()
 
 
-def base_of(module: nn.Module) -> nn.Module:
+def base_of(module: Any) -> Any:
     """The layer below an adapter, or the layer itself."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
@@ -100,7 +101,11 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """The inputs of a linear layer, or of a convolution seen as a linear layer on patches, one a row: ``[tokens, d_in]``."""
     base = base_of(module)
     if isinstance(base, nn.Conv2d):
-        return F.unfold(x, base.kernel_size, base.dilation, base.padding, base.stride).transpose(1, 2).flatten(0, 1)
+        return (
+            F.unfold(x, base.kernel_size, base.dilation, cast(tuple[int, ...], base.padding), base.stride)
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )
     return x.flatten(0, -2)
 
 
@@ -110,7 +115,7 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatistics], weight: float, scores):
+def _recording(modules: dict[str, Any], statistics: dict[str, LayerStatistics], weight: float, scores):
     """Hooks that add ``weight * sum_t g_t x_t'`` of a backward pass to the statistics of each module."""
 
     def hook_of(stats: LayerStatistics):
@@ -148,7 +153,7 @@ def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatist
 
 def accumulate(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    modules: dict[str, Any],
     statistics: dict[str, LayerStatistics],
     batches: Iterable[tuple[dict[str, Tensor], float]],
 ) -> Tensor:
@@ -191,7 +196,7 @@ def subspace(stats: LayerStatistics, rank: int) -> Tensor:
     Returns:
         ``[rank, d_in]`` with orthonormal rows; zero rows where ``d_in`` leaves no further direction.
     """
-    rows = stats.contrast if stats.range is None else stats.range @ stats.basis.T
+    rows = stats.contrast if stats.range is None else stats.range @ cast(Tensor, stats.basis).T
     device, d_in = rows.device, rows.shape[1]
     rows, mean = in_double(rows), in_double(stats.mean_input())
     if mean.norm() > 0:
@@ -289,7 +294,7 @@ class ContrastStatistics:
 
 def measure_contrast(
     model: nn.Module,
-    layers: dict[str, nn.Module],
+    layers: dict[str, Any],
     batches: Callable[[int | None], Iterable[tuple[dict[str, Tensor], float]]],
     forward_forget_rows: Callable[[], object],
     *,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ class ModelOutputs:
         return torch.from_numpy(self.logits).double().softmax(-1).numpy()
 
 
-def head_of(model: nn.Module) -> nn.Module:
+def head_of(model: Any) -> nn.Module:
     """The last layer: the last linear one with as many outputs as the model has classes.
 
     Raises:

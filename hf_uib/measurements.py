@@ -12,6 +12,7 @@ from .contrast import CHUNKS, PROBE_ROWS, ContrastStatistics, measure_contrast
 from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
 from .inference import SharedInference
+from .lora import AdaptedLayer
 from .unlearning_task import UnlearningTask
 
 
@@ -36,7 +37,7 @@ class Measurements:
     args: UIBConfig
     statistics: dict[str, float] = field(default_factory=dict)
 
-    def contrast(self, model: nn.Module, layers: dict[str, nn.Module]) -> ContrastStatistics:
+    def contrast(self, model: nn.Module, layers: dict[str, AdaptedLayer]) -> ContrastStatistics:
         """Subspaces and scales of the adapted layers; see `measure_contrast`."""
         found = measure_contrast(
             model,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .channel_kl import channel_kl, displacement, outside
 from .contrast import ContrastStatistics
-from .lora import is_fresh
+from .lora import AdaptedLayer, is_fresh
 from .schedule import noise_scale
 from .settings import ChannelSettings
 
@@ -59,7 +59,7 @@ class ChannelPosterior(nn.Module):
 
     def __init__(
         self,
-        layers: dict[str, nn.Module],
+        layers: dict[str, AdaptedLayer],
         adapter: str,
         subspaces: Mapping[str, Tensor],
         output_scales: Mapping[str, Tensor],
@@ -95,7 +95,7 @@ class ChannelPosterior(nn.Module):
     @classmethod
     def from_contrast(
         cls,
-        layers: dict[str, nn.Module],
+        layers: dict[str, AdaptedLayer],
         adapter: str,
         contrast: ContrastStatistics,
         train_a: bool,
@@ -120,7 +120,7 @@ class ChannelPosterior(nn.Module):
     @classmethod
     def from_state(
         cls,
-        layers: dict[str, nn.Module],
+        layers: dict[str, AdaptedLayer],
         adapter: str,
         state: dict[str, Tensor],
         settings: ChannelSettings,
@@ -268,7 +268,7 @@ class ChannelNoise:
 
     def __init__(
         self,
-        layers: dict[str, nn.Module],
+        layers: dict[str, AdaptedLayer],
         subspaces: dict[str, Tensor],
         adapter: str,
         projected_weight: dict[str, Tensor] | None = None,

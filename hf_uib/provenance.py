@@ -6,13 +6,13 @@ import datetime
 import json
 import os
 import warnings
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
 from . import __version__
@@ -85,7 +85,7 @@ def merged(model: PeftModel, inputs: dict[str, torch.Tensor], requests: list[dic
     return without_origin(plain, requests)
 
 
-def requests_of(model: nn.Module) -> list[dict]:
+def requests_of(model: Any) -> list[dict]:
     """The unlearning requests that are merged into a model, the first one first."""
     return list(getattr(model.config, "unlearning", None) or [])
 
@@ -102,7 +102,7 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     Raises:
         ValueError: the adapter is none of the requests that are merged into the model, or it trained more than LoRA's factors.
     """
-    merged = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
+    merged: Any = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
     record = _state_of(adapter)["record"]
     if not record["from_zero"]:
         raise ValueError(
@@ -123,7 +123,7 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     return without_origin(before, kept)
 
 
-def next_base(name: str) -> nn.Module:
+def next_base(name: str) -> Any:
     """What the next request is trained on: a checkpoint, or the merged model of an earlier request's adapter; folder or Hub id."""
     model = load_classifier(name)
     if not isinstance(model, PeftModel):

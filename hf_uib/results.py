@@ -4,11 +4,12 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpointing import AtomicCheckpoints
 from .hub.card import results_of
+from .lora import AdaptedLayer
 from .measurements import Measurements
 from .models import fingerprint
 from .posterior import ChannelPosterior
@@ -28,15 +29,37 @@ class ResultsMixin(AtomicCheckpoints):
     retain_dataset: Any
     fingerprints: dict[str, str]
     request: str
-    layers: dict[str, nn.Module]
+    layers: dict[str, AdaptedLayer]
     measurements: Measurements
-    posterior: ChannelPosterior
     _posterior: ChannelPosterior | None
     contrast_norms: dict[str, float]
     raw_eval_dataset: Any
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     _base_fingerprint: str | None
+
+    @property
+    def posterior(self) -> ChannelPosterior:
+        """Mean, noise and divergence of the adapter.
+
+        Raises:
+            ValueError: it is built by `train` (or by `run_statistics_pass`).
+        """
+        if self._posterior is None:
+            raise ValueError(
+                "Nothing was measured yet: call trainer.train() first (or trainer.run_statistics_pass())."
+            )
+        return self._posterior
+
+    @property
+    def compared(self) -> bool:
+        """Whether forget and retained rows are compared, so that `pattern_z` is one."""
+        return self.measurements.compared
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """What was measured so far, by name; see `Measurements`."""
+        return self.measurements.statistics
 
     @property
     def forget_fingerprint(self) -> str:

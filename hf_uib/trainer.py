@@ -10,14 +10,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import PushInProgress
 
 from .callbacks import OverUnlearningCorrection, PriorRefresh
 from .config import UIBConfig, refuse_unsupported
@@ -74,7 +74,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: Any,
         args: UIBConfig | None = None,
         forget_dataset=None,
         retain_dataset=None,
@@ -105,7 +105,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             retain_dataset,
             calibration_dataset,
             eval_dataset,
-            check_labels=lambda name, dataset: self.task.check_labels(name, dataset, model),
+            check_labels=partial(self.task.check_labels, model=model),
             processing_class=processing_class,
             main_input=getattr(model, "main_input_name", "input_ids"),
         )
@@ -139,7 +139,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         needs_forget = self.prior.needs_forget_batches and self.retain_dataset is not None
         length = max(len(retained), len(self.forget_dataset)) if needs_forget else len(retained)
         self._hub = HfApi()  # one, so that its background uploads run one after the other
-        self.push_in_progress: PushInProgress | None = None  # Trainer sets it on the first process alone
+        self.push_in_progress = None  # Trainer sets it on the first process alone
         super().__init__(
             model=model,
             args=args,
@@ -160,7 +160,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             args.eval_batch_size * 4,
             args.dataloader_num_workers,
             self.compute_loss_context_manager,
-            args.disable_tqdm,
+            bool(args.disable_tqdm),
         )
         self.measurements = Measurements(sets, self.held_out, self.task, self.inference, args)
 
@@ -175,29 +175,6 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.audit_report = None
 
     # ---- Before the first step --------------------------------------------------------------------------------------
-
-    @property
-    def posterior(self) -> ChannelPosterior:
-        """Mean, noise and divergence of the adapter.
-
-        Raises:
-            ValueError: it is built by `train` (or by `run_statistics_pass`).
-        """
-        if self._posterior is None:
-            raise ValueError(
-                "Nothing was measured yet: call trainer.train() first (or trainer.run_statistics_pass())."
-            )
-        return self._posterior
-
-    @property
-    def compared(self) -> bool:
-        """Whether forget and retained rows are compared, so that `pattern_z` is one."""
-        return self.measurements.compared
-
-    @property
-    def statistics(self) -> dict[str, float]:
-        """What was measured so far, by name; see `Measurements`."""
-        return self.measurements.statistics
 
     def run_statistics_pass(self) -> None:
         """Everything that is measured before the first step: V_l, the scales, the noise, and what the prior asks for.
@@ -309,8 +286,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         loss = super().training_step(*args, **kwargs)
         weights = dict(self.model.named_parameters()) if self.prior.masks else {}
         for name, mask in self.prior.masks.items():
-            if weights[name].grad is not None:
-                weights[name].grad.mul_(mask)
+            if (gradient := weights[name].grad) is not None:
+                gradient.mul_(mask)
         return loss
 
     # ---- The loop ---------------------------------------------------------------------------------------------------
@@ -412,4 +389,4 @@ class UIBTrainer(ResultsMixin, HubMixin):
         return 0
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = sorted(self.data_collator.columns)
+        self._signature_columns = sorted(self.data_collator.columns)  # type: ignore[assignment]

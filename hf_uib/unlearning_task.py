@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .data.checks import check_labels
 from .objective import label_information, margin, other_classes_kl
@@ -18,11 +19,11 @@ class UnlearningTask:
     """
 
     @classmethod
-    def matches(cls, model: nn.Module) -> bool:
+    def matches(cls, model: PreTrainedModel) -> bool:
         """Whether this is the task of a model."""
         raise NotImplementedError
 
-    def check_labels(self, name: str, dataset, model: nn.Module) -> np.ndarray:
+    def check_labels(self, name: str, dataset, model: PreTrainedModel) -> np.ndarray:
         """All labels of a set, ``[n, ...]``; ``name`` is what a message calls the set.
 
         Raises:
@@ -57,7 +58,7 @@ def register_task_type(cls: type[UnlearningTask]) -> type[UnlearningTask]:
     return cls
 
 
-def task_of(model: nn.Module) -> UnlearningTask:
+def task_of(model: PreTrainedModel) -> UnlearningTask:
     """The task of a model.
 
     Raises:
@@ -76,13 +77,13 @@ class SingleLabel(UnlearningTask):
     """One class per example: logits ``[n, classes]``, labels ``[n]`` class ids."""
 
     @classmethod
-    def matches(cls, model: nn.Module) -> bool:
+    def matches(cls, model: PreTrainedModel) -> bool:
         """`problem_type` is single-label classification, or not set."""
         return getattr(model.config, "problem_type", None) in (None, "single_label_classification")
 
-    def check_labels(self, name: str, dataset, model: nn.Module) -> np.ndarray:
+    def check_labels(self, name: str, dataset, model: PreTrainedModel) -> np.ndarray:
         """Class ids, ``[n]``."""
-        return check_labels(name, dataset, model.config.num_labels)
+        return check_labels(name, dataset, int(model.config.num_labels or 0))
 
     def fit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy."""

@@ -68,7 +68,8 @@ class PairingSampler(Sampler):
         epoch = self.epoch_of()
         retain = endless_permutations(len(self.dataset.retain), self.seed + epoch)
         forget = endless_permutations(len(self.dataset.forget), self.seed + epoch + 2**31)
-        replacement = endless_permutations(len(self.available), self.seed + epoch + 2**32) if self.available else None
+        available = self.available or []
+        replacement = endless_permutations(len(available), self.seed + epoch + 2**32)
         given = 0
         for position in range(len(self.dataset)):
             row = next(retain)
@@ -78,7 +79,7 @@ class PairingSampler(Sampler):
                 many = tuple(next(forget) for _ in range(due - given))
                 given = due
                 if row in self.held_out:
-                    row = self.available[next(replacement)]
+                    row = available[next(replacement)]
             else:
                 given = int((position + 1) * self.forget_per_retain)
             yield position, row, many

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import datasets
 import numpy as np
@@ -40,7 +41,7 @@ class UnlearningSets:
         calibration_dataset,
         eval_dataset,
         *,
-        check_labels: Callable[[str, object], np.ndarray],
+        check_labels: Callable[[str, Any], np.ndarray],
         processing_class,
         main_input: str,
     ) -> "UnlearningSets":

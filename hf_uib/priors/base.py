@@ -64,6 +64,16 @@ class PriorContext:
     pattern_detected: bool = False
     calibration_seen_in_training: bool = False
 
+    def retained_batches(self) -> Iterable[dict[str, Tensor]]:
+        """``retain()``.
+
+        Raises:
+            ValueError: there is no retained data.
+        """
+        if self.retain is None:
+            raise ValueError("This prior needs retained data; give a retain_dataset.")
+        return self.retain()
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's trainable weights by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -1,6 +1,7 @@
 """AuditContext divided out, down to a calibrated level (method, section 3b)."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -105,11 +106,12 @@ class CalibratedPrior(Prior):
 
     def level_of(self, margins: Tensor) -> Tensor:
         """The level ``c(u_i)`` of each margin ``[n]``, in nats."""
+        assert self.level is not None, "refresh measures the level"
         level = self.level.to(margins)
         if self.target is not None:
             return level[0].expand_as(margins)
         median = level[GRID // 2]
-        level = interpolate(level, rank_of(margins, self.ranks.to(margins)))
+        level = interpolate(level, rank_of(margins, cast(Tensor, self.ranks).to(margins)))
         if not self.pattern_detected:
             return level
         level = level.maximum(median)

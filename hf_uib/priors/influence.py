@@ -1,6 +1,6 @@
 """UIB-IF: the Laplace estimate of the retrain posterior as the prior (method, section 3c)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def gauss_newton_product(outputs: Tensor, weights: list[Tensor], vector: Tensor, curvature: Callable) -> Tensor:
+def gauss_newton_product(outputs: Tensor, weights: Sequence[Tensor], vector: Tensor, curvature: Callable) -> Tensor:
     """``J' H J v`` of one batch, ``[P]``; J is the Jacobian of ``outputs [n, classes]`` in ``weights``, never formed.
 
     Two reverse passes give ``J v`` (the second through the first one, which is linear in its seed), a third ``J' (H J v)``.
@@ -131,7 +131,7 @@ class InfluencePrior(Prior):
         """Mean loss on the retained sample, in nats (scalar)."""
         device = next(context.model.parameters()).device
         sums = torch.zeros(2, device=device, dtype=wide_dtype(device))
-        for inputs in context.retain():
+        for inputs in context.retained_batches():
             labels = inputs.pop("labels")
             sums += torch.stack(
                 [self.loss(context.model(**inputs).logits, labels).to(sums), sums.new_tensor(len(labels))]
@@ -155,7 +155,7 @@ class InfluencePrior(Prior):
 
             def product(vector: Tensor) -> Tensor:
                 total, rows = torch.zeros_like(vector), torch.zeros((), device=device)
-                for inputs in context.retain():
+                for inputs in context.retained_batches():
                     labels = inputs.pop("labels")
                     outputs = context.model(**inputs).logits
                     total += gauss_newton_product(outputs, weights, vector, self.curvature)
