@@ -5,11 +5,11 @@ The modules (`BiasCorrelation`, ...) can be used alone and offline; `evaluate` i
 
 from typing import TYPE_CHECKING, Any
 
-from .bias import bias_correlation
+from .bias import attribute_classes, bias_correlation
 from .counterfactual import counterfactual_gap, flip_rate
 from .groups import worst_group_accuracy
-from .membership import membership_attack
-from .table import METRICS, Metric, MetricInputs, text_table
+from .membership import attack, membership_attack
+from .table import METRICS, Metric, MetricInputs, bias_row, text_table
 from .unlearning import unlearning_gap
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ __all__ = [
     "MetricInputs",
     "UnlearningGap",
     "WorstGroupAccuracy",
+    "attack",
+    "attribute_classes",
     "bias_correlation",
+    "bias_row",
     "counterfactual_gap",
     "flip_rate",
     "membership_attack",

@@ -54,6 +54,28 @@ def membership_attack(
     }
 
 
+def attack(seen: dict[str, tuple[np.ndarray, np.ndarray]], n_bootstrap: int = 1000, seed: int = 0) -> dict[str, float]:
+    """`membership_attack` on the margins of logits.
+
+    Args:
+        seen: logits ``[n, classes]`` and labels ``[n]``, as `predict` gives them, for ``forget``, unseen rows as ``test`` and,
+            for the published attack, ``retain``.
+        n_bootstrap, seed: as in `membership_attack`.
+    """
+    import torch
+
+    from ..objective import margin
+
+    margins = [margin(torch.from_numpy(logits), torch.from_numpy(labels)).numpy() for logits, labels in seen.values()]
+    return membership_attack(
+        scores=np.concatenate(margins),
+        references=np.concatenate([labels for _, labels in seen.values()]),
+        splits=np.repeat(list(seen), [len(m) for m in margins]),
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+
+
 def _attack_by_threshold(
     scores: np.ndarray, forget: np.ndarray, test: np.ndarray, n_bootstrap: int, seed: int
 ) -> dict:

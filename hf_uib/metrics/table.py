@@ -94,6 +94,18 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def bias_row(logits: np.ndarray, labels: np.ndarray, attributes: np.ndarray, coded: bool = True) -> dict[str, float]:
+    """One row of a bias table: every figure of `METRICS` that can be measured on the test rows.
+
+    Args:
+        logits: ``[n, classes]``; labels and attributes: ``[n]``.
+        coded: whether the attribute is coded by the class it stands for; conflicting accuracy and shortcut rate need that.
+    """
+    inputs = MetricInputs(np.asarray(logits), np.asarray(labels), np.asarray(attributes), coded)
+    values = {key: metric.measure(inputs) for key, metric in METRICS.items() if metric.measure is not None}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def title_of(key: str) -> str:
     """The title of a figure; of one that is not in `METRICS`, its key in words."""
     return METRICS[key].title if key in METRICS else key.replace("_", " ")

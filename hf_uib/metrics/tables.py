@@ -2,8 +2,8 @@
 
 from .bias import attribute_classes
 from .counterfactual import flip_rate
-from .rows import attack, bias_row
-from .table import METRICS, text_table
+from .membership import attack
+from .table import METRICS, bias_row, text_table
 
 __all__ = ["COLUMNS", "attack", "attribute_classes", "bias_row", "flip_rate", "text_table"]
 COLUMNS = {key: (metric.title, metric.direction) for key, metric in METRICS.items()}
