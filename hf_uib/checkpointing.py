@@ -44,10 +44,11 @@ def atomic_directory(folder: str) -> Iterator[str]:
 
 
 def write_json(content: dict, path: str) -> None:
-    """Write whole or not at all."""
+    """Write whole or not at all; NaN and infinities become null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=True)
+        json.dump(content, file, indent=2, allow_nan=False)
         file.write("\n")
     os.replace(temporary, path)
 

@@ -9,7 +9,7 @@ from .unlearn import quiet
 
 def audit(script):
     """Audit the checkpoints of ``scripts/audit.py``; prints and returns the `AuditReport`."""
-    from .audit.core import audit_model, loaded
+    from ..audit.report import audit_model, loaded
 
     quiet()
     model = loaded(script.model)

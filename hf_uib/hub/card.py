@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..data.fingerprints import fingerprint
-from ..metrics.tables import COLUMNS
+from ..metrics.table import METRICS, measured
 
 FIGURES = ("bias.png", "layers.png", "audit.png", "deep.png")
 PACKAGES = ("transformers", "peft", "torch", "datasets", "accelerate")
@@ -27,7 +27,6 @@ HIDDEN_SETTINGS = re.compile(
     r"do_|resume_|restore_|load_best|metric_for|greater_is|include_|debug|local_rank|ddp_|use_cpu|deepspeed|accelerator_config|"
     r"parallelism|remove_unused|label_names|skip_memory|prediction_loss|overwrite|past_index|length_column"
 )
-PARTS = {"forget_accuracy": "forget", "retain_accuracy": "retain"}  # what is not there was measured on the test set
 
 
 def hub_id(name: str | None) -> str | None:
@@ -39,9 +38,9 @@ def hub_id(name: str | None) -> str | None:
 
 def table_of(results: dict[str, dict]) -> tuple[list[tuple[str, str]], list[tuple[str, list[str]]]]:
     """Heading and direction of each figure that was measured, and each model's name and cells."""
-    names = [key for key in COLUMNS if any(key in row for row in results.values())]
+    names = measured(results)
     rows = [(model, [_number(row.get(n), n) for n in names]) for model, row in results.items()]
-    return [COLUMNS[n] for n in names], rows
+    return [(METRICS[n].title, METRICS[n].direction) for n in names], rows
 
 
 def has_oracle(results: dict[str, dict]) -> bool:
@@ -73,7 +72,7 @@ def _number(value, name: str) -> str:
         return ""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "not measured"
-    return f"{value:.1f}" if name == "seconds" else f"{value:.3f}"
+    return METRICS[name].text(value)
 
 
 def groups_table(groups: dict[str, dict]) -> tuple[str, int]:
@@ -127,7 +126,7 @@ def results_of(audit) -> dict[str, dict]:
     names = {"reference": "original", "model": "UIB"}
     rows = {}
     for model in sorted(audit.metrics["test"], key=lambda m: ("reference", "model").index(m) if m in names else 2):
-        seen = {key: cell["value"] for key, cell in audit.metrics["test"][model].items() if key in COLUMNS}
+        seen = {key: cell["value"] for key, cell in audit.metrics["test"][model].items() if key in METRICS}
         for part in ("forget", "retain"):
             if model in audit.metrics.get(part, {}):
                 seen[f"{part}_accuracy"] = audit.metrics[part][model]["accuracy"]["value"]
@@ -158,7 +157,7 @@ def evaluations(trainer) -> list[EvalResult]:
     source = trainer.dataset_name or "unpublished"
     task = "image-classification" if _takes_pictures(trainer) else "text-classification"
     figures = {
-        (PARTS.get(key, "test"), key): value for key, value in trainer.results.get("UIB", {}).items() if key in COLUMNS
+        (METRICS[key].part, key): value for key, value in trainer.results.get("UIB", {}).items() if key in METRICS
     }
     if trainer.audit_report is not None:
         seen = trainer.audit_report.metrics
@@ -172,8 +171,8 @@ def evaluations(trainer) -> list[EvalResult]:
             dataset_type=source,
             dataset_name=f"{source}, {part} set",
             dataset_split=part,
-            metric_type="accuracy" if key in ("accuracy", *PARTS) else key,
-            metric_name=COLUMNS[key][0] if key in COLUMNS else "membership attack, AUC",
+            metric_type="accuracy" if key in ("accuracy", "forget_accuracy", "retain_accuracy") else key,
+            metric_name=METRICS[key].title,
             metric_value=round(float(value), 4),
         )
         for (part, key), value in figures.items()
