@@ -193,7 +193,7 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
 
 
 def audit_command(job: UnlearnArguments) -> str:
-    """What an auditor pastes in the run's folder to check the merged model again, with paths of their own for what is in capitals."""
+    """What an auditor pastes in the run's folder to check the merged model again, with paths of their own for words in capitals."""
     words = ["hf-uib", "audit", "--model", MERGED, "--reference", "MODEL_BEFORE", "--dataset_name", "DATA"]
     words += ["--forget_where", *map(shlex.quote, job.forget_where)]
     for flag in ("dataset_config_name", "train_split", "test_split", "bias_column"):
