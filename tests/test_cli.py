@@ -1,6 +1,7 @@
 """`hf-uib` as a user starts it, on pictures and texts in the formats people have."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from transformers import AutoModelForImageClassification, BertTokenizerFast, ViT
 import hf_uib
 from hf_uib import UIBConfig
 from hf_uib.cli import main
+from hf_uib.cli.audit import AuditArguments
+from hf_uib.cli.comparison import AppArguments
 from hf_uib.cli.unlearn import UnlearnArguments, unlearn
 from hf_uib.data import reading
 
@@ -73,7 +76,8 @@ def pictures(tmp_path_factory):
 def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path, capsys):
     out = tmp_path / "out"
     call(
-        "unlearn", "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data", "--forget_where", "source=clinic_a",
+        "unlearn", "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data",
+        "--forget_where", "source=clinic_a",
         "--bias_column", "source", "--output_dir", out, "--save_merged", *FAST,
     )  # fmt: skip
     printed = capsys.readouterr().out
@@ -133,7 +137,8 @@ def test_audit_of_checkpoints_in_one_process_and_two(pictures, tmp_path):
             assert cell["value"] == pytest.approx(two["metrics"]["test"][model][figure]["value"], abs=1e-9)
 
 
-def test_text_csv(tmp_path):
+def test_text_csv(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", "hf_theenvironment")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "flight", "crew", "late"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     make_model("bert", num_labels=2, pad_token_id=0).save_pretrained(tmp_path / "model")
@@ -144,13 +149,13 @@ def test_text_csv(tmp_path):
         writer.writerow(["text", "label", "airline"])
         for i in range(30):
             writer.writerow([" ".join(rng.choice(words[5:], 6)) + f" {i}", i % 2, ["x", "y", "z"][i % 3]])
-    done = run(
+    call(
         "unlearn", "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "tweets.csv",
         "--forget_where", "airline=x", "label=1",
         "--output_dir", tmp_path / "out", "--max_length", "5", "--save_merged", "--save_strategy", "steps", "--save_steps", "2",
-        "--hub_token", "hf_theflag", *FAST, HF_TOKEN="hf_theenvironment",
+        "--hub_token", "hf_theflag", *FAST,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    printed = capfd.readouterr()
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 5
     assert json.loads((tmp_path / "out" / "report.json").read_text())["forget_columns"] == "airline and label"
     # Nowhere a token, a row of the data, or where things lie on this machine
@@ -164,7 +169,7 @@ def test_text_csv(tmp_path):
         assert str(tmp_path).encode() not in content or path.name in ("trainer_state.json", "adapter_config.json"), (
             path
         )
-    assert not any(entry.decode() in done.stdout + done.stderr for entry in hidden)
+    assert not any(entry.decode() in printed.out + printed.err for entry in hidden)
 
 
 BAD = [
@@ -190,25 +195,6 @@ def test_bad_input_is_one_line(pictures, tmp_path, conditions, changes, message)
     assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
 
 
-def test_bad_input_exits_with_one(pictures, tmp_path):
-    done = run(
-        "unlearn",
-        "--model_name_or_path",
-        pictures / "model",
-        "--dataset_name",
-        pictures / "data",
-        "--forget_where",
-        "hue=3",
-        "--output_dir",
-        tmp_path,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert (
-        done.stderr.strip().splitlines()[-1]
-        == "error: Column 'hue' is not in the dataset; it has image, label, source."
-    )
-
-
 FLAGS = {
     "unlearn": ("--forget_where", "--bias_column", "--beta", "--prior_strength", "--noise_to_signal", "--save_merged"),
     "audit": ("--reference", "--retrained", "--deep", "--example_column"),
@@ -228,11 +214,12 @@ def help_of(capsys, *arguments) -> str:
 def test_help_describes_every_flag(command, capsys):
     shown = help_of(capsys, command)
     assert all(re.search(rf"{flag}\b", shown) for flag in FLAGS[command])
-    entries = re.split(r"\n  (?=-)", shown.partition("options:\n")[2].partition("\n\n")[0])
-    assert len(entries) >= len(FLAGS[command])
-    for entry in entries:
-        assert re.search(r"\s{2,}[A-Z`(]\S*\s\S", entry.partition(" ")[2]), entry
     assert ("--accelerate_config" in shown) == (command != "app")
+
+
+@pytest.mark.parametrize("kind", [UIBConfig, UnlearnArguments, AuditArguments, AppArguments])
+def test_every_flag_has_a_help_text(kind):
+    assert not [field.name for field in dataclasses.fields(kind) if field.init and not field.metadata.get("help")]
 
 
 def test_help_and_version_import_nothing_heavy():
@@ -284,14 +271,23 @@ def test_debug_without_a_value_is_ours(words, left, debug):
     assert main.split_debug(words.split()) == (left.split(), debug)
 
 
-def test_errors_are_one_line_but_for_debug(monkeypatch, capsys):
+def test_errors_are_one_line_but_for_debug(pictures, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_UIB_TRACEBACK", raising=False)
-    monkeypatch.setattr("sys.argv", ["hf-uib", "audit", "--model", "nowhere", "--dataset_name", "x"])
+    words = [
+        "--model_name_or_path",
+        pictures / "model",
+        "--dataset_name",
+        pictures / "data",
+        "--forget_where",
+        "hue=3",
+    ]
+    argv = ["hf-uib", "unlearn", *map(str, words), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit) as ended:
         main.main()
-    assert str(ended.value.code).startswith("error: ") and "\n" not in str(ended.value.code)
-    monkeypatch.setattr("sys.argv", [*sys.argv, "--debug"])
-    with pytest.raises(ValueError, match="nowhere"):
+    assert ended.value.code == "error: Column 'hue' is not in the dataset; it has image, label, source."
+    monkeypatch.setattr("sys.argv", [*argv, "--debug"])
+    with pytest.raises(ValueError, match="Column 'hue'"):
         main.main()
 
 
