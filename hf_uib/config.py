@@ -191,7 +191,7 @@ def refuse_unsupported(args: UIBConfig) -> None:
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError(
             "UIBTrainer does not run under FSDP: prior and posterior need each layer's weight whole. Use data parallel training "
-            "(accelerate config `ddp`) or DeepSpeed ZeRO-2."
+            "(`hf-uib unlearn --accelerate_config ddp`) or DeepSpeed ZeRO-2 (`zero2`)."
         )
     if args.auto_find_batch_size:
         raise ValueError(
