@@ -18,7 +18,7 @@ from .tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 README_TASK = "digits-colour"
-README_ROWS = ("original", "full", "lora", "uib", "retrained")
+README_ROWS = ("original", "lora", "full", "uib", "retrained")
 README_COLUMNS = ["accuracy", "conflicting_accuracy", "follow_rate", "worst_group_accuracy", "seconds"]
 WRITTEN = "Written by `python -m benchmarks report`."
 
