@@ -1,6 +1,6 @@
 """hf_uib: fine-tuned Transformers models unlearn, under the Unlearning Information Bottleneck."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["AuditReport", "UIBConfig", "UIBTrainer", "audit_model", "retrain", "undo"]
 
 _HOME = {

@@ -213,7 +213,7 @@ class UIBTrainer(HubMixin):
         self._base_fingerprint: str | None = None
         self.request = "the examples of the forget set"  # in words, for the card
         self.dataset_name: str | None = None  # of all sets, if it is on the Hub
-        self._card_settings: dict = {}
+        self.card_settings: dict = {}
         self._last_step = -1
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.audit_report = None
@@ -946,7 +946,7 @@ def _refuse_what_cannot_hold(args: UIBConfig) -> None:
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError(
             "UIBTrainer does not run under FSDP: prior and posterior need each layer's weight whole. Use data parallel training "
-            "(scripts/accelerate_configs/ddp.yaml) or DeepSpeed ZeRO-2."
+            "(`hf-uib unlearn --accelerate_config ddp`) or DeepSpeed ZeRO-2 (`zero2`)."
         )
     if args.auto_find_batch_size:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -44,7 +45,7 @@ class Task:
 
     name: str
     sets: dict[str, datasets.Dataset]
-    new_model: Callable[[], nn.Module]
+    new_model: Callable[[], PreTrainedModel]
     processing_class: object
     bias_column: str | None
     counterfactuals: int = 1
@@ -71,7 +72,9 @@ def picture_dataset(pictures: np.ndarray, labels: np.ndarray, attribute: np.ndar
     return datasets.Dataset.from_dict(rows, features=features)
 
 
-def small_vit(image_size: int, patch_size: int, names: list[str], hidden: int = 64, layers: int = 4) -> nn.Module:
+def small_vit(
+    image_size: int, patch_size: int, names: list[str], hidden: int = 64, layers: int = 4
+) -> PreTrainedModel:
     """A ViT of 0.15 M parameters."""
     config = ViTConfig(
         image_size=image_size,
@@ -190,7 +193,7 @@ def merged(first, second):
     )
 
 
-def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, nn.Module]:
+def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, PreTrainedModel]:
     """The checkpoint to unlearn (``original``) and the model it started from (``start``)."""
     set_seed(seed)
     settings = task.train_settings
