@@ -10,7 +10,7 @@ from conftest import make_model, make_rows
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 BLOCKS = {
-    title: re.search(r"```python\n(.*?)```", text, re.S)[1]
+    title: re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     for title, text in (section.split("\n", 1) for section in PAGE.split("\n## ")[1:])
 }
 
@@ -47,7 +47,14 @@ def train(tmp_path, model, rows_of=make_rows, **settings):
     from hf_uib import UIBConfig, UIBTrainer
 
     args = UIBConfig(
-        str(tmp_path), max_steps=4, prior_update_steps=2, prior_fraction=1.0, report_to="none", use_cpu=True, **settings
+        str(tmp_path),
+        max_steps=4,
+        prior_update_steps=2,
+        prior_fraction=1.0,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        **settings,
     )
     trainer = UIBTrainer(
         model,
