@@ -153,7 +153,7 @@ class UIBTrainer(HubMixin):
         self.retain_dataset = prepare(retain_dataset)
         for name in ("forget_dataset", "retain_dataset", "calibration_dataset"):
             check_inputs(name, getattr(self, name), main_input)
-        self._raw_eval_dataset = eval_dataset
+        self.raw_eval_dataset = eval_dataset
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
         else:
@@ -926,7 +926,7 @@ class UIBTrainer(HubMixin):
             retrained_model=retrained_model,
             **settings,
         )
-        self._raw_eval_dataset = test_dataset
+        self.raw_eval_dataset = test_dataset
         self.fingerprints.pop("eval_dataset", None)
         self.results = self.results or results_of(self.audit_report)
         return self.audit_report

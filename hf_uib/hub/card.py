@@ -25,7 +25,7 @@ ALWAYS = ("learning_rate", "max_steps", "per_device_train_batch_size", "seed")
 HIDDEN_SETTINGS = re.compile(
     r"hub_|push_to_hub|output_dir|report_to|run_name|project|trackio|logging|log_|save_|eval_|disable_tqdm|dataloader_(num|pin|pers|pref)|"
     r"do_|resume_|restore_|load_best|metric_for|greater_is|include_|debug|local_rank|ddp_|use_cpu|deepspeed|accelerator_config|"
-    r"parallelism|remove_unused|label_names|skip_memory|prediction_loss|overwrite|past_index|length_column"
+    r"fsdp|parallelism|remove_unused|label_names|skip_memory|prediction_loss|overwrite|past_index|length_column"
 )
 PARTS = {"forget_accuracy": "forget", "retain_accuracy": "retain"}  # every other figure is measured on the test set
 ATTACKS = {"membership_remains": "membership inference from margins", "head_refit": "a head fitted anew"}
@@ -119,7 +119,7 @@ def settings_of(args) -> dict[str, Any]:
         value, default = getattr(args, setting.name), setting.default
         if setting.default_factory is not dataclasses.MISSING:
             default = setting.default_factory()
-        simple = value is None or isinstance(value, (bool, int, float, str))
+        simple = value is None or isinstance(value, (bool, int, float, str, dict))
         unset = value is None or default is None and not value
         changed = simple and str(value) != str(default) and not unset
         if changed and not HIDDEN_SETTINGS.match(setting.name) or setting.name in ALWAYS:

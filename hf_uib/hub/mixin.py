@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from abc import abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,8 @@ class HubMixin(AtomicCheckpoints):
     Attributes:
         request: what is to be forgotten, in words.
         dataset_name: Hub id of all sets; base_name: of the model before.
-        forget_dataset, retain_dataset, calibration_dataset: encoded rows, or None.
+        forget_dataset, retain_dataset, calibration_dataset: encoded rows, or None; raw_eval_dataset: as it was given.
         fingerprints: hashes of the rows as they were given, by ``forget_dataset`` and so on.
-        statistics: ``noise_to_signal``, ``prior_strength``, ``share_kept``, ``pattern_z``, as far as they were measured.
         layers: adapted layers by name; adapter_name: PEFT's.
         prior: its class is named, and ``level`` and ``target`` are asked where it has them.
         results: rows of the results table, by model; audit_report: of the last audit.
@@ -41,7 +39,7 @@ class HubMixin(AtomicCheckpoints):
     _tag_names: list[str]
     _paper: dict[str, str]
     _hub: HfApi
-    _raw_eval_dataset: Any
+    raw_eval_dataset: Any
     args: "UIBConfig"
     model: PeftModel
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
@@ -52,7 +50,6 @@ class HubMixin(AtomicCheckpoints):
     retain_dataset: Any
     calibration_dataset: Any
     fingerprints: dict[str, str]
-    statistics: dict[str, float]
     layers: dict[str, Any]
     adapter_name: str
     prior: Any
@@ -60,24 +57,26 @@ class HubMixin(AtomicCheckpoints):
     audit_report: "AuditReport | None"
     card_settings: dict[str, Any]
 
-    @property
-    @abstractmethod
-    def provenance(self) -> list[dict]:
-        """Records of every request of the model, this run's last."""
+    if TYPE_CHECKING:  # properties and methods of the trainer
 
-    @property
-    @abstractmethod
-    def base_fingerprint(self) -> str:
-        """Hash of the weights before unlearning."""
+        @property
+        def statistics(self) -> dict[str, float]:
+            """``noise_to_signal``, ``prior_strength``, ``share_kept`` and ``pattern_z``, as far as they were measured."""
 
-    @property
-    @abstractmethod
-    def compared(self) -> bool:
-        """Whether forget and retained rows were compared."""
+        @property
+        def provenance(self) -> list[dict]:
+            """Records of every request of the model, this run's last."""
 
-    @abstractmethod
-    def merge_and_unload(self) -> PreTrainedModel:
-        """A plain model with the adapter merged into its weights."""
+        @property
+        def base_fingerprint(self) -> str:
+            """Hash of the weights before unlearning."""
+
+        @property
+        def compared(self) -> bool:
+            """Whether forget and retained rows were compared."""
+
+        def merge_and_unload(self) -> PreTrainedModel:
+            """A plain model with the adapter merged into its weights."""
 
     # ---- Pushing ----------------------------------------------------------------------------------------------------
 
@@ -278,7 +277,7 @@ class HubMixin(AtomicCheckpoints):
 
     def _data_summaries(self) -> list[DataSummary]:
         """Name, size and fingerprint of every set, as it was given."""
-        test = self._raw_eval_dataset
+        test = self.raw_eval_dataset
         if isinstance(test, dict) or not hasattr(test, "__len__"):
             test = None
         elif "eval_dataset" not in self.fingerprints:
