@@ -18,7 +18,7 @@ from .tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 README_TASK = "fashion-colour"
-README_ROWS = ("original", "full", "lora", "neggrad", "salun", "uib", "retrained")
+README_ROWS = ("original", "lora", "full", "neggrad", "salun", "uib", "retrained")
 README_COLUMNS = ["accuracy", "conflicting_accuracy", "follow_rate", "worst_group_accuracy", "seconds"]
 WRITTEN = "Written by `python -m benchmarks report`."
 

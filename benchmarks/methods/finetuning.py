@@ -11,6 +11,12 @@ from ..registry import Budget, grid, register_method
 from .training import retain_batches, train
 
 
+@register_method("lora", "fine-tuned LoRA", group="fine-tuning", grid=grid(rate=[0.5, 1, 2, 4]), learning_rate=1e-3)
+def finetune_lora(model: nn.Module, task, budget: Budget, rank: int = 16) -> nn.Module:
+    """Cross-entropy on the retained rows, LoRA on every linear layer; gives a `PeftModel`."""
+    return finetune(get_peft_model(model, default_peft_config(model, rank)), task, budget)
+
+
 @register_method("full", "fine-tuned, all weights", group="fine-tuning", grid=grid(rate=[0.25, 0.5, 1, 2]))
 def finetune(model: nn.Module, task, budget: Budget) -> nn.Module:
     """Cross-entropy on the retained rows, all weights."""
@@ -21,12 +27,6 @@ def finetune(model: nn.Module, task, budget: Budget) -> nn.Module:
         return F.cross_entropy(model(**inputs).logits, labels)
 
     return train(model, loss, budget)
-
-
-@register_method("lora", "fine-tuned LoRA", group="fine-tuning", grid=grid(rate=[0.5, 1, 2, 4]), learning_rate=1e-3)
-def finetune_lora(model: nn.Module, task, budget: Budget, rank: int = 16) -> nn.Module:
-    """Cross-entropy on the retained rows, LoRA on every linear layer; gives a `PeftModel`."""
-    return finetune(get_peft_model(model, default_peft_config(model, rank)), task, budget)
 
 
 @register_method("l1", "l1-sparse", group="fine-tuning", grid=grid(gamma=[1e-6, 1e-5, 5e-5, 1e-4]))

@@ -82,7 +82,7 @@ class Clock(TrainerCallback):
 
     @staticmethod
     def now() -> float:
-        """Seconds, once the device has done what it was told."""
+        """Seconds, once the device is idle."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
