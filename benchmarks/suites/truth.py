@@ -52,10 +52,7 @@ def probe(model: nn.Module, task, seed: int) -> dict:
     rounded = {kind: deep.compress(model, kind) for kind in ("int8", "4-bit")}
     return found | {
         "bias": found["relearning"]["retain"][0],
-        "compression": {
-            kind: deep.bias_of(made, context)["bias"]
-            for kind, made in rounded.items()
-        },
+        "compression": {kind: deep.bias_of(made, context)["bias"] for kind, made in rounded.items()},
     }
 
 
