@@ -116,10 +116,8 @@ def test_other_classes_kl():
     assert value.item() == pytest.approx(by_hand, abs=1e-6)
 
 
-def test_capacity_and_annealing():
-    assert channel_kl.capacity(1.0) == pytest.approx(0.5 * math.log(2))
-    assert channel_kl.capacity(0.0) == math.inf
-    assert [schedule.anneal(t, 4) for t in (0, 1, 4, 9)] == [1.0, 0.75**0.5, 0.0, 0.0]
+def test_the_noise_falls_with_the_root():
+    assert [schedule.noise_scale(t, 4) for t in (0, 1, 4, 9)] == [1.0, 0.75**0.5, 0.0, 0.0]
 
 
 def test_rank_z_is_mann_and_whitney_s():

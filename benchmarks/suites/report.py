@@ -5,19 +5,12 @@ import re
 
 import numpy as np
 
-from hf_uib.metrics.tables import COLUMNS
+from hf_uib.metrics import METRICS
 
 from . import audits, cells, cost, lifecycle, research, scale, truth
 
 DOCS = os.path.join(cells.ROOT, "..", "docs")
-TITLES = {key: column[0] for key, column in COLUMNS.items()} | {
-    "test_accuracy": "accuracy, test",
-    "removed_accuracy": "accuracy, unseen rows of the class",
-    "attack_auc": "attack AUC",
-    "mia_efficacy": "MIA-Efficacy",
-    "steps": "steps",
-    "seconds": "seconds",
-}
+TITLES = {key: metric.title for key, metric in METRICS.items()}
 BIAS_COLUMNS = ["accuracy", "conflicting_accuracy", "follow_rate", "cramers_v", "worst_group_accuracy", "flip_rate"]
 REMOVAL_COLUMNS = [
     "forget_accuracy",

@@ -31,7 +31,8 @@ def run_truth(options) -> None:
     """Fill the missing cells: a method's model is trained anew, with the setting of its benchmark cell."""
     from peft import PeftModel
 
-    from hf_uib.audit import core, deep
+    from hf_uib.audit import deep
+    from hf_uib.audit.gather import gather
 
     cells.quiet()
     for name in (n for n in TASKS if n in options.tasks):
@@ -45,21 +46,20 @@ def run_truth(options) -> None:
                 model = cells.trained(task, models, method, cells.chosen(name, method), seed, options.cache)[0].eval()
                 model = model.merge_and_unload() if isinstance(model, PeftModel) else model
                 start = time.perf_counter()
-                sets, evidence = core.gather(
+                context = gather(
                     {"model": model, "reference": model}, [], given, processing_class=task.processing_class,
                     bias_column=task.bias_column, example_column="example" if task.counterfactuals > 1 else None, deep=True,
                     seed=seed,
                 )  # fmt: skip
-                bias = lambda m, s=sets, e=evidence, t=task: deep.bias_of(m, s["test"], e, t.processing_class)["bias"]  # noqa: E731
-                curve = lambda kind, m=model, s=sets, e=evidence, t=task, i=seed: deep.relearning_curve(  # noqa: E731
-                    m, kind, s, e, t.processing_class, i
-                )
+                curve = lambda kind, m=model, c=context, i=seed: deep.relearning_curve(m, kind, c, i)  # noqa: E731
                 cell = {"task": name, "method": method, "seed": seed}
-                cell["probes"] = deep.probe_every_block(evidence, ["model"])["model"]
-                cell["refit"] = evidence.refit()["model"].value
+                cell["probes"] = deep.probe_every_block(context, ["model"])["model"]
+                cell["refit"] = context.refit()["model"].value
                 cell["relearning"] = {kind: curve(kind) for kind in ("retain", "forget")}
                 cell["bias"] = cell["relearning"]["retain"][0]
-                cell["compression"] = {kind: bias(deep.compress(model, kind)) for kind in ("int8", "4-bit")}
+                cell["compression"] = {
+                    kind: deep.bias_of(deep.compress(model, kind), context)["bias"] for kind in ("int8", "4-bit")
+                }
                 cells.append(TRUTH, cell | {"seconds": time.perf_counter() - start})
 
 

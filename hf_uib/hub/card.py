@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..metrics.tables import COLUMNS
+from ..metrics.table import METRICS
 from .tables import WORST, groups_table, has_oracle, plain, results_table
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ HIDDEN_SETTINGS = re.compile(
     r"do_|resume_|restore_|load_best|metric_for|greater_is|include_|debug|local_rank|ddp_|use_cpu|deepspeed|accelerator_config|"
     r"fsdp|parallelism|remove_unused|label_names|skip_memory|prediction_loss|overwrite|past_index|length_column"
 )
-PARTS = {"forget_accuracy": "forget", "retain_accuracy": "retain"}  # every other figure is measured on the test set
 ATTACKS = {"membership_remains": "membership inference from margins", "head_refit": "a head fitted anew"}
 DEEP_ATTACKS = ("probes of every block", "relearning", "quantisation and pruning")
 
@@ -149,7 +148,7 @@ def results_of(audit: "AuditReport") -> dict[str, dict]:
     names = {"reference": "original", "model": "UIB"}
     rows = {}
     for model in sorted(audit.metrics["test"], key=lambda m: ("reference", "model").index(m) if m in names else 2):
-        seen = {key: cell["value"] for key, cell in audit.metrics["test"][model].items() if key in COLUMNS}
+        seen = {key: cell["value"] for key, cell in audit.metrics["test"][model].items() if key in METRICS}
         for part in ("forget", "retain"):
             if model in audit.metrics.get(part, {}):
                 seen[f"{part}_accuracy"] = audit.metrics[part][model]["accuracy"]["value"]
@@ -166,9 +165,7 @@ def attacks_of(audit: "AuditReport") -> list[str]:
 
 def evaluations(data: UnlearningCardData) -> list[EvalResult]:
     """The model-index: the unlearned model's figures on the forget, the retained and the test set."""
-    figures = {
-        (PARTS.get(key, "test"), key): value for key, value in data.results.get("UIB", {}).items() if key in COLUMNS
-    }
+    figures = {(METRICS[key].part, key): value for key, value in data.results.get("UIB", {}).items() if key in METRICS}
     if data.audit is not None:
         seen = data.audit.metrics
         for part in ("forget", "retain"):
@@ -182,8 +179,8 @@ def evaluations(data: UnlearningCardData) -> list[EvalResult]:
             dataset_type=source,
             dataset_name=f"{source}, {part} set",
             dataset_split=part,
-            metric_type="accuracy" if key in ("accuracy", *PARTS) else key,
-            metric_name=COLUMNS[key][0] if key in COLUMNS else "membership attack, AUC",
+            metric_type="accuracy" if key in ("accuracy", "forget_accuracy", "retain_accuracy") else key,
+            metric_name=METRICS[key].title,
             metric_value=round(float(value), 4),
         )
         for (part, key), value in figures.items()

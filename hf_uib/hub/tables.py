@@ -3,7 +3,7 @@
 import math
 import re
 
-from ..metrics.tables import COLUMNS
+from ..metrics.table import METRICS, measured
 
 WORST = 30  # groups that a card shows; audit.json has all
 TITLES = {"model": "unlearned", "reference": "original"}
@@ -11,9 +11,9 @@ TITLES = {"model": "unlearned", "reference": "original"}
 
 def table_of(results: dict[str, dict]) -> tuple[list[tuple[str, str]], list[tuple[str, list[str]]]]:
     """Title and direction of each figure that was measured, and each model's name and cells."""
-    names = [key for key in COLUMNS if any(key in row for row in results.values())]
+    names = measured(results)
     rows = [(model, [_number(row.get(name), name) for name in names]) for model, row in results.items()]
-    return [COLUMNS[name] for name in names], rows
+    return [(METRICS[name].title, METRICS[name].direction) for name in names], rows
 
 
 def has_oracle(results: dict[str, dict]) -> bool:
@@ -59,7 +59,7 @@ def _number(value: float | None, name: str) -> str:
         return ""
     if value is None or math.isnan(value):
         return "not measured"
-    return f"{value:.1f}" if name == "seconds" else f"{value:.3f}"
+    return METRICS[name].text(value)
 
 
 def _interval(cell: dict | None) -> str:
