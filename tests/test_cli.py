@@ -302,10 +302,9 @@ def test_two_processes_by_the_name_of_a_config(pictures, tmp_path):
     done = run(*job, "--output_dir", tmp_path / "two", "--accelerate_config", "cpu_two_processes")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Adapter, card (README.md)") == 1
-    assert run(*job, "--output_dir", tmp_path / "one").returncode == 0
-    results = [json.loads((tmp_path / name / "report.json").read_text())["log"][-1] for name in ("one", "two")]
-    assert results[0]["epoch"] * 2 == pytest.approx(results[1]["epoch"])  # twice the rows a step
-    done = run(*job[:-2], "--output_dir", tmp_path / "bad", "--accelerate_config", "cpu_two_processes", "--beta", "-1")
+    log = json.loads((tmp_path / "two" / "report.json").read_text())["log"]
+    assert log[-1]["epoch"] > 1  # 4 steps of 4 rows in each process, of 20 rows
+    done = run(*job, "--output_dir", tmp_path / "bad", "--accelerate_config", "cpu_two_processes", "--beta", "-1")
     assert done.returncode == 1 and "error: " in done.stderr and not (tmp_path / "bad").exists()
 
 

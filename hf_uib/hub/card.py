@@ -27,7 +27,6 @@ HIDDEN_SETTINGS = re.compile(
     r"do_|resume_|restore_|load_best|metric_for|greater_is|include_|debug|local_rank|ddp_|use_cpu|deepspeed|accelerator_config|"
     r"fsdp|parallelism|remove_unused|label_names|skip_memory|prediction_loss|overwrite|past_index|length_column"
 )
-
 ATTACKS = {"membership_remains": "membership inference from margins", "head_refit": "a head fitted anew"}
 DEEP_ATTACKS = ("probes of every block", "relearning", "quantisation and pruning")
 
