@@ -101,8 +101,7 @@ def test_a_check(extended):
 
 
 def test_a_metric(extended):
-    from hf_uib.metrics.rows import bias_row
-    from hf_uib.metrics.table import text_table
+    from hf_uib.metrics import bias_row, text_table
 
     extended("A metric")
     labels = np.array([0, 1, 2, 0])
