@@ -123,7 +123,7 @@ def few_rows(context: AuditContext) -> bool:
 def _distance(first: np.ndarray, second: np.ndarray) -> float:
     """Relative to the spread of the second; both ``[n, d]``."""
     spread = second - second.mean(0)
-    return float(np.linalg.norm(first - second)) / max(float(np.linalg.norm(spread)), 1e-12)
+    return float(np.linalg.norm(first - second) / np.maximum(np.linalg.norm(spread), 1e-12))
 
 
 @register_check(
@@ -143,7 +143,7 @@ def _explained(context: AuditContext, name: str) -> float:
     outputs, parts = context.outputs, context.parts
     logits = [np.concatenate([outputs[n][p].logits for p in parts]) for n in (name, "reference")]
     mine, theirs = (x - x.mean(0) for x in (x - x.mean(1, keepdims=True) for x in logits))
-    correlation = (mine * theirs).sum() / max(float(np.linalg.norm(mine) * np.linalg.norm(theirs)), 1e-12)
+    correlation = (mine * theirs).sum() / np.maximum(np.linalg.norm(mine) * np.linalg.norm(theirs), 1e-12)
     return float(max(correlation, 0) ** 2)
 
 
