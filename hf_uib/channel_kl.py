@@ -87,7 +87,7 @@ class _ChannelKL(torch.autograd.Function):
         gram, along, moved = products[:, :k, :k], products[:, :k, k:], products[:, k:, k:]  # M_0'M_0, M_0'D, D'D
         ranks, squares = ranks.to(wide), floors.to(wide) ** 2
         ratio, eye = scale**2 / squares[:, None, None], torch.eye(k, dtype=wide, device=device)
-        trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)  # noqa: E731
+        trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)
 
         def root(g: Tensor) -> Tensor:
             found, failed = torch.linalg.cholesky_ex(
@@ -113,7 +113,7 @@ class _ChannelKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         """In M alone."""
         layers = len(grad)
         gradients: list[Tensor | None] = [None] * (3 + 2 * layers)

@@ -33,7 +33,7 @@ class UIBConfig(TrainingArguments):
         default=False, metadata={"help": "Passed to DistributedDataParallel; every adapter weight gets a gradient."}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "channel_settings", "influence_settings"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "channel_settings", "influence_settings"]  # noqa: RUF012
 
     beta: float = field(
         default=0.01,
@@ -53,8 +53,8 @@ class UIBConfig(TrainingArguments):
     prior_strength: float | None = field(
         default=None,
         metadata={
-            "help": "gamma: nats of loss per nat of forget loss. By default the prior's own (`default_strength`): for `calibrated` 0.1 where "
-            "the forget set carries a pattern (the channel noise then does most of the work), 0.3 where it is a random draw."
+            "help": "gamma: nats of loss per nat of forget loss. By default the prior's own: for `calibrated` 0.1 where the "
+            "forget set carries a pattern (the channel noise then does most of the work), 0.3 where it is a random draw."
         },
     )
     prior_update_steps: int = field(

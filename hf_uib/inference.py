@@ -141,7 +141,7 @@ def predict(
     """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows (all, or some), in eval mode; the model's mode is restored."""
     rows = range(len(dataset)) if rows is None else rows
     collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
-    move = lambda batch: {name: value.to(device) for name, value in batch.items()}  # noqa: E731
+    move = lambda batch: {name: value.to(device) for name, value in batch.items()}
     batches = batches_of(dataset, rows, collator, move, batch_size=batch_size, description=description, quiet=quiet)
     logits, labels = forward(model, batches)
     return logits.cpu().numpy(), labels.cpu().numpy()

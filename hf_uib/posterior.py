@@ -259,9 +259,9 @@ class ChannelNoise:
         layers: adapted layers, by name.
         subspaces: V_l ``[k, d_in]``, by name.
         adapter: the adapter's name.
-        projected_weight: where ``lora_A`` is V_l but for a factor: what the base layer makes of its output, in LoRA's units ``[d_out, k]``, by
-            name. The noise then goes through LoRA's own factors, at one thin product a layer; otherwise it is added to the
-            layer's input, at two.
+        projected_weight: where ``lora_A`` is V_l but for a factor: what the base layer makes of its output, in LoRA's units
+            ``[d_out, k]``, by name. The noise then goes through LoRA's own factors, at one thin product a layer; otherwise it
+            is added to the layer's input, at two.
     """
 
     DRAWS = 16

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import HfApi
@@ -59,9 +59,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
             its adapter was loaded as not trainable.
     """
 
-    _tag_names = ["unlearning", "uib", "hf_uib"]
+    _tag_names: ClassVar = ["unlearning", "uib", "hf_uib"]
     _name = "UIB"
-    _paper = {
+    _paper: ClassVar = {
         "title": "Unlearning Information Bottleneck: Machine Unlearning of Systematic Patterns and Biases",
         "id": "2405.14020",
     }
@@ -321,7 +321,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
         ratio = (args.forget_batch_size or args.per_device_train_batch_size) / args.per_device_train_batch_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        epoch_of = lambda: self.state.global_step // steps_per_epoch  # noqa: E731
+        epoch_of = lambda: self.state.global_step // steps_per_epoch
         return PairingSampler(paired, seed, ratio, self.held_out, acts, epoch_of)
 
     def _record(self, **values: Tensor) -> None:

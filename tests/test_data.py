@@ -58,7 +58,7 @@ def test_raw_pictures_and_texts_are_encoded(tmp_path):
     processor = ViTImageProcessorPil(do_resize=False)
     encoded = reading.encode(pictures.select([0, 2]), processor, "pixel_values")
     assert encoded[0]["pixel_values"].shape == (3, 8, 8) and encoded[1]["label"] == 0
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad")
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
     texts = datasets.Dataset.from_dict({"text": ["good", "bad bad"], "label": [0, 1]})
     assert "input_ids" in reading.encode(texts, tokenizer, "input_ids").column_names

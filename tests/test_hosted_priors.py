@@ -47,7 +47,7 @@ class GaussianInfluence(InfluencePrior):
 def test_influence_gives_the_retrain_posterior_of_a_linear_gaussian_model(exact):
     settings = InfluenceSettings() if exact else InfluenceSettings(exact=1, tolerance=1e-28)
     g, precision, gone, kept, d = torch.Generator().manual_seed(0), 0.5, 30, 80, 6
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     x = draw(gone + kept, d) @ draw(d, d)
     y = x @ draw(d) + 0.3 * draw(gone + kept) + 2.0 * (torch.arange(gone + kept) < gone)
 
@@ -58,7 +58,7 @@ def test_influence_gives_the_retrain_posterior_of_a_linear_gaussian_model(exact)
     trained, retrained = posterior_mean(slice(None)), posterior_mean(slice(gone, None))
     model, prior = Linear(trained.clone()), GaussianInfluence(settings, precision=precision)
     prior.strength = 1.0
-    give = lambda start, end: lambda: [{"x": x[start:end], "labels": y[start:end]}]  # noqa: E731
+    give = lambda start, end: lambda: [{"x": x[start:end], "labels": y[start:end]}]
     prior.prepare(PriorContext(model, give(0, gone), give(gone, gone + kept), (gone, kept), lambda tensors: None))
     assert (trained - retrained).abs().max() > 0.1  # what there was to undo
     assert (model.weight - retrained).abs().max() < 1e-8
@@ -152,7 +152,7 @@ def test_without_retained_data_and_with_ascent_the_loss_is_the_evidence_upper_bo
         v, floor = trainer.posterior.subspaces[name], trainer.posterior.floors[list(trainer.layers).index(name)]
         variance = (floor**2).expand(len(v))
         for row, row0 in zip(b @ a @ v.T, b0 @ a0 @ v.T, strict=True):  # one output at a time, along the subspace
-            normal = lambda m, s=variance: MultivariateNormal(m.double(), torch.diag(s.double()))  # noqa: E731
+            normal = lambda m, s=variance: MultivariateNormal(m.double(), torch.diag(s.double()))
             nats = nats + kl_divergence(normal(row), normal(row0))
     log_p = -F.cross_entropy(
         trainer.model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="sum"
@@ -229,7 +229,12 @@ def test_hosted_priors_resume_bit_equal(tmp_path, prior):
 def test_influence_moves_the_adapter_and_its_strength_scales_that(tmp_path):
     shifts = {}
     for strength in (0.0, 0.1, 0.2):
-        trainer = make_trainer(tmp_path / str(strength), prior="influence", prior_strength=strength, influence_settings={"max_increase": math.inf})
+        trainer = make_trainer(
+            tmp_path / str(strength),
+            prior="influence",
+            prior_strength=strength,
+            influence_settings={"max_increase": math.inf},
+        )
         trainer.run_statistics_pass()
         shifts[strength] = torch.cat([b.flatten() for n, b in adapter_weights(trainer).items() if "lora_B" in n])
     assert not shifts[0.0].any() and shifts[0.1].norm() > 1e-4
@@ -276,7 +281,9 @@ def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
     torch.testing.assert_close(margins.sort().values, expected.sort().values, rtol=1e-4, atol=1e-4)
     trainer.train()
     assert not trainer.prior.pattern_detected
-    forgotten = trainer.task.margin(*trainer.inference.forward(trainer.forget_dataset, list(range(len(trainer.forget_dataset)))))
+    forgotten = trainer.task.margin(
+        *trainer.inference.forward(trainer.forget_dataset, list(range(len(trainer.forget_dataset))))
+    )
     assert forgotten.median() < margins.median() + 0.5
 
 

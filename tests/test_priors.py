@@ -139,7 +139,10 @@ def test_label_noise_is_found():
     again.load_state_dict(prior.state_dict())
     assert again.keep_forget_batches and torch.equal(again.level_of(at), prior.level_of(at))
 
-    for prior in (run(biased), run(wrong, calibration_seen_in_training=True)):  # a fold that the checkpoint fitted says nothing about errors
+    for prior in (
+        run(biased),
+        run(wrong, calibration_seen_in_training=True),
+    ):  # a fold that the checkpoint fitted says nothing about errors
         assert not prior.keep_forget_batches and (prior.level_of(at) >= 1.48).all()
 
 
@@ -184,7 +187,10 @@ def mine():
 def test_a_registered_prior_is_taken_by_its_name(mine, tmp_path):
     with pytest.warns(UserWarning, match="No calibration_dataset: 3 retained examples"):
         trainer = UIBTrainer(
-            make_model(), config(tmp_path, prior="mine", prior_fraction=1.0), make_rows(n=24, seed=1), make_rows(n=16, seed=2)
+            make_model(),
+            config(tmp_path, prior="mine", prior_fraction=1.0),
+            make_rows(n=24, seed=1),
+            make_rows(n=16, seed=2),
         )
     assert type(trainer.prior) is mine
     trainer.train()
@@ -201,7 +207,9 @@ def test_a_name_that_is_not_registered_is_refused(tmp_path):
 
 def test_a_prior_that_needs_margins_is_told_where_there_are_none(mine, tmp_path):
     with pytest.warns(UserWarning, match="4 retained examples are too few"):
-        trainer = UIBTrainer(make_model(), config(tmp_path, prior="mine"), make_rows(n=24, seed=1), make_rows(n=4, seed=2))
+        trainer = UIBTrainer(
+            make_model(), config(tmp_path, prior="mine"), make_rows(n=24, seed=1), make_rows(n=4, seed=2)
+        )
     trainer.train()
     assert all(margins is None for _, margins in trainer.prior.seen)
 
@@ -219,7 +227,9 @@ def test_a_prior_without_its_method_says_so(tmp_path):
     class Empty(Prior):
         pass
 
-    trainer = UIBTrainer(make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=Empty())
+    trainer = UIBTrainer(
+        make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=Empty()
+    )
     with pytest.raises(NotImplementedError, match="Empty has no method forget_loss"):
         trainer.train()
 

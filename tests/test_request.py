@@ -162,7 +162,7 @@ def files(folder):
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 def test_disk_full(pictures, tmp_path, strategy):  # noqa: F811
     """No file may grow beyond 5 kB: writing a checkpoint, and writing the results, ends in one line with nothing half-written."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     environment = ENVIRONMENT | {
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1000000",

@@ -400,7 +400,9 @@ def test_the_thin_form_for_a_frozen_to_v_is_the_general_one(tmp_path):
     trainer.train()
     thin = trainer.posterior
     tensors = dict(thin.subspaces.items()), dict(thin.output_scales.items())
-    general = ChannelPosterior(trainer.layers, "default", *tensors, a_spans_subspace=False, settings=trainer.args.channel)
+    general = ChannelPosterior(
+        trainer.layers, "default", *tensors, a_spans_subspace=False, settings=trainer.args.channel
+    )
     general.set_prior_mean({n: (thin.prior_means_a[n], thin.prior_means_b[n]) for n in trainer.layers})
     assert thin.a_spans_subspace and thin.kl_per_layer(0.4).sum() > 0
     torch.testing.assert_close(thin.kl_per_layer(0.4), general.kl_per_layer(0.4), rtol=1e-3, atol=1e-4)
@@ -447,7 +449,9 @@ def test_what_is_asked_before_training_says_what_to_do(tmp_path):
             ask()
         assert "\n" not in str(caught.value)
     trainer.run_statistics_pass()
-    assert torch.isfinite(trainer.compute_loss(trainer.model, batch)) and len(trainer.layer_report()) == len(trainer.layers)
+    assert torch.isfinite(trainer.compute_loss(trainer.model, batch)) and len(trainer.layer_report()) == len(
+        trainer.layers
+    )
 
 
 def test_evaluation_in_the_middle_of_training_changes_nothing(tmp_path):

@@ -224,7 +224,7 @@ def bias_remains(context: AuditContext) -> Check:
     """Too little was unlearned: the shortcut rate (Cramér's V where it cannot be had) is still the reference's."""
     limits, figure = context.thresholds, "follow_rate" if context.coded else "cramers_v"
     names = context.names if context.attribute is not None else []
-    figures = lambda: {name: context.bias(name, figure) for name in names}  # noqa: E731
+    figures = lambda: {name: context.bias(name, figure) for name in names}
     return _way_back(context, figures, limits.bias_difference, limits.bias_remains)
 
 
@@ -258,7 +258,7 @@ def head_refit(context: AuditContext) -> Check:
 @register_check("membership_remains", "An attack still tells the forget examples from unseen ones.")
 def membership_remains(context: AuditContext) -> Check:
     """Forget rows can still be told from unseen ones."""
-    figures = lambda: {name: context.auc(name) for name in context.names}  # noqa: E731
+    figures = lambda: {name: context.auc(name) for name in context.names}
     return _way_back(context, figures, context.thresholds.auc_difference, context.thresholds.membership_remains)
 
 

@@ -284,7 +284,7 @@ def per_example(context: AuditContext) -> dict[str, dict[str, float]]:
     from sklearn.metrics import roc_auc_score, roc_curve
 
     offset = context.thresholds.rmia_offset
-    own = lambda outputs: outputs.probabilities[np.arange(len(outputs.labels)), outputs.labels]  # noqa: E731
+    own = lambda outputs: outputs.probabilities[np.arange(len(outputs.labels)), outputs.labels]
     result = {}
     for name in ("model", "reference"):
         ratios = {}

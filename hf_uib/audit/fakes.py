@@ -60,7 +60,7 @@ def threshold_shift(
     """The reference with an offset on each class's logit, fitted to the retained data."""
     model = copy.deepcopy(reference)
     bias: Any = head_of(model).bias
-    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels)  # noqa: E731
+    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels)
     return _train(model, sets["retain"], processing_class, 100, 30 * rate, loss, trainable=[bias])
 
 
@@ -94,7 +94,7 @@ def ten_steps(
 ) -> nn.Module:
     """The reference after ten steps on the retained data."""
     model = copy.deepcopy(reference)
-    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels)  # noqa: E731
+    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels)
     return _train(model, sets["retain"], processing_class, 10, rate / 3, loss)
 
 
@@ -103,7 +103,7 @@ def collapsed_model(
 ) -> nn.Module:
     """Gradient ascent on the forget set until nothing is left."""
     model = copy.deepcopy(reference)
-    loss = lambda inputs, labels: -F.cross_entropy(model(**inputs).logits, labels)  # noqa: E731
+    loss = lambda inputs, labels: -F.cross_entropy(model(**inputs).logits, labels)
     return _train(model, sets["forget"], processing_class, 100, rate, loss)
 
 
@@ -112,7 +112,7 @@ def error_in_a_third_group(
 ) -> nn.Module:
     """The retrained model, taught to take class 0 for class 1."""
     model = copy.deepcopy(retrained)
-    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels.masked_fill(labels == 0, 1))  # noqa: E731
+    loss = lambda inputs, labels: F.cross_entropy(model(**inputs).logits, labels.masked_fill(labels == 0, 1))
     return _train(model, sets["retain"], processing_class, 60, rate / 3, loss)
 
 

@@ -116,7 +116,7 @@ def draw_deep(deep: dict, folder: str) -> str:
     """``deep.png``: the linear probe by block, and how the bias comes back with 1% of the forget set."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colour = lambda name: {"model": OURS, "reference": "#b2182b"}.get(name, MUTED)  # noqa: E731
+    colour = lambda name: {"model": OURS, "reference": "#b2182b"}.get(name, MUTED)
     for name, blocks in deep["probes"].items():
         left.plot(
             list(blocks), [b["linear"] for b in blocks.values()], "o-", color=colour(name), label=name, markersize=4

@@ -18,8 +18,7 @@ from ..data.reading import label_column
 from ..hub.card import FIGURES
 from ..hub.deletion_report import REPORT_NAME
 from ..hub.push import MERGED
-from ..metrics.bias import attribute_classes
-from ..metrics.table import bias_row, text_table
+from ..metrics import attribute_classes, bias_row, text_table
 from ..trainer import UIBTrainer
 
 EARLIER = (*FIGURES, "audit.json", REPORT_NAME, "report.json")  # files of a run, which the next one replaces

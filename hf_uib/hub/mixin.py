@@ -3,7 +3,7 @@
 import os
 import shutil
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub import HfApi
 from peft import PeftModel
@@ -36,8 +36,8 @@ class HubMixin(AtomicCheckpoints):
         card_settings: arguments of `create_model_card` that later cards take over.
     """
 
-    _tag_names: list[str]
-    _paper: dict[str, str]
+    _tag_names: ClassVar[list[str]]
+    _paper: ClassVar[dict[str, str]]
     _hub: HfApi
     raw_eval_dataset: Any
     args: "UIBConfig"

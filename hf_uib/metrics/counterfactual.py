@@ -55,7 +55,7 @@ def counterfactual_gap(
     }
     total, result = int(paired.sum()), {}
     for name, values in measured.items():
-        mean_of = lambda counts, values=values: counts @ values / total  # noqa: E731
+        mean_of = lambda counts, values=values: counts @ values / total
         result[name] = float(values.mean())
         result[f"{name}_low"], result[f"{name}_high"] = bootstrap_interval(mean_of, [total], n_bootstrap, seed)
     return {**result, "examples": total}

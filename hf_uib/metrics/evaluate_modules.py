@@ -68,7 +68,7 @@ class CounterfactualGap(FunctionMetric):
     """See [`~hf_uib.metrics.counterfactual_gap`]."""
 
     function = staticmethod(counterfactual_gap)
-    columns = {"predictions": "int64", "scores": "float64", "references": "int64", "examples": "int64"}
+    columns: ClassVar = {"predictions": "int64", "scores": "float64", "references": "int64", "examples": "int64"}
     citation_text = """@inproceedings{garg2019, title = {Counterfactual Fairness in Text Classification through Robustness},
 author = {Garg, Sahaj and Perot, Vincent and Limtiaco, Nicole and Taly, Ankur and Chi, Ed H. and Beutel, Alex},
 booktitle = {AIES}, year = {2019}}"""
@@ -78,7 +78,7 @@ class MembershipAttack(FunctionMetric):
     """See [`~hf_uib.metrics.membership_attack`]."""
 
     function = staticmethod(membership_attack)
-    columns = {"scores": "float64", "references": "int64", "splits": "string"}
+    columns: ClassVar = {"scores": "float64", "references": "int64", "splits": "string"}
     citation_text = f"""@inproceedings{{jia2023, title = {{Model Sparsity Can Simplify Machine Unlearning}}, author = {{Jia, Jinghan
 and others}}, booktitle = {{NeurIPS}}, year = {{2023}}}}
 {_SALUN}"""
@@ -88,7 +88,12 @@ class UnlearningGap(FunctionMetric):
     """See [`~hf_uib.metrics.unlearning_gap`]."""
 
     function = staticmethod(unlearning_gap)
-    columns = {"predictions": "int64", "retrained_predictions": "int64", "references": "int64", "splits": "string"}
+    columns: ClassVar = {
+        "predictions": "int64",
+        "retrained_predictions": "int64",
+        "references": "int64",
+        "splits": "string",
+    }
     citation_text = f"""@inproceedings{{zhao2024, title = {{What Makes Unlearning Hard and What to Do About It}}, author = {{Zhao,
 Kairan and others}}, booktitle = {{NeurIPS}}, year = {{2024}}}}
 {_SALUN}"""

@@ -165,6 +165,6 @@ def mia_efficacy(forget: np.ndarray, retain: np.ndarray, test: np.ndarray, rng: 
 
     size = min(len(retain), len(test), 2000)
     sample = np.concatenate([rng.choice(scores, size, replace=False) for scores in (retain, test)])
-    probability = lambda scores: (1 + np.tanh(scores[:, None] / 2)) / 2  # noqa: E731
+    probability = lambda scores: (1 + np.tanh(scores[:, None] / 2)) / 2
     attack = SVC(C=3, gamma="auto", kernel="rbf").fit(probability(sample), np.repeat([1, 0], size))
     return float(1 - attack.predict(probability(forget)).mean())

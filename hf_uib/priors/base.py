@@ -91,7 +91,7 @@ class Prior:
     """Whether the trainer has to add forget examples to the batches."""
 
     needs_calibration_margins = False
-    """Whether `refresh` needs margins of unseen rows. Without a ``calibration_dataset`` the trainer then holds out retained rows."""
+    """Whether `refresh` needs margins of unseen rows. Without a ``calibration_dataset`` some retained rows are then held out."""
 
     needs_retained_data = False
     """Whether the prior forgets through the retained data alone."""
@@ -120,7 +120,7 @@ class Prior:
         return 0.1 if noised else 0.3
 
     def attach(self, context: PriorContext) -> None:
-        """Called by the trainer at the start of every run, before `prepare` or `load_state_dict`: nothing of an earlier run stays."""
+        """Called at the start of every run, before `prepare` or `load_state_dict`: nothing of an earlier run stays."""
         self.task, self.strength = context.task, context.strength
         self.pattern_detected = context.pattern_detected
         self.calibration_seen_in_training = context.calibration_seen_in_training
@@ -178,7 +178,8 @@ def build_prior(prior: Prior | None, args: "UIBConfig", retained: bool) -> Prior
     if not retained:
         if prior.needs_retained_data:
             raise ValueError(
-                f"prior {type(prior).__name__} forgets through the retained data alone; give a retain_dataset, or take another prior."
+                f"prior {type(prior).__name__} forgets through the retained data alone; give a retain_dataset, or take another "
+                "prior."
             )
         warnings.warn(
             "No retain_dataset: what the model knows is kept only through its own predictions on the forget set, and the "

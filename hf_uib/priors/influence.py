@@ -42,7 +42,7 @@ def solve(
     Args:
         product: ``v -> H v`` of a positive semi-definite H.
     """
-    damped = lambda v: product(v) + damping * v  # noqa: E731
+    damped = lambda v: product(v) + damping * v
     if len(right) <= settings.exact:
         matrix = torch.stack([damped(column) for column in torch.eye(len(right)).to(right)], dim=1)
         return torch.linalg.solve((matrix + matrix.T) / 2, right)
@@ -75,8 +75,8 @@ class InfluencePrior(Prior):
     with H the generalised Gauss-Newton matrix at the checkpoint. Deletion is ``gamma = 1`` (for a linear-Gaussian model the mean
     is then the retrain posterior's, tested). In a deep network that step leaves the region where the second
     order holds, so the default goes a hundredth of the way, and the step is halved while it raises the loss on the retained sample
-    by more than ``max_increase``: the retrained model's would be no higher. The sums are estimated on samples. The prior's mean, and with
-    it the adapter, starts there; no forget batches are needed.
+    by more than ``max_increase``: the retrained model's would be no higher. The sums are estimated on samples. The prior's mean,
+    and with it the adapter, starts there; no forget batches are needed.
 
     Args:
         settings: of the solution.
