@@ -78,7 +78,8 @@ def test_settings_are_read_as_on_the_command_line(tmp_path):
         ("beta: much", "invalid float value"),
         ("- beta", "holds no settings"),
         ("beta: [", "is no YAML"),
-        ("prior: other", "invalid choice"),
+        ("prior: other", "choose one of"),
+        ("posterior: other", "invalid choice"),
     ):
         with pytest.raises(ValueError, match=message):
             parsed(tmp_path / "b.yaml", content)
