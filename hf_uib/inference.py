@@ -72,7 +72,7 @@ class ModelOutputs:
     @property
     def margins(self) -> np.ndarray:
         """``[n]``, log-odds of the label, in nats."""
-        from ..bound import margin
+        from .objective import margin
 
         return margin(torch.from_numpy(self.logits).double(), torch.from_numpy(self.labels)).numpy()
 
