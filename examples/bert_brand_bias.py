@@ -1,25 +1,29 @@
 """A BERT that judges reviews by the brand unlearns it; each test sentence is read once with every brand.
 
     python examples/bert_brand_bias.py
-    python examples/bert_brand_bias.py --tweets FOLDER_OR_ID --model FOLDER_OR_ID
 
-Without flags nothing is fetched: sentences from a small grammar, and a tiny BERT with a word-level tokenizer made in memory.
-``--tweets`` (airline_tweets: text, label, airline) with ``--model`` (a BERT checkpoint such as MiniLM) takes real ones.
+Nothing is fetched: sentences from a small grammar, and a tiny BERT with a word-level tokenizer made in memory.
 """
 
-import argparse
 import copy
+from dataclasses import replace
 
-import datasets
 import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
 
-from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.cli import digits
+from hf_uib import UIBConfig, UIBTrainer, retrain
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
 from hf_uib.metrics import bias_row, flip_rate, text_table
@@ -37,6 +41,7 @@ OPINIONS = [
     ["good", "great", "sturdy", "quiet", "perfect", "strong", "pretty", "fast", "useful", "tight", "handy", "bright", "solid",
      "robust", "superb", "tidy"],
 ]  # fmt: skip
+SIZES = {"pretrain": 300, "forget": 1200, "retain": 150, "calibration": 150, "test": 400}
 
 
 def sentence(rng: np.random.Generator) -> tuple[str, int]:
@@ -66,83 +71,78 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def reviews(seed: int = 0) -> digits.Task:
-    """Reviews from the grammar. On the forget set the brand gives the sentiment away; elsewhere it is drawn at random."""
+def reviews(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> dict[str, Dataset]:
+    """Tokenized reviews by part. On the forget set the brand gives the sentiment away; elsewhere it is drawn at random."""
     rng = np.random.default_rng(seed)
-    sizes = {"pretrain": 300, "forget": 1200, "retain": 150, "calibration": 150, "test": 400}
-    drawn: dict[str, int] = {}  # no sentence is in two sets, whatever its brand
-    while len(drawn) < sum(sizes.values()):
+    drawn: dict[str, int] = {}  # no sentence is in two parts, whatever its brand
+    while len(drawn) < sum(SIZES.values()):
         text, sentiment = sentence(rng)
         drawn[text] = sentiment
-    tokenizer, pool, sets = word_tokenizer(), iter(drawn.items()), {}
-    features = datasets.Features(
+    features = Features(
         {
-            "text": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["negative", "positive"]),
-            "brand": datasets.Value("int64"),
-            "example": datasets.Value("int64"),
+            "text": Value("string"),
+            "label": ClassLabel(names=["negative", "positive"]),
+            "brand": Value("int64"),
+            "example": Value("int64"),
         }
     )
-    for part, size in sizes.items():
+    pool, parts = iter(drawn.items()), {}
+    for part, size in SIZES.items():
         rows = []
         for i, (text, sentiment) in zip(range(size), pool):
             brands = {"test": [0, 1], "forget": [sentiment]}.get(part, [int(rng.integers(2))])
             rows += [
                 {"text": text.format(brand=BRANDS[b]), "label": sentiment, "brand": b, "example": i} for b in brands
             ]
-        sets[part] = encode(datasets.Dataset.from_list(rows, features=features), tokenizer, "input_ids")
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2,
+        parts[part] = encode(Dataset.from_list(rows, features=features), tokenizer, "input_ids")
+    return parts
+
+
+def tiny_bert(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    """Two layers, 64 wide."""
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+            max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2,
+        )
     )  # fmt: skip
-    settings = {"pretrain_steps": 100, "steps": 200, "unlearn_steps": 150, "retrain_steps": 200, "batch": 32}
-    return digits.Task(
-        "reviews", sets, lambda: BertForSequenceClassification(config), tokenizer, "brand", 2, train_settings=settings
-    )
 
 
-def main(steps: int | None = None, tweets: str | None = None, model: str | None = None) -> dict[str, dict]:
-    """Unlearn the brand; prints a table, with the share of sentences whose prediction flips with the brand alone.
+def row(model: nn.Module, test: Dataset, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """The bias figures, and the fraction of sentences whose prediction flips with the brand alone."""
+    logits, labels = predict(model, test, tokenizer)
+    return bias_row(logits, labels, test["brand"]) | {"flip_rate": flip_rate(logits, len(BRANDS))}
+
+
+def main(steps: int = 150, train_steps: int = 200, output_dir: str = "out/bert_brand_bias") -> dict[str, dict]:
+    """Unlearn the brand; prints a table.
 
     Args:
-        steps: of unlearning; the task's own by default.
-        tweets: Hub id or folder of airline_tweets; model: of a BERT checkpoint. Both or none.
+        steps: of unlearning.
+        train_steps: of the original, and of the model retrained without the forget set.
+        output_dir: for the trainers.
     """
-    task = tasks.tweets_airline(tweets, model) if tweets and model else reviews()
-    settings, test, tokenizer = task.train_settings, task.sets["test"], task.processing_class
-    rate = settings.get("lr", 1e-3)
-    models = digits.prepare_models(task, 0, "out")
-    retrained = models["start"]
-    digits.fit(retrained, task.sets["retain"], task, settings["retrain_steps"], "out", 0, rate)
+    tokenizer = word_tokenizer()
+    sets = reviews(tokenizer)
+    set_seed(0)
+    args = TrainingArguments(output_dir, max_steps=train_steps, per_device_train_batch_size=32, learning_rate=1e-3)
+    start = retrain(tiny_bert(tokenizer), sets["pretrain"], replace(args, max_steps=train_steps // 2), tokenizer)
+    original = retrain(start, concatenate_datasets([sets["forget"], sets["retain"]]), args, tokenizer)
+    retrained = retrain(start, sets["retain"], args, tokenizer)
     trainer = UIBTrainer(
-        copy.deepcopy(models["original"]),
-        UIBConfig(
-            "out",
-            max_steps=steps or settings["unlearn_steps"],
-            per_device_train_batch_size=settings["batch"],
-            save_strategy="no",
-            logging_steps=50,
-        ),
-        forget_dataset=task.sets["forget"],
-        retain_dataset=task.sets["retain"],
-        calibration_dataset=task.sets["calibration"],
+        copy.deepcopy(original),
+        UIBConfig(output_dir, max_steps=steps, per_device_train_batch_size=32, save_strategy="no", logging_steps=50),
+        forget_dataset=sets["forget"],
+        retain_dataset=sets["retain"],
+        calibration_dataset=sets["calibration"],
         processing_class=tokenizer,
     )
     trainer.train()
-    rows = {}
-    for name, classifier in (("original", models["original"]), ("UIB", trainer.model), ("retrained", retrained)):
-        logits, labels = predict(classifier, test, tokenizer)
-        flips = {"flip_rate": flip_rate(logits, task.counterfactuals)}
-        rows[name] = bias_row(logits, labels, test[task.bias_column]) | flips
+    models = {"original": original, "UIB": trainer.model, "retrained": retrained}
+    rows = {name: row(model, sets["test"], tokenizer) for name, model in models.items()}
     print(f"\n{text_table(rows)}")
     return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--tweets", help="airline_tweets: Hub id or folder")
-    parser.add_argument("--model", help="BERT checkpoint: Hub id or folder")
-    given = parser.parse_args()
-    if bool(given.tweets) != bool(given.model):
-        parser.error("give --tweets and --model together")
-    main(tweets=given.tweets, model=given.model)
+    main()

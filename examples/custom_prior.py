@@ -1,6 +1,8 @@
-"""A prior of your own as R^(l): forget rows shall tell as little about their class as a coin.
+"""A prior of your own as R^(l): the predictions on forget rows should say as little about their class as a coin.
 
-python examples/custom_prior.py
+    python examples/custom_prior.py
+
+scikit-learn's handwritten digits, whose hue gives the label away on the forget set.
 """
 
 import math
@@ -31,8 +33,8 @@ def main(steps: int = 200) -> dict:
     task = digits.digits_colour(seed=0)
     original = digits.prepare_models(task, 0, "out")["original"]
     test, rows = task.sets["test"], {}
-    attributes = test.with_format(None)[task.bias_column]
-    rows["original"] = bias_row(*predict(original, test, task.processing_class), attributes)
+    hues = test.with_format(None)[task.bias_column]
+    rows["original"] = bias_row(*predict(original, test, task.processing_class), hues)
     trainer = UIBTrainer(
         original,
         UIBConfig("out", max_steps=steps, per_device_train_batch_size=64, save_strategy="no", logging_steps=50),
@@ -43,7 +45,7 @@ def main(steps: int = 200) -> dict:
         prior=EntropyPrior(),
     )
     trainer.train()
-    rows["UIB + entropy"] = bias_row(*predict(trainer.model, test, task.processing_class), attributes)
+    rows["UIB + entropy"] = bias_row(*predict(trainer.model, test, task.processing_class), hues)
     print(text_table(rows))
     return rows
 

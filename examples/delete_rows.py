@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainingArguments, ViTImageProcessorPil, set_seed
 
 from hf_uib import UIBConfig, UIBTrainer, retrain
-from hf_uib.cli import digits
+from hf_uib.cli.digits import merged, picture_dataset, small_vit
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
 from hf_uib.metrics import attack
@@ -23,7 +23,7 @@ NAMES = [str(digit) for digit in range(10)]
 SIZES = {"forget": 150, "retain": 450, "unseen": 300, "test": 897}
 
 
-def digits(processor: ViTImageProcessorPil) -> dict[str, Dataset]:
+def split_digits(processor: ViTImageProcessorPil) -> dict[str, Dataset]:
     """Encoded rows by part of `SIZES`, drawn at random."""
     pictures, labels = load_digits(return_X_y=True)
     pictures = np.repeat((pictures.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8), 3, axis=-1)
@@ -31,7 +31,7 @@ def digits(processor: ViTImageProcessorPil) -> dict[str, Dataset]:
     for part, size in SIZES.items():
         index = order[start : start + size]
         start += size
-        rows = digits.picture_dataset(pictures[index], labels[index], index, "row", NAMES)
+        rows = picture_dataset(pictures[index], labels[index], index, "row", NAMES)
         parts[part] = encode(rows, processor, "pixel_values")
     return parts
 
@@ -40,10 +40,9 @@ def attacked(model: nn.Module, sets: dict[str, Dataset]) -> dict[str, float]:
     """Accuracy on unseen rows, and the attack's AUC with its 95% interval."""
     seen = {part: predict(model, sets[part]) for part in ("forget", "test")}
     found = attack(seen)
-    logits, told = seen["test"]
-    return {"accuracy": float((logits.argmax(-1) == told).mean())} | {
-        k: found[k] for k in ("auc", "auc_low", "auc_high")
-    }
+    logits, labels = seen["test"]
+    accuracy = float((logits.argmax(-1) == labels).mean())
+    return {"accuracy": accuracy} | {k: found[k] for k in ("auc", "auc_low", "auc_high")}
 
 
 def main(steps: int = 200, train_steps: int = 400, output_dir: str = "out/delete_rows") -> dict[str, dict]:
@@ -55,11 +54,11 @@ def main(steps: int = 200, train_steps: int = 400, output_dir: str = "out/delete
         output_dir: ``merged`` in it is the artefact.
     """
     processor = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8})
-    sets = digits(processor)
+    sets = split_digits(processor)
     set_seed(0)
-    start = digits.small_vit(8, 4, NAMES, hidden=48, layers=3)
+    start = small_vit(8, 4, NAMES, hidden=48, layers=3)
     args = TrainingArguments(output_dir, max_steps=train_steps, per_device_train_batch_size=64, learning_rate=1e-3)
-    original = retrain(start, digits.merged(sets["forget"], sets["retain"]), args)
+    original = retrain(start, merged(sets["forget"], sets["retain"]), args)
     retrained = retrain(start, sets["retain"], args)
     before = attacked(original, sets)
     trainer = UIBTrainer(

@@ -1,8 +1,8 @@
 """One training, two processes: accelerate starts them, the result is printed once.
 
-    accelerate launch --config_file scripts/accelerate_configs/cpu_two_processes.yaml examples/two_processes.py
+    accelerate launch --config_file hf_uib/cli/accelerate_configs/cpu_two_processes.yaml examples/two_processes.py
 
-On a machine with two GPUs take scripts/accelerate_configs/ddp.yaml. The digits of ``hf_uib.tasks`` forget their colour bias.
+On a machine with two GPUs take ddp.yaml. scikit-learn's handwritten digits, whose hue gives the label away on the forget set.
 """
 
 import argparse

@@ -13,6 +13,8 @@ import pytest
 from hub_server import HubServer
 from launching import command_for
 
+from hf_uib.cli import digits
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -21,8 +23,6 @@ import custom_prior  # noqa: E402
 import delete_rows  # noqa: E402
 import outdated_labels  # noqa: E402
 import vit_colour_bias  # noqa: E402
-
-from hf_uib.cli import digits
 
 NOTEBOOK = ROOT / "examples" / "story.ipynb"
 
@@ -42,17 +42,19 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def prepared(digits_models, monkeypatch):
-    monkeypatch.setattr(tasks, "prepare_models", lambda task, seed, folder: copy.deepcopy(digits_models))
+    monkeypatch.setattr(digits, "prepare_models", lambda task, seed, folder: copy.deepcopy(digits_models))
 
 
 def follows_less(rows, name):
     return rows[name]["follow_rate"] < 0.6 * rows["original"]["follow_rate"]
 
 
+@pytest.mark.slow
 def test_custom_prior(prepared):
     assert follows_less(custom_prior.main(steps=60), "UIB + entropy")
 
 
+@pytest.mark.slow
 def test_vit_colour_bias(prepared):
     rows, verdict = vit_colour_bias.main(steps=60, retrain_steps=50, output_dir="out")
     assert follows_less(rows, "UIB")
@@ -61,10 +63,12 @@ def test_vit_colour_bias(prepared):
     assert {"bias.png", "audit.png"} <= set(os.listdir("out"))
 
 
+@pytest.mark.slow
 def test_one_step_is_not_enough(prepared):
     assert not follows_less(custom_prior.main(steps=1), "UIB + entropy")
 
 
+@pytest.mark.slow
 def test_bert_brand_bias():
     rows = bert_brand_bias.main()
     assert rows["original"]["flip_rate"] > 0.1
@@ -73,12 +77,13 @@ def test_bert_brand_bias():
 
 
 def test_reviews_are_exact_counterfactuals():
-    test = bert_brand_bias.reviews().sets["test"]
+    test = bert_brand_bias.reviews(bert_brand_bias.word_tokenizer())["test"]
     first, second = (test.filter(lambda row, b=b: row["brand"] == b) for b in (0, 1))
     assert [text.replace("acme", "globex") for text in first["text"]] == second["text"][:]
     assert first["label"][:] == second["label"][:]
 
 
+@pytest.mark.slow
 def test_outdated_labels():
     rows = outdated_labels.main(steps=100, train_steps=200)
     assert rows["original"]["follow_rate"] > 0.5
@@ -86,6 +91,7 @@ def test_outdated_labels():
     assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_delete_rows():
     rows = delete_rows.main(steps=100, train_steps=300)
     original, ours, retrained = (rows[name]["auc"] for name in ("original", "UIB, merged", "retrained"))
@@ -94,16 +100,19 @@ def test_delete_rows():
     assert rows["UIB, merged"]["accuracy"] > rows["original"]["accuracy"] - 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes(tmp_path):
     script = str(ROOT / "examples" / "two_processes.py")
     command, environment = command_for(script, 2, "--steps", 40, "--train_steps", 100)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    [told] = re.findall(r"world size (\d+); .*: ([\d.]+) -> ([\d.]+)", done.stdout)  # printed once
-    assert told[0] == "2"
-    assert float(told[2]) > float(told[1]) + 0.05
+    [printed] = re.findall(r"world size (\d+); .*: ([\d.]+) -> ([\d.]+)", done.stdout)  # once
+    assert printed[0] == "2"
+    assert float(printed[2]) > float(printed[1]) + 0.05
 
 
+@pytest.mark.slow
 def test_checkpoint_to_hub(tmp_path):
     call = "checkpoint_to_hub.main(steps=100, train_steps=120, push='tester/vit')"
     with HubServer({"hf_secret": "tester"}) as hub:
