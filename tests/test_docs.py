@@ -51,9 +51,13 @@ def public(module) -> dict[str, object]:
 
 
 def methods(cls: type) -> dict[str, object]:
-    """Public functions and properties that a class defines itself."""
-    kinds = (staticmethod, classmethod, property)
-    return {n: o for n, o in vars(cls).items() if n[0] != "_" and (inspect.isfunction(o) or isinstance(o, kinds))}
+    """Public methods and properties whose code stands in the class."""
+
+    def code(o) -> object:
+        return o.fget if isinstance(o, property) else getattr(o, "__func__", o)
+
+    here = {n: o for n, o in vars(cls).items() if n[0] != "_" and inspect.isfunction(code(o))}
+    return {n: o for n, o in here.items() if code(o).__qualname__.startswith(f"{cls.__qualname__}.")}
 
 
 def described(o) -> bool:
