@@ -33,7 +33,7 @@ class UIBConfig(TrainingArguments):
         default=False, metadata={"help": "Passed to DistributedDataParallel; every adapter weight gets a gradient."}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "channel_settings", "influence_settings"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "channel_settings", "influence_settings"]
 
     beta: float = field(
         default=0.01,

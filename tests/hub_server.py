@@ -34,7 +34,7 @@ LARGE = 10 * 2**20  # bytes that a regular file may have
 STALE = "A commit has happened since. Please refresh and try again."
 
 
-def validate(content: str) -> tuple[dict, list[str], list[str]]:  # noqa: C901
+def validate(content: str) -> tuple[dict, list[str], list[str]]:
     """A card's metadata, with errors and warnings."""
     block = YAML_BLOCK.match(content)
     if block is None:
