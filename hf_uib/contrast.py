@@ -156,6 +156,7 @@ def accumulate(
     modules: dict[str, Any],
     statistics: dict[str, LayerStatistics],
     batches: Iterable[tuple[dict[str, Tensor], float]],
+    margin: Callable[[Tensor, Tensor], Tensor] = margin,
 ) -> Tensor:
     """Add the margin gradients of ``batches`` to ``statistics``.
 
@@ -164,6 +165,7 @@ def accumulate(
         modules: the adapted layers, whose outputs must require grad.
         statistics: from `new_statistics`; changed in place.
         batches: ``(inputs with labels, weight)``; the weight is ``+1/n`` for a forget and ``-1/n`` for a retained example.
+        margin: of logits and labels, ``[n]`` in nats.
 
     Returns:
         ``[2, 3]``: count, sum and sum of squares of the examples' scores along `LayerStatistics.direction`, for forget and
@@ -300,6 +302,7 @@ def measure_contrast(
     *,
     rank: int,
     compared: bool,
+    margin: Callable[[Tensor, Tensor], Tensor] = margin,
     random: bool = False,
     seed: int = 0,
     min_relative_scale: float = 1e-3,
@@ -315,6 +318,7 @@ def measure_contrast(
         forward_forget_rows: passes some forget rows through the model.
         rank: k.
         compared: whether forget and retained rows are among the batches.
+        margin: of logits and labels, ``[n]`` in nats.
         random: take random subspaces instead, for comparison.
         min_relative_scale: what is smaller, relative to the mean input or the usual output scale, counts as zero.
 
@@ -326,13 +330,13 @@ def measure_contrast(
     stats = new_statistics({name: base_of(layer) for name, layer in layers.items()}, rank, seed)
     moments = []
     for chunk in range(CHUNKS):
-        moments.append(accumulate(model, layers, stats, batches(chunk)))
+        moments.append(accumulate(model, layers, stats, batches(chunk), margin))
         sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
         for layer in stats.values():
             layer.take_chunk()
     sum_over_processes(t for layer in stats.values() for t in (layer.inputs, layer.outputs, layer.tokens))
     if begin_second_pass(stats):
-        accumulate(model, layers, stats, batches(None))
+        accumulate(model, layers, stats, batches(None), margin)
         sum_over_processes(layer.range for layer in stats.values() if layer.range is not None)
     model.zero_grad()
     if not all(torch.isfinite(t).all() for s in stats.values() for t in (s.contrast, s.inputs, s.outputs)):

@@ -46,6 +46,7 @@ class Measurements:
             partial(self.inference.forward, self.sets.forget, self.probe_rows()),
             rank=self.args.subspace_rank,
             compared=self.compared,
+            margin=self.task.margin,
             random=self.args.prior_subspace == "random",
             seed=self.args.seed,
             min_relative_scale=self.args.channel.min_relative_scale,

@@ -15,6 +15,8 @@ from launching import command_for
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def started(folder, processes):
     """tests/killed.py, running in a process group of its own."""
@@ -60,7 +62,7 @@ def assert_same(first, second):
     assert first[1] == second[1]
 
 
-@pytest.mark.parametrize("processes, kills", [(1, 3), (2, 2)])
+@pytest.mark.parametrize("processes, kills", [(1, 3), pytest.param(2, 2, marks=pytest.mark.distributed)])
 def test_killed_and_started_again_is_bit_equal(tmp_path, processes, kills):
     random.seed(processes)
     whole = finished(tmp_path / "whole", processes)

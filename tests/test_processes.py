@@ -11,6 +11,8 @@ import pytest
 import torch
 from launching import command_for
 
+pytestmark = pytest.mark.distributed
+
 
 def launched(path, processes, batch, accumulation=1, seed=0, prior="calibrated"):
     """What tests/two_processes.py wrote."""
