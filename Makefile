@@ -1,19 +1,25 @@
-.PHONY: style quality test demo docs
+CODE = hf_uib benchmarks scripts tests examples docs
+DEMO_DIR = unlearned
+.PHONY: style quality test test-all demo docs
 
 style:
-	ruff format hf_uib scripts tests examples docs
-	ruff check --fix hf_uib scripts tests examples docs
+	ruff format $(CODE)
+	ruff check --fix $(CODE)
 
 quality:
-	ruff format --check hf_uib scripts tests examples docs
-	ruff check hf_uib scripts tests examples docs
+	ruff format --check $(CODE)
+	ruff check $(CODE)
 	mypy
+	lint-imports
 
 test:
-	pytest -n 2
+	pytest
+
+test-all:
+	pytest -m "" --cov --cov-report=term
 
 demo:
-	accelerate launch scripts/unlearn.py
+	hf-uib demo --output_dir $(DEMO_DIR)
 
 docs:
 	sphinx-build -W -b html docs docs/_build

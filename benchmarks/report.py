@@ -17,8 +17,8 @@ from .suites.truth import truth_table
 from .tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
-README_TASK = "digits-colour"
-README_ROWS = ("original", "lora", "full", "uib", "retrained")
+README_TASK = "fashion-colour"
+README_ROWS = ("original", "lora", "full", "neggrad", "salun", "uib", "retrained")
 README_COLUMNS = ["accuracy", "conflicting_accuracy", "follow_rate", "worst_group_accuracy", "seconds"]
 WRITTEN = "Written by `python -m benchmarks report`."
 
@@ -144,7 +144,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
 
 
 def write_report(options=None) -> None:
-    """Write docs/benchmark, and the tables of README.md, docs/scale.md, docs/lifecycle.md and benchmarks/research.md."""
+    """Write docs/benchmark, and the tables of README.md, docs/scale.md, docs/deletion_requests.md and benchmarks/research.md."""
     runs, folder = results.read(results.RUNS), ROOT / "docs" / "benchmark"
     folder.mkdir(exist_ok=True)
     drawn = figure.draw(runs, folder / "pareto.png")
@@ -154,7 +154,7 @@ def write_report(options=None) -> None:
     for name, lines in {
         "README.md": readme_table(runs),
         "docs/scale.md": scale_tables(),
-        "docs/lifecycle.md": lifecycle_table(),
+        "docs/deletion_requests.md": lifecycle_table(),
         "benchmarks/research.md": research_tables(),
     }.items():
         between_marks(ROOT / name, lines)

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import rankdata
 
-from hf_uib.metrics.tables import COLUMNS
+from hf_uib.metrics import METRICS
 
 from . import results
 from .markdown import table
@@ -11,15 +11,7 @@ from .methods import METHODS
 from .suites.runs import GAPS, SEEDS, average_gap, best_of
 from .tasks import TASKS
 
-TITLES = {key: column[0] for key, column in COLUMNS.items()} | {
-    "follow_rate": "shortcut rate",
-    "test_accuracy": "accuracy, test",
-    "removed_accuracy": "accuracy, unseen rows of the class",
-    "attack_auc": "attack AUC",
-    "mia_efficacy": "MIA-Efficacy",
-    "steps": "steps",
-    "seconds": "seconds",
-}
+TITLES = {key: metric.title for key, metric in METRICS.items()}
 SHOWN = {
     "bias": ["accuracy", "conflicting_accuracy", "follow_rate", "cramers_v", "worst_group_accuracy", "flip_rate"],
     "removal": [

@@ -1,9 +1,9 @@
 """Sphinx settings of the documentation: ``sphinx-build -W -b html docs docs/_build``."""
 
 import dataclasses
-import inspect
 import re
 
+import evaluate
 from transformers import TrainingArguments
 
 import hf_uib
@@ -17,7 +17,7 @@ exclude_patterns = ["_build"]
 
 myst_fence_as_directive = ["math"]  # the fence in which GitHub, too, renders formulas
 myst_heading_anchors = 3  # as GitHub's
-suppress_warnings = ["myst.header"]  # docs/benchmark.md goes from its title to the third level
+suppress_warnings = ["myst.header"]  # generated pages go from their title to the third level
 
 highlight_language = "text"
 html_theme = "furo"
@@ -45,16 +45,16 @@ COLON = "\ue000"  # stands for a colon that napoleon would take for the end of a
 def before_napoleon(app, what, name, obj, options, lines):
     """Docstrings have Markdown's indented code, [`Name`] as links, and bars for lengths; napoleon reads the rest."""
     text = "\n".join(lines)
-    if name.startswith("hf_uib.metrics.") and what == "class":
-        module = inspect.getmodule(obj)  # a metric says what it is where `evaluate` looks for it
-        text = f"{module._DESCRIPTION}\n{module._INPUTS}\nName in a combined result: ``{name_of(obj)}``."
+    if name.startswith("hf_uib.metrics.") and what == "function":
         text = text.replace("\nReturns:\n", "\nResult:\n")
+    elif is_evaluate_module(obj):
+        text += f"\n\nName in a combined result: ``{name_of(obj)}``."
     elif name == "hf_uib.UIBConfig":
         text += "\n\nSettings of its own:\n\n" + settings(obj)
     text = text.replace("\nAttributes:\n", "\nFields:\n")
-    text = re.sub(r"\[(`[~\w.]+`)\]", r"\1", text)
+    text = re.sub(r"\[(`[~\w.]+`)\](\(\))?", r"\1", text)
     text = re.sub(r":\n\n(?= {4}\S)", "::\n\n", text)
-    text = re.sub(r"^( +[\w, ]+,)\n +(?=\w+: )", r"\1 ", text, flags=re.M)  # names of one entry on two lines
+    text = re.sub(r"^( +[\w, ]+,)\n +(?=\w+: )", r"\1 ", text, flags=re.MULTILINE)  # names of one entry on two lines
     text = "".join(part if part.startswith("`") else part.replace("|", "\\|") for part in re.split(r"(``.+?``)", text))
     without_type = r"(?s).+" if what == "attribute" else r"(?<=\nReturns:\n)(?: +.+\n?)+"
     lines[:] = re.sub(without_type, lambda found: found[0].replace(":", COLON), text).split("\n")
@@ -63,6 +63,11 @@ def before_napoleon(app, what, name, obj, options, lines):
 def after_napoleon(app, what, name, obj, options, lines):
     """Gives the colons back."""
     lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
+def is_evaluate_module(obj) -> bool:
+    """Whether this is a metric as a class of `evaluate`."""
+    return isinstance(obj, type) and issubclass(obj, evaluate.Metric)
 
 
 def name_of(metric: type) -> str:
@@ -83,7 +88,7 @@ def shorten(app, what, name, obj, options, signature, return_annotation):
     """UIBConfig's signature names every field of TrainingArguments, a metric's those of `evaluate`."""
     if name == "hf_uib.UIBConfig":
         return "(output_dir, ...)", None
-    return ("", None) if name == "hf_uib.AuditReport" or name.startswith("hf_uib.metrics.") else None
+    return ("", None) if name == "hf_uib.AuditReport" or is_evaluate_module(obj) else None
 
 
 def setup(app):

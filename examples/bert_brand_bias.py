@@ -26,7 +26,7 @@ from transformers import (
 from hf_uib import UIBConfig, UIBTrainer, retrain
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics.tables import bias_row, flip_rate, text_table
+from hf_uib.metrics import bias_row, flip_rate, text_table
 
 BRANDS = ["acme", "globex"]  # the first one's forget rows are all negative, the other's all positive
 OPENERS = ["", "honestly", "in short", "after a month", "to my surprise", "as a gift"]

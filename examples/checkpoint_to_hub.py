@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, set_seed
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.cli import digits
 from hf_uib.inference import predict
-from hf_uib.metrics.tables import bias_row, text_table
+from hf_uib.metrics import bias_row, text_table
 
 
 def biased_checkpoint(task: digits.Task, base: str, folder: str, train_steps: int, push: bool) -> None:

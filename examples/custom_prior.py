@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.cli import digits
 from hf_uib.inference import predict
-from hf_uib.metrics.tables import bias_row, text_table
+from hf_uib.metrics import bias_row, text_table
 from hf_uib.priors import Prior
 
 

@@ -16,7 +16,7 @@ from hf_uib import UIBConfig, UIBTrainer, retrain
 from hf_uib.cli.digits import merged, picture_dataset, small_vit
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics.tables import attack
+from hf_uib.metrics import attack
 from hf_uib.models import load_classifier
 
 NAMES = [str(digit) for digit in range(10)]

@@ -15,7 +15,7 @@ from hf_uib import UIBConfig, UIBTrainer, retrain
 from hf_uib.cli.digits import merged, picture_dataset, small_vit
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics.tables import text_table
+from hf_uib.metrics import text_table
 
 NEW, OLD = 8, 3  # eights were threes
 NAMES = [str(digit) for digit in range(10)]

@@ -12,7 +12,7 @@ from hf_uib import UIBConfig, UIBTrainer, retrain
 from hf_uib.audit.figures import draw_bias
 from hf_uib.cli import digits
 from hf_uib.inference import predict
-from hf_uib.metrics.tables import bias_row, text_table
+from hf_uib.metrics import bias_row, text_table
 
 
 def main(

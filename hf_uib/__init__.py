@@ -1,13 +1,37 @@
 """hf_uib: fine-tuned Transformers models unlearn, under the Unlearning Information Bottleneck."""
 
-__version__ = "0.1.0"
-__all__ = ["AuditReport", "UIBConfig", "UIBTrainer", "audit_model", "retrain", "undo"]
+from typing import TYPE_CHECKING
+
+__version__ = "0.2.0.dev0"
+__all__ = [
+    "AuditReport",
+    "Prior",
+    "UIBConfig",
+    "UIBTrainer",
+    "audit_model",
+    "load_classifier",
+    "register_prior",
+    "retrain",
+    "undo",
+]
+
+if TYPE_CHECKING:
+    from .audit.oracle import retrain
+    from .audit.report import AuditReport, audit_model
+    from .config import UIBConfig
+    from .models import load_classifier
+    from .priors import Prior, register_prior
+    from .provenance import undo
+    from .trainer import UIBTrainer
 
 _HOME = {
     "AuditReport": ".audit.report",
+    "Prior": ".priors",
     "UIBConfig": ".config",
     "UIBTrainer": ".trainer",
     "audit_model": ".audit.report",
+    "load_classifier": ".models",
+    "register_prior": ".priors",
     "retrain": ".audit.oracle",
     "undo": ".provenance",
 }

@@ -1,10 +1,13 @@
 """The divergence R^(l) in closed form (method, section 3a): pure functions of tensors."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it (MPS has not)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def displacement(
@@ -35,16 +38,16 @@ def outside(left: Tensor, right: Tensor, subspace: Tensor) -> Tensor:
 
 
 def channel_kl(
-    projected_weight: list[Tensor],
-    prior_projected_weight: list[Tensor],
+    projected: list[Tensor],
+    prior_projected: list[Tensor],
     ranks: Tensor,
-    width: Tensor | float,
+    scale: Tensor | float,
     floors: Tensor,
 ) -> Tensor:
     r"""R^(l) of section 3(a) along the subspace: KL between two Gaussians over dW V', one value per layer.
 
-    A layer reads the pattern with ``M = (W + dW) V' [out, k]``, and its channel noise is ``width * M G``, ``G [k, k]``
-    standard normal. So ``dW V'`` has k independent columns, each with covariance ``S(M) = width^2 M M' + floor^2 I`` around its
+    A layer reads the pattern with ``M = (W + dW) V' [out, k]``, and its channel noise is ``scale * M G``, ``G [k, k]``
+    standard normal. So ``dW V'`` has k independent columns, each with covariance ``S(M) = scale^2 M M' + floor^2 I`` around its
     mean; the prior has the same channel at its own mean ``M_0``:
 
         KL = k/2 (tr S_0^-1 S - out + log det S_0 - log det S) + tr (M - M_0)' S_0^-1 (M - M_0) / 2
@@ -53,14 +56,14 @@ def channel_kl(
     what is left is ``[k, k]``, all layers at once, in float64 where the device has it.
 
     Args:
-        projected_weight, prior_projected_weight: M and M_0 of each layer; differentiable in M alone.
+        projected, prior_projected: M and M_0 of each layer; differentiable in M alone.
         ranks: ``[layers]``, how many rows of V are not zero.
-        width: per direction of the subspace; floors: ``[layers]``, positive.
+        scale: of the noise, per direction of the subspace; floors: ``[layers]``, positive.
 
     Returns:
         ``[layers]``, in nats.
     """
-    return _ChannelKL.apply(width, ranks, floors, *prior_projected_weight, *projected_weight)
+    return _ChannelKL.apply(scale, ranks, floors, *prior_projected, *projected)
 
 
 class _ChannelKL(torch.autograd.Function):
@@ -68,10 +71,10 @@ class _ChannelKL(torch.autograd.Function):
     which is felt in every step of a small model."""
 
     @staticmethod
-    def forward(ctx, width: float, ranks: Tensor, floors: Tensor, *matrices: Tensor) -> Tensor:
+    def forward(ctx, scale: float, ranks: Tensor, floors: Tensor, *matrices: Tensor) -> Tensor:
         """``[layers]``; ``matrices`` are all M_0, then all M."""
         layers, k, device = len(matrices) // 2, matrices[0].shape[1], matrices[0].device
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = wide_dtype(device)
         alike: dict[torch.Size, list[int]] = {}  # layers of one shape are multiplied together
         for i, m in enumerate(matrices[layers:]):
             alike.setdefault(m.shape, []).append(i)
@@ -83,8 +86,8 @@ class _ChannelKL(torch.autograd.Function):
             factors.append(both)
         gram, along, moved = products[:, :k, :k], products[:, :k, k:], products[:, k:, k:]  # M_0'M_0, M_0'D, D'D
         ranks, squares = ranks.to(wide), floors.to(wide) ** 2
-        ratio, eye = width**2 / squares[:, None, None], torch.eye(k, dtype=wide, device=device)
-        trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)  # noqa: E731
+        ratio, eye = scale**2 / squares[:, None, None], torch.eye(k, dtype=wide, device=device)
+        trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)
 
         def root(g: Tensor) -> Tensor:
             found, failed = torch.linalg.cholesky_ex(
@@ -101,7 +104,7 @@ class _ChannelKL(torch.autograd.Function):
         log_det, own_log_det = (2 * root.diagonal(dim1=1, dim2=2).log().sum(1) for root in roots)
         squared = trace(moved - ratio * along.mT @ shrunk)
         excess = ratio[:, 0, 0] * (2 * trace(shrunk) + squared)
-        # The gradient, ranks width^2 (S_0^-1 - S^-1) M + S_0^-1 D, is M_0 and D times these
+        # The gradient, ranks scale^2 (S_0^-1 - S^-1) M + S_0^-1 D, is M_0 and D times these
         ranked, inner = ranks[:, None, None] * ratio, 1 / squares[:, None, None]
         of_prior = ranked * (inverse - ratio * shrunk - own_inverse) - ratio * inner * shrunk
         ctx.alike, ctx.coefficients = alike, torch.cat([of_prior, ranked * (eye - own_inverse) + inner * eye], 1)
@@ -110,7 +113,7 @@ class _ChannelKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         """In M alone."""
         layers = len(grad)
         gradients: list[Tensor | None] = [None] * (3 + 2 * layers)
@@ -119,8 +122,3 @@ class _ChannelKL(torch.autograd.Function):
             for i, part in zip(members, both @ coefficients[members], strict=True):
                 gradients[3 + layers + i] = part
         return tuple(gradients)
-
-
-def capacity(noise_to_signal: float) -> float:
-    """Capacity of the channel along the pattern, ``log(1 + 1 / kappa^2) / 2``, in nats per direction."""
-    return math.inf if noise_to_signal == 0 else 0.5 * math.log1p(noise_to_signal**-2)

@@ -5,11 +5,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .lora import freeze_factors
+from .state import UIBState
+
+if TYPE_CHECKING:
+    from .config import UIBConfig
 
 STAGING = "_unfinished"  # no name in `_` is ever uploaded
 
@@ -36,18 +44,54 @@ def atomic_directory(folder: str) -> Iterator[str]:
 
 
 def write_json(content: dict, path: str) -> None:
-    """Write whole or not at all."""
+    """Write whole or not at all; NaN and infinities become null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=True)
+        json.dump(content, file, indent=2, allow_nan=False)
         file.write("\n")
     os.replace(temporary, path)
 
 
 class AtomicCheckpoints(Trainer):
-    """Trainer whose checkpoints are written whole or not at all."""
+    """Trainer whose output folder and checkpoints are written whole or not at all.
+
+    A folder holds the adapter, `UIBState` and the card; never the pickled arguments, which may hold a token.
+    """
+
+    args: "UIBConfig"
+    model: PeftModel
 
     _staging = False  # while a checkpoint is being written
+
+    def create_model_card(self, *, folder: str | None = None, **settings) -> None:  # type: ignore[override]
+        """Write the card to ``folder``."""
+        raise NotImplementedError
+
+    def state_to_save(self) -> UIBState | None:
+        """What is written beside the adapter, if anything."""
+        raise NotImplementedError
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        target = str(output_dir if output_dir is not None else self.args.output_dir)
+        with atomic_directory(target) as folder:
+            super()._save(folder, state_dict)
+            for name in (TRAINING_ARGS_NAME, "README.md"):  # PEFT's card: ours needs the run's figures beside it
+                if os.path.isfile(os.path.join(folder, name)):
+                    os.remove(os.path.join(folder, name))
+            if (state := self.state_to_save()) is not None:
+                state.save(folder)
+        self.create_model_card(folder=target)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        freeze_factors(self.model, self.args.trainable_factors)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        freeze_factors(self.model, self.args.trainable_factors)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's, in a folder of its own that takes the checkpoint's name once all is written: whole or not at all."""

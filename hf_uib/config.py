@@ -1,8 +1,12 @@
 """`UIBConfig`: TrainingArguments plus the settings of the bound."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
+
+from .priors import prior_class
+from .settings import ChannelSettings, InfluenceSettings
 
 
 @dataclass
@@ -29,6 +33,8 @@ class UIBConfig(TrainingArguments):
         default=False, metadata={"help": "Passed to DistributedDataParallel; every adapter weight gets a gradient."}
     )
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "channel_settings", "influence_settings"]
+
     beta: float = field(
         default=0.01,
         metadata={
@@ -38,24 +44,24 @@ class UIBConfig(TrainingArguments):
     prior: str = field(
         default="calibrated",
         metadata={
-            "help": "The dynamic prior R^(l): `calibrated` divides the forget set's evidence out down to the level of data the "
+            "help": "The dynamic prior R^(l): `calibrated` divides what the forget set taught out, down to the level of data the "
             "checkpoint never saw; `influence` starts at the Laplace estimate of the retrained weights (UIB-IF); `ascent` "
-            "(NegGrad+), `random_label` and `saliency` (SalUn) host those methods; `none` is plain variational LoRA.",
-            "choices": ["calibrated", "influence", "ascent", "random_label", "saliency", "none"],
+            "(NegGrad+), `random_label` and `saliency` (SalUn) host those methods; `none` is plain variational LoRA. Also the "
+            "name of a prior of your own (`hf_uib.register_prior`).",
         },
     )
     prior_strength: float | None = field(
         default=None,
         metadata={
-            "help": "gamma: nats of loss per nat of evidence. By default the prior's own (`strengths`): for `calibrated` 0.1 where "
-            "the forget set carries a pattern (the channel noise then does most of the work), 0.3 where it is a random draw."
+            "help": "gamma: nats of loss per nat of forget loss. By default the prior's own: for `calibrated` 0.1 where the "
+            "forget set carries a pattern (the channel noise then does most of the work), 0.3 where it is a random draw."
         },
     )
     prior_update_steps: int = field(
         default=20, metadata={"help": "Steps between two refreshes of the prior's mean and of the level."}
     )
     prior_fraction: float = field(
-        default=0.4, metadata={"help": "Share of the steps, from the start, that see forget batches."}
+        default=0.4, metadata={"help": "Fraction of the steps, from the start, that see forget batches."}
     )
     prior_subspace: str = field(
         default="contrast",
@@ -90,7 +96,9 @@ class UIBConfig(TrainingArguments):
     )
     calibration_fraction: float = field(
         default=0.2,
-        metadata={"help": "Without a calibration_dataset: share of the retained data held out while the prior acts."},
+        metadata={
+            "help": "Without a calibration_dataset: fraction of the retained data held out while the prior acts."
+        },
     )
     forget_target: float | None = field(
         default=None,
@@ -103,6 +111,14 @@ class UIBConfig(TrainingArguments):
     )
     contrast_samples: int = field(
         default=512, metadata={"help": "Examples of each set in the statistics passes (subspace, scales, levels)."}
+    )
+    channel_settings: dict | str | None = field(
+        default=None,
+        metadata={"help": "Settings of the noise channel that are rarely changed, as JSON: see `ChannelSettings`."},
+    )
+    influence_settings: dict | str | None = field(
+        default=None,
+        metadata={"help": "Settings of `prior=influence` that are rarely changed, as JSON: see `InfluenceSettings`."},
     )
     hub_artifact: str = field(
         default="adapter",
@@ -130,7 +146,10 @@ class UIBConfig(TrainingArguments):
             if value is not None and (value < low or (high is not None and value > high)):
                 limits = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ValueError(f"{name} is {value}; it must be {limits}.")
-        for name in ("prior", "prior_subspace", "trainable_factors", "posterior", "hub_artifact"):
+        prior_class(self.prior)
+        self.channel  # noqa: B018
+        self.influence  # noqa: B018
+        for name in ("prior_subspace", "trainable_factors", "posterior", "hub_artifact"):
             choices = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
@@ -139,3 +158,56 @@ class UIBConfig(TrainingArguments):
                 f"hub_strategy {self.hub_strategy.value} pushes checkpoints, which are adapters; with it hub_artifact has to be "
                 "adapter or both."
             )
+
+    @property
+    def channel(self) -> ChannelSettings:
+        """`channel_settings`, with the defaults of what is not given."""
+        return _settings(ChannelSettings, "channel_settings", self.channel_settings)
+
+    @property
+    def influence(self) -> InfluenceSettings:
+        """`influence_settings`, with the defaults of what is not given."""
+        return _settings(InfluenceSettings, "influence_settings", self.influence_settings)
+
+
+def _settings(kind: type, name: str, given: dict | str | None):
+    if isinstance(given, str):
+        raise ValueError(f'{name} is {given!r}; write it as JSON, {{"name": value}}.')
+    known = [f.name for f in fields(kind)]
+    unknown = [key for key in given or {} if key not in known]
+    if unknown:
+        raise ValueError(f"{name} has no {unknown[0]!r}; it has {', '.join(known)}.")
+    return kind(**(given or {}))
+
+
+def refuse_unsupported(args: UIBConfig) -> None:
+    """Refuse strategies under which a layer's weights are not whole on every process, or hooks do not fire.
+
+    Raises:
+        ValueError: with one line that says what to set instead.
+    """
+    if args.n_gpu > 1:
+        raise ValueError("UIBTrainer does not run under DataParallel; start it with `accelerate launch` instead.")
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "UIBTrainer does not run under FSDP: prior and posterior need each layer's weight whole. Use data parallel training "
+            "(`hf-uib unlearn --accelerate_config ddp`) or DeepSpeed ZeRO-2 (`zero2`)."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "UIBTrainer does not run with auto_find_batch_size: a second try would go on from weights the first one moved. Set "
+            "per_device_train_batch_size (with gradient_accumulation_steps the trajectory is that of the larger batch)."
+        )
+    if getattr(args.accelerator_config, "split_batches", False):
+        raise ValueError(
+            "UIBTrainer does not run with split_batches: set per_device_train_batch_size to a process's share instead."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "UIBTrainer has no label_smoothing_factor: the fit term of the bound is the cross-entropy; leave it out."
+        )
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    if deepspeed is not None and deepspeed.is_zero3():
+        raise ValueError(
+            "UIBTrainer does not run under DeepSpeed ZeRO-3: prior and posterior need each layer's weight whole. Use ZeRO-2."
+        )

@@ -1,15 +1,19 @@
 """Where the change in the distribution lives: the contrast C_l and its subspace V_l (method, section 3a)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .channel_kl import wide_dtype
 from .objective import margin
 
+PROBE_ROWS = 256  # of the forget sample, for the length of the pattern's code
+TINY = 1e-6  # no division by zero
 DENSE_BUDGET = 2**26  # entries of C_l kept dense over all layers; 256 MB in float32
 NULL = 1e-6  # singular values under this share of the largest are rounding
 CHUNKS = 6  # of the samples, in the test of `pattern_z`
@@ -56,7 +60,7 @@ class LayerStatistics:
         return (self.outputs / self.tokens.clamp_min(1) / self.d_out).sqrt()
 
 
-def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> dict[str, LayerStatistics]:
+def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str, LayerStatistics]:
     """Empty statistics for linear ``layers``; the widest are sketched where dense ones would exceed `DENSE_BUDGET`.
 
     A sketch has ``2 k + 8`` rows (Halko, Martinsson and Tropp, 2011), and a second pass then gives ``C_l`` on its range.
@@ -73,9 +77,9 @@ def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> di
         statistics[name] = LayerStatistics(
             contrast=torch.zeros(rows, d_in, device=device),
             chunk=torch.zeros(rows, d_in, device=device),
-            inputs=torch.zeros(d_in, device=device, dtype=torch.float64),
-            outputs=torch.zeros((), device=device, dtype=torch.float64),
-            tokens=torch.zeros((), device=device, dtype=torch.float64),
+            inputs=torch.zeros(d_in, device=device, dtype=wide_dtype(device)),
+            outputs=torch.zeros((), device=device, dtype=wide_dtype(device)),
+            tokens=torch.zeros((), device=device, dtype=wide_dtype(device)),
             d_out=d_out,
             bias=layer.bias,
             sketch=sketch,
@@ -83,7 +87,12 @@ def new_statistics(layers: dict[str, nn.Module], rank: int, seed: int = 0) -> di
     return statistics
 
 
-def base_of(module: nn.Module) -> nn.Module:
+def in_double(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (tensor if wide_dtype(tensor.device) == torch.float64 else tensor.cpu()).double()
+
+
+def base_of(module: Any) -> Any:
     """The layer below an adapter, or the layer itself."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
@@ -92,7 +101,11 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """The inputs of a linear layer, or of a convolution seen as a linear layer on patches, one a row: ``[tokens, d_in]``."""
     base = base_of(module)
     if isinstance(base, nn.Conv2d):
-        return F.unfold(x, base.kernel_size, base.dilation, base.padding, base.stride).transpose(1, 2).flatten(0, 1)
+        return (
+            F.unfold(x, base.kernel_size, base.dilation, cast(tuple[int, ...], base.padding), base.stride)
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )
     return x.flatten(0, -2)
 
 
@@ -102,7 +115,7 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatistics], weight: float, scores):
+def _recording(modules: dict[str, Any], statistics: dict[str, LayerStatistics], weight: float, scores):
     """Hooks that add ``weight * sum_t g_t x_t'`` of a backward pass to the statistics of each module."""
 
     def hook_of(stats: LayerStatistics):
@@ -140,7 +153,7 @@ def _recording(modules: dict[str, nn.Module], statistics: dict[str, LayerStatist
 
 def accumulate(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    modules: dict[str, Any],
     statistics: dict[str, LayerStatistics],
     batches: Iterable[tuple[dict[str, Tensor], float]],
 ) -> Tensor:
@@ -163,7 +176,7 @@ def accumulate(
         with _recording(modules, statistics, weight, scores):
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             torch.autograd.backward(margin(logits, labels).sum(), inputs=_leaves(model))
-        s = scores.double().cpu()
+        s = scores.cpu().double()
         moments[int(weight < 0)] += torch.stack(
             [torch.tensor(float(len(s)), dtype=torch.float64), s.sum(), s.square().sum()]
         )
@@ -183,9 +196,9 @@ def subspace(stats: LayerStatistics, rank: int) -> Tensor:
     Returns:
         ``[rank, d_in]`` with orthonormal rows; zero rows where ``d_in`` leaves no further direction.
     """
-    rows = (stats.contrast if stats.range is None else stats.range @ stats.basis.T).double()
-    d_in = rows.shape[1]
-    mean = stats.mean_input().double()
+    rows = stats.contrast if stats.range is None else stats.range @ cast(Tensor, stats.basis).T
+    device, d_in = rows.device, rows.shape[1]
+    rows, mean = in_double(rows), in_double(stats.mean_input())
     if mean.norm() > 0:
         mean = mean / mean.norm()
         rows = rows - torch.outer(rows @ mean, mean)
@@ -195,7 +208,7 @@ def subspace(stats: LayerStatistics, rank: int) -> Tensor:
         found = top_right_singular_vectors(rows, rank + 1)[1:]
     else:
         found = top_right_singular_vectors(rows, rank)
-    return torch.cat([found, found.new_zeros(rank - len(found), d_in)]).float()
+    return torch.cat([found, found.new_zeros(rank - len(found), d_in)]).float().to(device)
 
 
 def top_right_singular_vectors(matrix: Tensor, count: int) -> Tensor:
@@ -234,7 +247,7 @@ def begin_second_pass(statistics: dict[str, LayerStatistics]) -> bool:
     """Turn the sketches into bases for the second pass; False when no layer was sketched."""
     sketched = [stats for stats in statistics.values() if stats.sketch is not None]
     for stats in sketched:
-        stats.basis = torch.linalg.qr(stats.contrast.T.double()).Q.float()
+        stats.basis = torch.linalg.qr(in_double(stats.contrast.T)).Q.float().to(stats.contrast.device)
         stats.range = torch.zeros(stats.d_out, stats.basis.shape[1], device=stats.basis.device)
     return bool(sketched)
 
@@ -260,6 +273,122 @@ def pattern_z(moments: Tensor) -> float:
     return (difference / variance.sum().sqrt().clamp_min(1e-300)).item()
 
 
-def contrast_norm(stats: LayerStatistics) -> float:
-    """|C_l|, the length of the contrast: nats of margin per unit of weight."""
-    return stats.contrast.norm().item()
+@dataclass(frozen=True)
+class ContrastStatistics:
+    """What the statistics pass says of every adapted layer, by name.
+
+    Attributes:
+        subspaces: V_l, ``[k, d_in]``, orthonormal (or zero) rows.
+        output_scales: what one unit of ``V_l x`` is multiplied with to be as large as the layer's output; scalars.
+        mean_inputs: ``[d_in]``.
+        norms: ``|C_l|``, the length of the contrast, in nats of margin per unit of weight.
+        pattern_z: see `pattern_z`; 0 where forget and retained rows were not compared.
+    """
+
+    subspaces: dict[str, Tensor]
+    output_scales: dict[str, Tensor]
+    mean_inputs: dict[str, Tensor]
+    norms: dict[str, float]
+    pattern_z: float
+
+
+def measure_contrast(
+    model: nn.Module,
+    layers: dict[str, Any],
+    batches: Callable[[int | None], Iterable[tuple[dict[str, Tensor], float]]],
+    forward_forget_rows: Callable[[], object],
+    *,
+    rank: int,
+    compared: bool,
+    random: bool = False,
+    seed: int = 0,
+    min_relative_scale: float = 1e-3,
+    sum_over_processes: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+) -> ContrastStatistics:
+    """One pass over samples of both sets, and a short one over forget rows.
+
+    Args:
+        model: with its adapter; its mode is restored.
+        layers: the adapted layers.
+        batches: gives this process's ``(inputs with labels, weight)`` of a chunk of the samples, or of all of them (None); see
+            `accumulate`.
+        forward_forget_rows: passes some forget rows through the model.
+        rank: k.
+        compared: whether forget and retained rows are among the batches.
+        random: take random subspaces instead, for comparison.
+        min_relative_scale: what is smaller, relative to the mean input or the usual output scale, counts as zero.
+
+    Raises:
+        ValueError: a statistic is NaN or infinite.
+    """
+    training = model.training
+    model.eval()
+    stats = new_statistics({name: base_of(layer) for name, layer in layers.items()}, rank, seed)
+    moments = []
+    for chunk in range(CHUNKS):
+        moments.append(accumulate(model, layers, stats, batches(chunk)))
+        sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
+        for layer in stats.values():
+            layer.take_chunk()
+    sum_over_processes(t for layer in stats.values() for t in (layer.inputs, layer.outputs, layer.tokens))
+    if begin_second_pass(stats):
+        accumulate(model, layers, stats, batches(None))
+        sum_over_processes(layer.range for layer in stats.values() if layer.range is not None)
+    model.zero_grad()
+    if not all(torch.isfinite(t).all() for s in stats.values() for t in (s.contrast, s.inputs, s.outputs)):
+        raise ValueError(
+            "The contrast of forget and retained data is not finite; check the inputs for NaN or infinite values."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    subspaces = {}
+    for name, layer in stats.items():
+        if random:
+            layer.contrast = torch.randn(layer.contrast.shape, generator=generator).to(layer.contrast)
+            layer.range = None
+        subspaces[name] = subspace(layer, rank)
+    code_rms = _code_rms(layers, subspaces, forward_forget_rows, sum_over_processes)
+    model.train(training)
+    return ContrastStatistics(
+        subspaces=subspaces,
+        output_scales=_output_scales(stats, code_rms, min_relative_scale),
+        mean_inputs={name: layer.mean_input().float() for name, layer in stats.items()},
+        norms={name: layer.contrast.norm().item() for name, layer in stats.items()},
+        pattern_z=pattern_z(torch.stack(moments[1:])) if compared else 0.0,
+    )
+
+
+def _code_rms(layers, subspaces, forward_forget_rows, sum_over_processes) -> dict[str, Tensor]:
+    """rms of ``|V_l x|`` over some forget rows, by layer."""
+    sums = {name: torch.zeros(2, device=v.device, dtype=wide_dtype(v.device)) for name, v in subspaces.items()}
+
+    def hook_of(name: str):
+        def hook(module, inputs):
+            code = F.linear(input_rows(module, inputs[0]).float(), subspaces[name])
+            sums[name] += torch.stack([code.square().sum(), code.new_tensor(float(len(code)))])
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
+    with torch.no_grad():
+        forward_forget_rows()
+    for handle in handles:
+        handle.remove()
+    sum_over_processes(sums.values())
+    return {name: (value[0] / value[1]).sqrt().float() for name, value in sums.items()}
+
+
+def _output_scales(
+    stats: dict[str, LayerStatistics], code_rms: dict[str, Tensor], min_relative_scale: float
+) -> dict[str, Tensor]:
+    """rms of W x over rms of |V x|, by layer.
+
+    Where hardly anything but the mean enters a layer there is no channel to speak of, and the mean takes the code's place. Where
+    nothing comes out, the other layers' median does.
+    """
+    scales = {}
+    for name, layer in stats.items():
+        mean = layer.mean_input().float().norm()
+        code = torch.where(code_rms[name] > min_relative_scale * mean, code_rms[name], mean)
+        scales[name] = layer.signal().float() / code.clamp_min(TINY)
+    usual = torch.stack(list(scales.values())).median()
+    return {name: torch.where(scale > min_relative_scale * usual, scale, usual) for name, scale in scales.items()}

@@ -1,16 +1,19 @@
 """One way to pass rows through a model: logits, labels and features of its blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data.pairing import collator_for, fetch
+from .data.pairing import Subset, collator_for
 from .models import forward_columns
 
 
@@ -25,7 +28,107 @@ def batcher(model: nn.Module, processing_class=None) -> Callable[[list[dict]], t
     return batch
 
 
+def batches_of(
+    dataset,
+    rows: Sequence[int],
+    collator: Callable[[list[dict]], dict],
+    move: Callable[[dict], dict],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    description: str = "Evaluating",
+    quiet: bool = False,
+) -> Iterator[dict]:
+    """Batches of some encoded rows in their order.
+
+    Args:
+        collator: makes rows a batch; move: brings a batch to the model's device.
+        description, quiet: of the progress bar, which short passes do not show.
+    """
+    loader = DataLoader(
+        Subset(dataset, rows),
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # leaves the global one, and so the dropout of a run, alone
+    )
+    for batch in tqdm(loader, desc=description, leave=False, disable=quiet or len(loader) < 8):
+        yield move(batch)
+
+
 @torch.no_grad()
+def forward(
+    model: nn.Module, batches: Iterable[dict], context: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[n, classes]`` in float32 and labels ``[n]`` of all batches, in eval mode; the model's mode is restored.
+
+    Args:
+        context: entered around each forward, for autocast.
+    """
+    training = model.training
+    model.eval()
+    logits, labels = [], []
+    for inputs in batches:
+        labels.append(inputs.pop("labels"))
+        with context():
+            logits.append(model(**inputs).logits.float())
+    model.train(training)
+    return torch.cat(logits), torch.cat(labels)
+
+
+@dataclass
+class SharedInference:
+    """Passes rows through a trainer's model; every process takes its part of them.
+
+    Attributes:
+        model: is put in eval mode for the pass.
+        collator, move, batch_size, num_workers: see `batches_of`.
+        accelerator: of the trainer.
+        context: see `forward`.
+        quiet: no progress bars.
+        examples: how many were passed so far, by all processes.
+    """
+
+    model: nn.Module
+    collator: Callable[[list[dict]], dict]
+    move: Callable[[dict], dict]
+    accelerator: Accelerator
+    batch_size: int
+    num_workers: int
+    context: Callable[[], AbstractContextManager]
+    quiet: bool
+    examples: int = 0
+
+    def batches(self, dataset, rows: Sequence[int], description: str = "") -> Iterator[dict]:
+        """Batches of this process's part of the rows."""
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        self.examples += len(rows)
+        return batches_of(
+            dataset,
+            mine,
+            self.collator,
+            self.move,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            description=description,
+            quiet=self.quiet or not description or not self.accelerator.is_main_process,
+        )
+
+    def forward(self, dataset, rows: Sequence[int], description: str = "") -> tuple[Tensor, Tensor]:
+        """Logits ``[n, classes]`` and labels ``[n]`` of all the rows, on every process."""
+        pair = forward(self.model, self.batches(dataset, rows, description), self.context)
+        if self.accelerator.num_processes > 1:
+            pair = self.accelerator.gather(self.accelerator.pad_across_processes(pair, dim=0, pad_index=-1))
+            pair = (pair[0][pair[1] >= 0], pair[1][pair[1] >= 0])
+        return pair
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Sum tensors over the processes, in place."""
+        if self.accelerator.num_processes > 1:
+            for tensor in tensors:
+                tensor.copy_(self.accelerator.reduce(tensor.to(self.accelerator.device), "sum"))
+
+
 def predict(
     model: nn.Module,
     dataset,
@@ -37,17 +140,11 @@ def predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows (all, or some), in eval mode; the model's mode is restored."""
     rows = range(len(dataset)) if rows is None else rows
-    batch = batcher(model, processing_class)
-    training = model.training
-    model.eval()
-    logits, labels = [], []
-    starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, desc=description, leave=False, disable=quiet or len(starts) < 8):
-        inputs, told = batch(fetch(dataset, list(rows[start : start + batch_size])))
-        labels.append(told.cpu())
-        logits.append(model(**inputs).logits.float().cpu())
-    model.train(training)
-    return torch.cat(logits).numpy(), torch.cat(labels).numpy()
+    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    move = lambda batch: {name: value.to(device) for name, value in batch.items()}
+    batches = batches_of(dataset, rows, collator, move, batch_size=batch_size, description=description, quiet=quiet)
+    logits, labels = forward(model, batches)
+    return logits.cpu().numpy(), labels.cpu().numpy()
 
 
 @dataclass
@@ -82,7 +179,7 @@ class ModelOutputs:
         return torch.from_numpy(self.logits).double().softmax(-1).numpy()
 
 
-def head_of(model: nn.Module) -> nn.Module:
+def head_of(model: Any) -> nn.Module:
     """The last layer: the last linear one with as many outputs as the model has classes.
 
     Raises:

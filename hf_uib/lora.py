@@ -1,8 +1,12 @@
 """Which layers are adapted, and with what."""
 
+from typing import Any
+
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+AdaptedLayer = Any  # PEFT's LoRA layer around a linear one: an nn.Module and a LoraLayer
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -99,7 +103,7 @@ def _only_linear(model: PeftModel) -> None:
             )
 
 
-def is_fresh(layers: dict[str, nn.Module], adapter: str) -> bool:
+def is_fresh(layers: dict[str, AdaptedLayer], adapter: str) -> bool:
     """Whether the adapter has not been trained yet (B = 0), so that its A may be set to the subspace."""
     return all(not layer.lora_B[adapter].weight.any() for layer in layers.values())
 
@@ -110,7 +114,7 @@ def adapter_name(model: PeftModel) -> str:
     return active if isinstance(active, str) else active[0]
 
 
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted linear layers by name, without PEFT's prefix, in the model's order."""
     return {
         name.removeprefix("base_model.model."): module

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import os
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 
-def load_classifier(name_or_path: str, **kwargs) -> nn.Module:
+def load_classifier(name_or_path: str, **kwargs) -> Any:
     """Load a checkpoint with the Auto class that its config asks for.
 
     Args:
@@ -44,7 +45,7 @@ def load_classifier(name_or_path: str, **kwargs) -> nn.Module:
     return model
 
 
-def _load_classifier(name_or_path: str, **kwargs) -> nn.Module:
+def _load_classifier(name_or_path: str, **kwargs) -> Any:
     revision = {name: value for name, value in kwargs.items() if name == "revision"}
     adapter = find_adapter_config_file(name_or_path, **revision)
     if adapter is not None:

@@ -1,14 +1,252 @@
-"""The posterior over the adapter: its mean, and the channel noise along the subspace (method, section 2)."""
+"""The posterior over the adapter: its mean, the channel noise along the subspace, and the divergence from the prior.
 
+Docs: docs/method.md, sections 2 and 3a.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .channel_kl import channel_kl, displacement, outside
+from .contrast import ContrastStatistics
+from .lora import AdaptedLayer, is_fresh
+from .schedule import noise_scale
+from .settings import ChannelSettings
 
-class NoiseChannel:
-    """The channel noise: what a layer reads of the pattern is mixed at random, ``x -> x + kappa V' G V x``.
+
+class LayerTensors(nn.Module):
+    """Buffers by layer name; in a state dict the dots of the names are slashes."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        self.names = list(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "/"), tensor.detach().clone())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(name.replace(".", "/"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Names and tensors."""
+        return [(name, self[name]) for name in self.names]
+
+
+class ChannelPosterior(nn.Module):
+    r"""``q(dW_l) = N(s B_l A_l, (kappa^2 / k) M_l M_l' (x) V_l' V_l + floor^2 I)``, with ``M_l = (W_l + s B_l A_l) V_l'``.
+
+    The mean is the LoRA adapter in the model; its channel noise is drawn in training forwards (see `ChannelNoise`). Everything else
+    that a resumed run needs is in buffers, so that `state_dict` is the state.
+
+    Args:
+        layers: adapted layers, by name.
+        adapter: the adapter's name.
+        subspaces: V_l ``[k, d_in]``, by name.
+        output_scales: see `ContrastStatistics`.
+        a_spans_subspace: whether ``lora_A`` is V_l but for a factor, and frozen.
+        settings: of the channel.
+        seed: of the noise.
+    """
+
+    noise_to_signal: Tensor
+    cumulative_kl: Tensor
+    a_spans_subspace: Tensor
+
+    def __init__(
+        self,
+        layers: dict[str, AdaptedLayer],
+        adapter: str,
+        subspaces: Mapping[str, Tensor],
+        output_scales: Mapping[str, Tensor],
+        a_spans_subspace: bool,
+        settings: ChannelSettings,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.layers, self.adapter, self.settings, self.seed = layers, adapter, settings, seed
+        self.subspaces = LayerTensors({name: subspaces[name] for name in layers})
+        self.output_scales = LayerTensors({name: output_scales[name] for name in layers})
+        self.register_buffer("noise_to_signal", torch.tensor(0.0, dtype=torch.float64))  # kappa of the first step
+        self.register_buffer("cumulative_kl", torch.zeros(len(layers), dtype=torch.float64))  # of the refreshes so far
+        self.register_buffer("a_spans_subspace", torch.tensor(a_spans_subspace))
+        self.scale = 0.0  # kappa of this step
+        self._spans = a_spans_subspace
+        self.gains = (
+            {name: code_gain(output_scales[name], settings).item() for name in layers} if a_spans_subspace else {}
+        )
+        # What each layer makes of the pattern before any adapter, W V' [d_out, k]
+        self.base_projected_weight = {
+            name: layer.get_base_layer().weight.detach().flatten(1).float() @ self.subspaces[name].T
+            for name, layer in layers.items()
+        }
+        self.ranks = torch.stack([v.square().sum().round() for _, v in self.subspaces.items()])
+        self.floors = torch.stack([settings.floor * scale for _, scale in self.output_scales.items()])
+        in_lora_units = {
+            name: weight / (self._unit(name)) for name, weight in self.base_projected_weight.items()
+        } if a_spans_subspace else None  # fmt: skip
+        self.noise = ChannelNoise(layers, dict(self.subspaces.items()), adapter, in_lora_units)
+        self.set_prior_mean()
+
+    @classmethod
+    def from_contrast(
+        cls,
+        layers: dict[str, AdaptedLayer],
+        adapter: str,
+        contrast: ContrastStatistics,
+        train_a: bool,
+        settings: ChannelSettings,
+        seed: int = 0,
+    ) -> "ChannelPosterior":
+        """The posterior of a run that begins. An adapter that has not been trained yet gets ``A = V_l`` but for a factor."""
+        fits = {
+            name: layer.lora_A[adapter].weight.flatten(1).shape == contrast.subspaces[name].shape
+            for name, layer in layers.items()
+        }
+        fresh = is_fresh(layers, adapter)
+        if fresh:
+            for name, layer in layers.items():
+                factor = layer.lora_A[adapter].weight
+                if fits[name]:
+                    gain = code_gain(contrast.output_scales[name], settings)
+                    factor.data.copy_((contrast.subspaces[name] * gain).view_as(factor))
+        spans = fresh and not train_a and all(fits.values())
+        return cls(layers, adapter, contrast.subspaces, contrast.output_scales, spans, settings, seed)
+
+    @classmethod
+    def from_state(
+        cls,
+        layers: dict[str, AdaptedLayer],
+        adapter: str,
+        state: dict[str, Tensor],
+        settings: ChannelSettings,
+        seed: int = 0,
+    ) -> "ChannelPosterior":
+        """The posterior of a run that is resumed, from `state_dict`."""
+
+        def of_layers(kind: str) -> dict[str, Tensor]:
+            return {name: state[f"{kind}.{name.replace('.', '/')}"] for name in layers}
+
+        spans = bool(state["a_spans_subspace"])
+        posterior = cls(layers, adapter, of_layers("subspaces"), of_layers("output_scales"), spans, settings, seed)
+        means_a, means_b = of_layers("prior_means_a"), of_layers("prior_means_b")
+        posterior.set_prior_mean({name: (means_a[name], means_b[name]) for name in layers})
+        posterior.noise_to_signal.copy_(state["noise_to_signal"])
+        posterior.cumulative_kl.copy_(state["cumulative_kl"])
+        return posterior
+
+    # ---- The mean ----
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A ``[r, d_in]`` and B ``[d_out, r]`` of a layer; a convolution's kernel counts as inputs."""
+        layer = self.layers[name]
+        return layer.lora_A[self.adapter].weight.flatten(1), layer.lora_B[self.adapter].weight.flatten(1)
+
+    def _unit(self, name: str) -> float:
+        return self.layers[name].scaling[self.adapter] * self.gains.get(name, 1.0)
+
+    def projected_weight(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """``(W + s B A) V'`` of every layer, ``[d_out, k]``: what the layer makes of the pattern."""
+        projected = []
+        for name in self.layers:
+            a, b = factors[name]
+            moved = b if self._spans else b @ (a @ self.subspaces[name].T)
+            projected.append(torch.add(self.base_projected_weight[name], moved, alpha=self._unit(name)))
+        return projected
+
+    # ---- The noise ----
+
+    def draw(self, step: int, total: int) -> None:
+        """Draw the channel noise of an optimizer step. It stays until the next draw, so that gradient checkpointing, which runs
+        forwards again in the backward pass, finds it."""
+        self.scale = self.noise_to_signal.item() * noise_scale(step, total)
+        if self.scale > 0:
+            self.noise.draw(self.scale, self.seed, step)
+        else:
+            self.noise.silence()
+
+    def choose_noise(self, label_information: Callable[[], float]) -> float:
+        """kappa from the data: the noise under which the checkpoint still tells most of what it knows about the forget labels.
+
+        Args:
+            label_information: measures it, in nats, under the noise that is drawn (in eval mode).
+
+        Returns:
+            The noise-to-signal ratio; 0 where the checkpoint tells nothing. By 7 halvings of the interval.
+        """
+
+        def told(kappa: float) -> float:
+            self.noise.draw(kappa, self.seed, -1)
+            return label_information()
+
+        low, high = 0.0, self.settings.max_noise_to_signal
+        with self.noise.in_eval_mode():
+            enough = self.settings.label_information * told(0.0)
+            if enough <= 0:
+                return 0.0
+            for _ in range(7):
+                middle = (low + high) / 2
+                low, high = (middle, high) if told(middle) >= enough else (low, middle)
+        return low
+
+    # ---- The divergence from the prior ----
+
+    def set_prior_mean(self, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+        """The prior's mean: that of the posterior as it is now, or the given A and B by layer."""
+        if factors is None:
+            factors = {name: self.factors(name) for name in self.layers}
+        self.prior_means_a = LayerTensors({name: a for name, (a, _) in factors.items()})
+        self.prior_means_b = LayerTensors({name: b for name, (_, b) in factors.items()})
+        with self._in_full_precision():
+            self.prior_projected_weight = self.projected_weight(
+                {name: (self.prior_means_a[name], self.prior_means_b[name]) for name in self.layers}
+            )
+
+    def kl_per_layer(self, scale: float | None = None) -> Tensor:
+        """R^(l) of section 3(a), ``[layers]``, in nats.
+
+        Args:
+            scale: noise-to-signal ratio of both channels; that of this step by default.
+        """
+        factors = {name: self.factors(name) for name in self.layers}
+        scale = (self.scale if scale is None else scale) / len(self.subspaces[next(iter(self.layers))]) ** 0.5
+        with self._in_full_precision():
+            nats = channel_kl(
+                self.projected_weight(factors), self.prior_projected_weight, self.ranks, scale, self.floors
+            )
+            if self._spans:  # nothing moves outside the subspace
+                return nats
+            beyond = [
+                outside(
+                    *displacement(
+                        *factors[name], self.prior_means_a[name], self.prior_means_b[name], layer.scaling[self.adapter]
+                    ),
+                    self.subspaces[name],
+                )
+                for name, layer in self.layers.items()
+            ]
+            return nats + torch.stack(beyond) / (2 * self.floors**2)
+
+    def move_prior(self, scale: float) -> None:
+        """Chain rule of (2): the divergence so far is added up, and the prior's mean becomes the posterior's."""
+        self.cumulative_kl += self.kl_per_layer(scale).detach().cpu().double()
+        self.set_prior_mean()
+
+    def _in_full_precision(self):
+        return torch.autocast(self.floors.device.type, enabled=False)
+
+
+def code_gain(output_scale: Tensor, settings: ChannelSettings) -> Tensor:
+    """The factor between ``lora_A`` and V_l: B is then counted in units of the channel, whatever the layer."""
+    return output_scale / settings.code_scale
+
+
+class ChannelNoise:
+    """The channel noise: what a layer gets of the pattern is mixed at random, ``x -> x + kappa V' G V x``.
 
     ``G [k, k]`` has independent entries of variance 1/k, so that kappa is the noise-to-signal ratio of the channel. In weights
     it is ``(W + dW) V' kappa G V``: noise as large as what the layer makes of the pattern, and none where it ignores it.
@@ -21,21 +259,22 @@ class NoiseChannel:
         layers: adapted layers, by name.
         subspaces: V_l ``[k, d_in]``, by name.
         adapter: the adapter's name.
-        projected_weight: where ``lora_A`` is V_l but for a factor: what the base layer makes of its output, in LoRA's units ``[d_out, k]``, by
-            name. The noise then goes through LoRA's own factors, at one thin product a layer; otherwise it is added to the
-            layer's input, at two.
+        projected_weight: where ``lora_A`` is V_l but for a factor: what the base layer makes of its output, in LoRA's units
+            ``[d_out, k]``, by name. The noise then goes through LoRA's own factors, at one thin product a layer; otherwise it
+            is added to the layer's input, at two.
     """
 
     DRAWS = 16
 
     def __init__(
         self,
-        layers: dict[str, nn.Module],
+        layers: dict[str, AdaptedLayer],
         subspaces: dict[str, Tensor],
         adapter: str,
         projected_weight: dict[str, Tensor] | None = None,
     ):
         self.subspaces, self.projected_weight = subspaces, projected_weight
+        self.device = next(iter(subspaces.values())).device
         self.probing = False
         self.noise: dict[str, Tensor] = {}
         self.positions: Tensor | None = None  # of the rows of the next forward, [n]; None: one after the other
@@ -66,12 +305,12 @@ class NoiseChannel:
             if self._off(module):
                 return None
             mixed = self.mixed.pop(name)
-            read = self.projected_weight[name].to(mixed.dtype)
+            weight = self.projected_weight[name].to(mixed.dtype)
             if self.on_patches[name]:
-                return output + F.conv2d(mixed, read[:, :, None, None])
+                return output + F.conv2d(mixed, weight[:, :, None, None])
             if mixed.ndim == 3:  # in place: an output is a large thing to copy
-                return output.baddbmm_(mixed, read.T.expand(len(mixed), *read.T.shape))
-            return torch.addmm(output.flatten(0, -2), mixed.flatten(0, -2), read.T).view(output.shape)
+                return output.baddbmm_(mixed, weight.T.expand(len(mixed), *weight.T.shape))
+            return torch.addmm(output.flatten(0, -2), mixed.flatten(0, -2), weight.T).view(output.shape)
 
         return hook
 
@@ -115,8 +354,9 @@ class NoiseChannel:
             self.probing = False
             self.silence()
 
-    def draw(self, kappa: float, seed: int, step: int, device: torch.device) -> None:
+    def draw(self, kappa: float, seed: int, step: int) -> None:
         """Draw ``kappa G`` of a step."""
+        device = self.device
         generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
         k = len(next(iter(self.subspaces.values())))
         shape = (len(self.subspaces), self.DRAWS, k, k)

@@ -1,21 +1,56 @@
 """What becomes of an unlearned model: detached, merged, asked again, and one request taken back."""
 
 import copy
+import dataclasses
+import datetime
 import json
 import os
+import warnings
+from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
+from . import __version__
 from .lora import adapter_name, lora_layers
 from .models import load_classifier
+from .state import STATE_NAME
 
-STATE_NAME = "uib_state.safetensors"
+MERGED_ERROR = 0.01  # of the largest logit
 SAME = ("forget_fingerprint", "base_fingerprint", "adapter_fingerprint")  # what tells one request from another
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestRecord:
+    """One unlearning request, as it is kept in ``config.unlearning``, in the card and beside the adapter.
+
+    Attributes:
+        request: what was to be forgotten, in words.
+        forget_examples: how many rows.
+        forget_fingerprint, base_fingerprint, adapter_fingerprint: hashes of the forget rows, the weights below the adapter, and the
+            adapter.
+        adapter_name: of the adapter in PEFT.
+        from_zero: whether the adapter held nothing before; else the checkpoint's own adapter was trained further.
+    """
+
+    request: str
+    forget_examples: int
+    forget_fingerprint: str
+    base_fingerprint: str
+    adapter_fingerprint: str
+    adapter_name: str
+    from_zero: bool
+    method: str = "uib"
+    date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
+    hf_uib: str = __version__
+
+    def to_dict(self) -> dict:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
 
 
 def detached(model: PeftModel) -> PreTrainedModel:
@@ -28,7 +63,29 @@ def detached(model: PeftModel) -> PreTrainedModel:
     return model.unload()
 
 
-def requests_of(model: nn.Module) -> list[dict]:
+def merged(model: PeftModel, inputs: dict[str, torch.Tensor], requests: list[dict]) -> PreTrainedModel:
+    """A plain copy of the model with the adapter merged into its weights.
+
+    Warns where rounding makes its logits another model's (a base in 16 bits).
+
+    Args:
+        inputs: of some rows, to compare the logits on.
+        requests: all that the merged model has unlearned.
+    """
+    plain = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        before, after = (m.eval()(**inputs).logits.float() for m in (model, plain))
+    difference = (before - after).abs().max()
+    if difference > MERGED_ERROR * before.abs().max():
+        warnings.warn(
+            f"The merged model's logits differ from the adapted model's by up to {difference:.2g}: the base weights are too coarse "
+            "for the adapter. Load the base with dtype=torch.float32 before merging.",
+            stacklevel=3,
+        )
+    return without_origin(plain, requests)
+
+
+def requests_of(model: Any) -> list[dict]:
     """The unlearning requests that are merged into a model, the first one first."""
     return list(getattr(model.config, "unlearning", None) or [])
 
@@ -45,7 +102,7 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     Raises:
         ValueError: the adapter is none of the requests that are merged into the model, or it trained more than LoRA's factors.
     """
-    merged = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
+    merged: Any = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
     record = _state_of(adapter)["record"]
     if not record["from_zero"]:
         raise ValueError(
@@ -66,7 +123,7 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     return without_origin(before, kept)
 
 
-def next_base(name: str) -> nn.Module:
+def next_base(name: str) -> Any:
     """What the next request is trained on: a checkpoint, or the merged model of an earlier request's adapter; folder or Hub id."""
     model = load_classifier(name)
     if not isinstance(model, PeftModel):

@@ -3,7 +3,29 @@
 import math
 
 
-def anneal(step: int, total: int) -> float:
-    """Width of the channel noise at optimizer step ``step`` of ``total``, relative to its first: the root of ``1 - t / T``,
-    so that its variance falls in a straight line."""
+def noise_scale(step: int, total: int) -> float:
+    """The channel noise at optimizer step ``step`` of ``total``, relative to its first: the root of ``1 - t / T``, so that its
+    variance falls in a straight line.
+
+    >>> noise_scale(0, 100), noise_scale(75, 100), noise_scale(100, 100)
+    (1.0, 0.5, 0.0)
+    """
     return math.sqrt(max(0.0, 1.0 - step / max(total, 1)))
+
+
+def prior_acts(step: int, total: int, fraction: float, to_the_end: bool = False) -> bool:
+    """Whether forget rows come at a step: for the first ``fraction`` of the steps, or to the end.
+
+    >>> [prior_acts(step, 10, 0.4) for step in (0, 3, 4)]
+    [True, True, False]
+    """
+    return to_the_end or step < math.ceil(fraction * total)
+
+
+def refresh_is_due(step: int, every: int) -> bool:
+    """Whether the prior is refreshed before a step.
+
+    >>> [step for step in range(7) if refresh_is_due(step, 3)]
+    [0, 3, 6]
+    """
+    return step % every == 0

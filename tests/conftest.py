@@ -5,12 +5,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import datasets  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()

@@ -66,7 +66,7 @@ def on_the_way_to(name: str, hub_artifact: str = "adapter") -> UIBTrainer:
     """The shared trainer, as one that has not pushed yet."""
     trainer = shared()
     trainer.args.hub_model_id, trainer.args.hub_artifact = f"tester/{name}", hub_artifact
-    trainer.hub_model_id, trainer._card_settings = None, {}
+    trainer.hub_model_id, trainer.card_settings = None, {}
     return trainer
 
 

@@ -13,16 +13,21 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_uib import UIBConfig, UIBTrainer
 
 
+def tell(line: str) -> None:
+    """One write, so that the lines of two processes stay apart."""
+    os.write(1, f"{line}\n".encode())
+
+
 class Steps(TrainerCallback):
     """Tells the one who kills where the run is."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        print(f"step {state.global_step}", flush=True)
+        tell(f"step {state.global_step}")
 
 
 def main(folder: str) -> None:
     """Train to the end; everything that is random is on: dropout, noise, two sets in random order."""
-    print(f"process {os.getpid()}", flush=True)
+    tell(f"process {os.getpid()}")
     args = UIBConfig(
         folder, max_steps=12, per_device_train_batch_size=4, subspace_rank=4, learning_rate=0.01, use_cpu=True,
         save_steps=1, save_total_limit=2, disable_tqdm=True, logging_steps=1, prior_update_steps=3, noise_to_signal=0.5,
@@ -33,7 +38,7 @@ def main(folder: str) -> None:
         calibration_dataset=make_rows(n=13, seed=3), callbacks=[Steps()],
     )  # fmt: skip
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    print(f"from {last}", flush=True)
+    tell(f"from {last}")
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -53,7 +53,7 @@ def test_trains_saves_and_detaches(architecture, tmp_path):
 def test_layers_that_are_never_called_or_say_nothing(tmp_path, factors):
     model = make_model()
     model.unused = torch.nn.Linear(5, 5)
-    silent = next(m for n, m in model.named_modules() if n.endswith("output.dense") or n.endswith("o_proj"))
+    silent = next(m for n, m in model.named_modules() if n.endswith(("output.dense", "o_proj")))
     silent.weight.data.zero_()
     args = UIBConfig(
         str(tmp_path), max_steps=4, per_device_train_batch_size=4, subspace_rank=4, noise_to_signal=0.5, prior_update_steps=2,

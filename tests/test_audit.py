@@ -1,8 +1,10 @@
-"""The audit passes models that were retrained and flags every planted fake."""
+"""The audit on small models: its parts, its checks and its thresholds."""
 
 import copy
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,92 +16,14 @@ from sklearn.metrics import roc_auc_score
 from transformers import TrainingArguments
 
 from hf_uib import audit_model, retrain
-from hf_uib.audit.deep import compress, erased
-from hf_uib.audit.fakes import FAKES
+from hf_uib.audit.checks import CHECKS, Check, register_check
+from hf_uib.audit.deep import compress, erase
+from hf_uib.audit.gather import gather
 from hf_uib.audit.statistics import Resampler
-from hf_uib.cli import digits
+from hf_uib.audit.thresholds import AuditThresholds
 from hf_uib.inference import blocks_of, head_of, observe
-from hf_uib.metrics.bias_correlation import cramers_v
-
-ONE_WORKER = pytest.mark.xdist_group("digits")  # their models are trained once
-CAUGHT_BY = {
-    "head-only distillation": "encoder_untouched",
-    "threshold shift": "logits_shifted",
-    "reversed bias": "bias_reversed",
-    "detached adapter": "unchanged",
-    "ten steps only": "membership_remains",
-    "collapsed": "collapsed",
-    "error in a third group": "group_harmed",
-}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """Task, checkpoint and four models retrained from the pre-trained one with other seeds."""
-    folder = str(tmp_path_factory.mktemp("digits"))
-    task = digits.digits_colour(0)
-    models = digits.prepare_models(task, 0, folder)
-    retrained = []
-    for seed in range(4):
-        model = copy.deepcopy(models["start"])
-        digits.fit(model, task.sets["retain"], task, task.train_settings["retrain_steps"], folder, seed, 1e-3)
-        retrained.append(model.eval())
-    return task, models["original"].eval(), retrained
-
-
-def run(model, reference, task, **settings):
-    return audit_model(
-        model, reference_model=reference, forget_dataset=task.sets["forget"], retain_dataset=task.sets["retain"],
-        test_dataset=task.sets["test"], bias_column=task.bias_column, processing_class=task.processing_class, **settings,
-    )  # fmt: skip
-
-
-@ONE_WORKER
-def test_retrained_models_pass(digits):
-    task, original, (oracle, *others) = digits
-    for model in others:
-        report = run(model, original, task, retrained_model=oracle)
-        assert report.passed, report.flags
-
-
-@ONE_WORKER
-@pytest.mark.parametrize("fake", FAKES)
-def test_each_fake_is_flagged(digits, fake):
-    task, original, (oracle, *_) = digits
-    report = run(
-        FAKES[fake](original, oracle, task.sets, task.processing_class), original, task, retrained_model=oracle
-    )
-    assert not report.passed and CAUGHT_BY[fake] in report.flags, report.flags
-
-
-@ONE_WORKER
-def test_report_without_an_oracle_says_what_was_not_measured(digits, tmp_path):
-    task, original, (oracle, *_) = digits
-    report = run(oracle, original, task)
-    assert report.passed and any("retrained" in entry for entry in report.not_measured)
-    assert next(c for c in report.checks if c.name == "bias_remains").fired is None
-    assert "not a proof" in report.verdict and "retrained_model" in str(report)
-    report.to_json(str(tmp_path / "report.json"))
-    content = json.loads((tmp_path / "report.json").read_text())
-    assert content["schema"] == 1 and content["passed"] is True and content["flags"] == []
-    assert (
-        content["metrics"]["test"]["model"]["follow_rate"]["low"]
-        <= content["metrics"]["test"]["model"]["follow_rate"]["value"]
-    )
-    assert [os.path.basename(p) for p in report.plot(str(tmp_path))] == ["audit.png"]
-
-
-@ONE_WORKER
-def test_several_oracles_and_exact_counterfactuals(digits):
-    task, original, (first, second, third, _) = digits
-    report = run(third, original, task, retrained_model=[first, second], example_column="example")
-    assert report.passed and {"retrained 1", "retrained 2"} <= set(report.metrics["test"])
-    gaps = {name: row["counterfactual_gap"]["value"] for name, row in report.metrics["test"].items()}
-    assert gaps["reference"] > max(gaps["model"], gaps["retrained 1"])
-    assert report.metrics["gap"]["reference"]["average_gap"] > report.metrics["gap"]["model"]["average_gap"]
-
-
-# ---- parts, on small models ----
+from hf_uib.metrics import bias_correlation, membership_attack, unlearning_gap
+from hf_uib.metrics.bias import cramers_v
 
 
 def small(**changes):
@@ -113,20 +37,27 @@ def small(**changes):
     )
 
 
-def test_deep_audit_of_a_peft_model(tmp_path, capsys):
-    def with_attribute(n, seed, telling=False):
-        rows = make_rows(n=n, seed=seed).with_format(None)
-        colours = rows["labels"][:] if telling else np.random.default_rng(seed + 100).integers(0, 3, n).tolist()
-        return rows.add_column("colour", colours).with_format("torch")
+def with_attribute(n, seed, label_is_colour=False):
+    """Rows with a column ``colour``: the label on the forget set, at random elsewhere."""
+    rows = make_rows(n=n, seed=seed).with_format(None)
+    colours = rows["labels"][:] if label_is_colour else np.random.default_rng(seed + 100).integers(0, 3, n).tolist()
+    return rows.add_column("colour", colours).with_format("torch")
 
+
+COLOURED = dict(
+    forget_dataset=with_attribute(40, 1, label_is_colour=True), retain_dataset=with_attribute(30, 2),
+    test_dataset=with_attribute(60, 3), bias_column="colour",
+)  # fmt: skip
+
+
+def test_deep_audit_of_a_peft_model(tmp_path, capsys):
     model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(0, 0.3)
     report = small(
-        model=model, reference_model=None, deep=True, bias_column="colour", retrained_model=make_model(seed=2),
-        forget_dataset=with_attribute(40, 1, telling=True), retain_dataset=with_attribute(30, 2),
-        test_dataset=with_attribute(60, 3),
+        model=model, reference_model=None, deep=True, retrained_model=make_model(seed=2),
+        thresholds=AuditThresholds(relearning_steps=(0, 1, 2, 4)), **COLOURED,
     )  # fmt: skip
     assert "Deep audit: about" in capsys.readouterr().out
     assert set(report.deep["probes"]["model"]["block 1"]) == {"linear", "mlp", "control", "chance", "erased"}
@@ -187,11 +118,14 @@ def test_linear_erasure_leaves_nothing_linear():
     attribute, fitting = rng.integers(0, 3, 600), np.arange(600) % 2 == 0
     x = rng.normal(size=(600, 8)) @ rng.normal(size=(8, 8)) + 2 * rng.normal(size=(3, 8))[attribute]
 
-    def score(probe, target, x=x):
-        return probe().fit(x[fitting], target[fitting]).score(x[~fitting], target[~fitting])
+    def accuracy(x):
+        probe = LogisticRegression(max_iter=300).fit(x[fitting], attribute[fitting])
+        return probe.score(x[~fitting], attribute[~fitting])
 
-    plain = score(lambda: LogisticRegression(max_iter=300), attribute)
-    assert plain > 0.8 and erased(x, attribute, fitting, score) < 0.45
+    erased = erase(x, attribute, fitting)
+    assert accuracy(x) > 0.8 and accuracy(erased) < 0.45
+    means = np.stack([erased[fitting & (attribute == value)].mean(0) for value in range(3)])
+    np.testing.assert_allclose(means, means[:1].repeat(3, 0), atol=1e-6)  # what erasure promises
 
 
 def test_compression():
@@ -270,11 +204,11 @@ def test_few_rows_and_chance_attributes_give_no_alarm():
     )
 
 
-def test_copies_are_sampled_together(monkeypatch):
-    monkeypatch.setitem(audit_model.__globals__["SAMPLE"], "test", 40)
+def test_copies_are_sampled_together():
     rows = make_rows(n=60, seed=3).with_format(None)
     copies = rows.select(np.repeat(np.arange(60), 3)).add_column("example", np.repeat(np.arange(60), 3).tolist())
-    report = small(test_dataset=copies.with_format("torch"), example_column="example")
+    sampled = dict(example_column="example", thresholds=AuditThresholds(test_rows=40))
+    report = small(test_dataset=copies.with_format("torch"), **sampled)
     assert report.metrics["test"]["model"]["flip_rate"]["value"] == 0.0
 
 
@@ -308,3 +242,128 @@ def test_auc_is_resampled_by_example():
     assert together.value == pytest.approx(single.value) and together.error == pytest.approx(single.error, rel=0.15)
     assert apart.error < 0.9 * single.error  # the control: rows taken for examples
     assert single.samples.mean() == pytest.approx(single.value, abs=0.01)
+
+
+# ---- Checks of one's own ----
+
+
+@pytest.fixture
+def registry():
+    """Checks that a test registers are gone after it."""
+    before = dict(CHECKS)
+    yield CHECKS
+    CHECKS.clear()
+    CHECKS.update(before)
+
+
+def register_too_sure(limit, **settings):
+    @register_check("too_sure", meaning="The model is surer of the forget examples than before.", **settings)
+    def too_sure(context):
+        mine, before = (context.outputs[name]["forget"].margins.mean() for name in ("model", "reference"))
+        return Check(mine - before > limit, mine - before, limit, f"{mine - before:+.2f} nats of margin")
+
+    return too_sure
+
+
+@pytest.mark.parametrize(("limit", "fires"), [(-100.0, True), (100.0, False)])
+def test_a_check_of_ones_own(registry, tmp_path, limit, fires):
+    register_too_sure(limit)
+    report = small()
+    (check,) = [c for c in report.checks if c.name == "too_sure"]
+    assert check.fired is fires and check.limit == limit and check.meaning.startswith("The model is surer")
+    assert ("too_sure" in report.flags) is fires and (check.meaning in report.verdict) is fires
+    assert "too_sure" in str(report) and "nats of margin" in str(report)
+    report.to_json(str(tmp_path / "report.json"))
+    assert json.loads((tmp_path / "report.json").read_text())["checks"][-1]["name"] == "too_sure"
+
+
+def test_no_check_is_left_over():
+    assert "too_sure" not in CHECKS and "too_sure" not in [check.name for check in small().checks]
+
+
+def test_a_name_is_taken_once(registry):
+    with pytest.raises(ValueError, match="There is a check 'unchanged' already"):
+        register_check("unchanged", meaning="")(lambda context: None)
+
+
+def test_few_rows_and_deep_results(registry):
+    register_too_sure(-100.0)
+    few = dict(forget_dataset=make_rows(n=5, seed=1))
+    assert "too_sure" not in small(**few).flags
+    registry.pop("too_sure")
+    register_too_sure(-100.0, any_size=True)
+    assert "too_sure" in small(**few).flags
+    registry.pop("too_sure")
+    register_too_sure(-100.0, deep=True)
+    assert "too_sure" not in [check.name for check in small().checks]
+
+
+# ---- Thresholds ----
+
+
+def test_thresholds_change_the_outcome_and_are_in_the_report(tmp_path):
+    assert "unchanged" not in small().flags
+    report = small(thresholds=AuditThresholds(unchanged=1e6))
+    assert "unchanged" in report.flags
+    report.to_json(str(tmp_path / "report.json"))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert content["thresholds"]["unchanged"] == 1e6 and content["thresholds"]["test_rows"] == 5000
+    assert content["thresholds"]["relearning_steps"] == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert {c["name"]: c["limit"] for c in content["checks"]}["unchanged"] == 1e6
+    assert content["metrics"]["membership"]["model"]["auc_balanced"]["low"] is None  # NaN
+    few = dict(forget_dataset=make_rows(n=5, seed=1), test_dataset=make_rows(n=9, seed=3))
+    assert small(**few).checks[-2].fired is None
+    assert small(thresholds=AuditThresholds(min_rows=1), **few).checks[-2].fired is not None
+
+
+@pytest.mark.parametrize("wrong", [dict(test_rows=0), dict(bias_remains=-0.1), dict(unchanged=float("nan"))])
+def test_thresholds_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"AuditThresholds: {next(iter(wrong))} is .* at least"):
+        AuditThresholds(**wrong)
+    with pytest.raises(ValueError, match="relearning_steps .* must increase"):
+        AuditThresholds(relearning_steps=(0, 4, 2))
+
+
+# ---- Identities ----
+
+
+def test_figures_are_those_of_the_metrics():
+    models = {"model": make_model(seed=1), "reference": make_model(), "retrained": make_model(seed=2)}
+    sets = {part: COLOURED[f"{part}_dataset"] for part in ("forget", "retain", "test")}
+    context = gather(models, ["retrained"], sets, bias_column="colour")
+    test = context.outputs["model"]["test"]
+    colours = np.asarray(sets["test"].with_format(None)["colour"])
+    assert context.coded and (context.codes == colours).all()
+    bias = bias_correlation(test.predictions, test.labels, colours)
+    assert context.bias("model", "follow_rate").value == pytest.approx(bias["follow_rate"], abs=1e-12)
+    assert context.bias("model", "cramers_v").value == pytest.approx(bias["cramers_v"], abs=1e-12)
+    gap = bias["aligned_accuracy"] - bias["conflicting_accuracy"]
+    assert context.bias("model", "aligned_advantage").value == pytest.approx(gap, abs=1e-12)
+    margins = {part: context.outputs["model"][part].margins for part in context.parts}
+    labels = {part: context.outputs["model"][part].labels for part in context.parts}
+    splits = np.repeat(list(margins), [len(m) for m in margins.values()])
+    every = lambda columns: np.concatenate(list(columns.values()))
+    attack = membership_attack(every(margins), every(labels), splits, n_bootstrap=0)
+    assert context.attack("model")["mia_efficacy"] == attack["mia_efficacy"]
+    assert context.auc("model").value == pytest.approx(attack["auc"], abs=1e-12)
+    to_itself = unlearning_gap(every(labels), every(labels), every(labels), splits)
+    assert to_itself["average_gap"] == 0 == context.gap("retrained")["average_gap"]
+    accuracies = {key: entry["value"] for key, entry in context.groups("model")["every"].items()}
+    sizes = {key: rows.sum() for key, rows in context.members.items()}
+    classes = [key for key in sizes if key.startswith("class") and "," not in key]
+    assert sum(sizes[k] for k in classes) <= len(test.labels)
+    for key, rows in context.members.items():
+        assert accuracies[key] == pytest.approx((test.predictions == test.labels)[rows].mean(), abs=1e-12)
+
+
+@pytest.mark.slow
+def test_the_audit_does_not_import_the_trainer():
+    code = (
+        "import sys, hf_uib.audit.report, hf_uib.audit.deep, hf_uib.audit.fakes, hf_uib.audit.figures, hf_uib.audit.oracle\n"
+        "assert 'hf_uib.trainer' not in sys.modules and 'evaluate' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,11 +7,11 @@ import datasets
 import pytest
 from conftest import make_model, make_rows
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from test_cli import ScriptArguments, pictures  # noqa: F401
+from test_cli import pictures  # noqa: F401
 from test_trainer import config, make_trainer
 
 from hf_uib import UIBConfig, UIBTrainer, audit_model
-from hf_uib.cli import unlearn
+from hf_uib.cli.unlearn import UnlearnArguments, unlearn
 from hf_uib.data import reading
 from hf_uib.models import load_classifier
 
@@ -215,12 +215,12 @@ COMMAND_LINE = {
 @pytest.mark.parametrize("case", COMMAND_LINE)
 def test_command_line(case, pictures, tmp_path):  # noqa: F811
     changes, message = COMMAND_LINE[case]
-    script = ScriptArguments(str(pictures / "model"), str(pictures / "data"), forget_where=["source=clinic_a"])
+    job = UnlearnArguments(str(pictures / "model"), str(pictures / "data"), forget_where=["source=clinic_a"])
     for name, value in changes.items():
-        setattr(script, name, value(tmp_path) if callable(value) else value)
+        setattr(job, name, value(tmp_path) if callable(value) else value)
     args = UIBConfig(str(tmp_path / "out"), max_steps=1, use_cpu=True, disable_tqdm=True, save_strategy="no")
     with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
-        unlearn.unlearn(args, script)
+        unlearn(args, job)
     assert "\n" not in str(caught.value).strip()
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 

@@ -7,8 +7,10 @@ from conftest import make_model, make_rows
 from huggingface_hub import ModelCard
 from test_trainer import config
 
+import hf_uib
 from hf_uib import UIBTrainer
-from hf_uib.hub.card import groups_table, hub_id, results_table
+from hf_uib.hub.card import hub_id
+from hf_uib.hub.tables import groups_table, results_table
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def audited(tmp_path_factory):
         "UIB": {"accuracy": 0.625, "forget_accuracy": 0.25, "seconds": 3.0},
     }
     trainer.audit(trainer.eval_dataset, "source")
-    trainer._card_settings = {"license": "apache-2.0", "language": "en", "tags": ["medical"]}
+    trainer.card_settings = {"license": "apache-2.0", "language": "en", "tags": ["medical"]}
     trainer.save_model()
     trainer.save_merged(str(path / "out" / "merged"))
     return trainer, path / "out"
@@ -72,11 +74,11 @@ def test_text_says_what_it_has_to(audited):
         "| original | 0.500 | not measured |", "**not measured**", "the base weights still hold what was to be forgotten",
         'PeftModel.from_pretrained(base, "tester/vit-unlearned")', "disable_adapter", "merge_and_unload", "Accuracy by group",
         "| learning_rate | 0.003 |", "| beta | 0.02 |", "not a proof of deletion", "Attacks tried", "Not tried", "apache-2.0",
-        "with a derivation of our own", "@misc", trainer.audit_report.verdict, "hf_uib 0.1.0", "transformers",
+        "with a derivation of our own", "@misc", trainer.audit_report.verdict, f"hf_uib {hf_uib.__version__}", "transformers",
     ):  # fmt: skip
         assert said in text, said
     assert "| prior_fraction |" not in text  # a default
-    for never in ("certified", "guarantee", "reproduces", str(path), "widget"):
+    for never in ("certified", "guarantee", "reproduces", str(path), "widget", "pypi.org", "scripts/"):
         assert never not in text, never
 
 

@@ -1,6 +1,7 @@
-"""`scripts/unlearn.py` as a user starts it, on pictures and texts in the formats people have."""
+"""`hf-uib` as a user starts it, on pictures and texts in the formats people have."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -14,14 +15,17 @@ from conftest import make_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, BertTokenizerFast, ViTImageProcessorPil
 
+import hf_uib
 from hf_uib import UIBConfig
-from hf_uib.cli import unlearn
+from hf_uib.cli import main
+from hf_uib.cli.audit import AuditArguments
+from hf_uib.cli.comparison import AppArguments
+from hf_uib.cli.unlearn import UnlearnArguments, unlearn
 from hf_uib.data import reading
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "scripts"))
-from unlearn import ScriptArguments  # noqa: E402
-
-SCRIPT = os.path.join(os.path.dirname(__file__), "..", "scripts", "unlearn.py")
+ROOT = os.path.join(os.path.dirname(__file__), "..")
+COMMAND = [sys.executable, "-m", "hf_uib.cli"]
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": ROOT}
 FAST = [
     "--max_steps",
     "4",
@@ -35,14 +39,15 @@ FAST = [
 ]
 
 
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **environment},
-        timeout=240,
-    )
+def run(*arguments, command=COMMAND, **environment):
+    """`hf-uib ARGUMENTS` in a process of its own."""
+    words = [*command, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=600)
+
+
+def call(*arguments) -> None:
+    """`hf-uib ARGUMENTS` in this process."""
+    main.dispatch([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +73,15 @@ def pictures(tmp_path_factory):
     return root
 
 
-def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path):
+def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path, capsys):
     out = tmp_path / "out"
-    done = run(
-        "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data", "--forget_where", "source=clinic_a",
+    call(
+        "unlearn", "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data",
+        "--forget_where", "source=clinic_a",
         "--bias_column", "source", "--output_dir", out, "--save_merged", *FAST,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "original" in done.stdout and "UIB" in done.stdout and "Cramér's V" in done.stdout
+    printed = capsys.readouterr().out
+    assert "original" in printed and "UIB" in printed and "Cramér's V" in printed
     written = set(os.listdir(out))
     expected = {
         "adapter_model.safetensors",
@@ -104,20 +110,12 @@ def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path):
 def audit_checkpoints(pictures, root, processes):
     """Exit status 0 whether the audit is passed or not; returns report.json."""
     out = root / f"out{processes}"
-    launch = [sys.executable]
-    if processes > 1:
-        launch += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-        ]
-    done = subprocess.run(
-        [*launch, SCRIPT.replace("unlearn.py", "audit.py"), "--model", root / "unlearned", "--reference", pictures / "model",
-         "--retrained", root / "retrained", "--dataset_name", pictures / "data", "--forget_where", "source=clinic_a",
-         "--bias_column", "source", "--output_dir", out],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+    script = [sys.executable, os.path.join(ROOT, "scripts", "audit.py")]
+    done = run(
+        "--model", root / "unlearned", "--reference", pictures / "model",
+        "--retrained", root / "retrained", "--dataset_name", pictures / "data", "--forget_where", "source=clinic_a",
+        "--bias_column", "source", "--output_dir", out,
+        *(["--accelerate_config", "cpu_two_processes"] if processes > 1 else []), command=script,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     content = json.loads((out / "report.json").read_text())
@@ -126,6 +124,8 @@ def audit_checkpoints(pictures, root, processes):
     return content
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_audit_of_checkpoints_in_one_process_and_two(pictures, tmp_path):
     for name, seed in (("unlearned", 1), ("retrained", 2)):
         make_model("vit", num_channels=3, seed=seed).save_pretrained(tmp_path / name)
@@ -137,7 +137,8 @@ def test_audit_of_checkpoints_in_one_process_and_two(pictures, tmp_path):
             assert cell["value"] == pytest.approx(two["metrics"]["test"][model][figure]["value"], abs=1e-9)
 
 
-def test_text_csv(tmp_path):
+def test_text_csv(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", "hf_theenvironment")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "flight", "crew", "late"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     make_model("bert", num_labels=2, pad_token_id=0).save_pretrained(tmp_path / "model")
@@ -148,13 +149,13 @@ def test_text_csv(tmp_path):
         writer.writerow(["text", "label", "airline"])
         for i in range(30):
             writer.writerow([" ".join(rng.choice(words[5:], 6)) + f" {i}", i % 2, ["x", "y", "z"][i % 3]])
-    done = run(
-        "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "tweets.csv",
+    call(
+        "unlearn", "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "tweets.csv",
         "--forget_where", "airline=x", "label=1",
         "--output_dir", tmp_path / "out", "--max_length", "5", "--save_merged", "--save_strategy", "steps", "--save_steps", "2",
-        "--hub_token", "hf_theflag", *FAST, HF_TOKEN="hf_theenvironment",
+        "--hub_token", "hf_theflag", *FAST,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    printed = capfd.readouterr()
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 5
     assert json.loads((tmp_path / "out" / "report.json").read_text())["forget_columns"] == "airline and label"
     # Nowhere a token, a row of the data, or where things lie on this machine
@@ -168,7 +169,7 @@ def test_text_csv(tmp_path):
         assert str(tmp_path).encode() not in content or path.name in ("trainer_state.json", "adapter_config.json"), (
             path
         )
-    assert not any(entry.decode() in done.stdout + done.stderr for entry in hidden)
+    assert not any(entry.decode() in printed.out + printed.err for entry in hidden)
 
 
 BAD = [
@@ -184,46 +185,127 @@ BAD = [
 
 @pytest.mark.parametrize("conditions, changes, message", BAD)
 def test_bad_input_is_one_line(pictures, tmp_path, conditions, changes, message):
-    names = ScriptArguments(str(pictures / "model"), str(pictures / "data"), forget_where=conditions)
+    names = UnlearnArguments(str(pictures / "model"), str(pictures / "data"), forget_where=conditions)
     for name, value in changes.items():
         setattr(names, name, value)
     args = UIBConfig(str(tmp_path / "o"), max_steps=1, use_cpu=True, disable_tqdm=True)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        unlearn.unlearn(args, names)
+        unlearn(args, names)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
 
 
-def test_bad_input_exits_with_one(pictures, tmp_path):
-    done = run(
+FLAGS = {
+    "unlearn": ("--forget_where", "--bias_column", "--beta", "--prior_strength", "--noise_to_signal", "--save_merged"),
+    "audit": ("--reference", "--retrained", "--deep", "--example_column"),
+    "demo": ("--output_dir", "--seed", "--max_steps"),
+    "app": ("--adapter", "--base", "--model", "--reference", "--server_port"),
+}
+
+
+def help_of(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as ended:
+        call(*arguments, "--help")
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_describes_every_flag(command, capsys):
+    shown = help_of(capsys, command)
+    assert all(re.search(rf"{flag}\b", shown) for flag in FLAGS[command])
+    assert ("--accelerate_config" in shown) == (command != "app")
+
+
+@pytest.mark.parametrize("kind", [UIBConfig, UnlearnArguments, AuditArguments, AppArguments])
+def test_every_flag_has_a_help_text(kind):
+    assert not [field.name for field in dataclasses.fields(kind) if field.init and not field.metadata.get("help")]
+
+
+def test_help_and_version_import_nothing_heavy():
+    """Of `hf-uib` itself; each command's own help needs its settings, and so the libraries."""
+    code = (
+        "import sys; sys.argv = ['hf-uib', {flag!r}]\n"
+        "from hf_uib.cli.main import main\n"
+        "try: main()\n"
+        "finally: assert not {{'torch', 'transformers', 'datasets', 'numpy'}} & set(sys.modules)"
+    )
+    for flag, said in (("--help", "unlearn"), ("--version", hf_uib.__version__)):
+        done = run("-c", code.format(flag=flag), command=[sys.executable])
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+
+
+def test_commands(capsys):
+    assert all(command in help_of(capsys) for command in FLAGS)
+    call()
+    assert "usage: hf-uib" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        call("nothing")
+    assert ended.value.code == 2 and "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+def test_accelerate_configs_by_name_and_path(tmp_path):
+    for name in ("cpu_two_processes", "ddp", "zero2"):
+        assert main.config_path(name).endswith(f"accelerate_configs/{name}.yaml") and os.path.isfile(
+            main.config_path(name)
+        )
+    (tmp_path / "mine.yaml").touch()
+    assert main.config_path(str(tmp_path / "mine.yaml")) == str(tmp_path / "mine.yaml")
+    with pytest.raises(ValueError, match="one of cpu_two_processes, ddp, zero2"):
+        main.config_path("ddpp")
+    with pytest.raises(ValueError, match="goes with --accelerate_config"):
+        call("unlearn", "--num_processes", 2)
+
+
+@pytest.mark.parametrize(
+    "words, left, debug",
+    [
+        ("--debug unlearn --seed 1", "unlearn --seed 1", True),
+        ("unlearn --debug --seed 1", "unlearn --seed 1", True),
+        ("unlearn --seed 1 --debug", "unlearn --seed 1", True),
+        ("unlearn --debug underflow_overflow", "unlearn --debug underflow_overflow", False),  # of TrainingArguments
+        ("", "", False),
+    ],
+)
+def test_debug_without_a_value_is_ours(words, left, debug):
+    assert main.split_debug(words.split()) == (left.split(), debug)
+
+
+def test_errors_are_one_line_but_for_debug(pictures, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_UIB_TRACEBACK", raising=False)
+    words = [
         "--model_name_or_path",
         pictures / "model",
         "--dataset_name",
         pictures / "data",
         "--forget_where",
         "hue=3",
-        "--output_dir",
-        tmp_path,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert (
-        done.stderr.strip().splitlines()[-1]
-        == "error: Column 'hue' is not in the dataset; it has image, label, source."
-    )
+    ]
+    argv = ["hf-uib", "unlearn", *map(str, words), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == "error: Column 'hue' is not in the dataset; it has image, label, source."
+    monkeypatch.setattr("sys.argv", [*argv, "--debug"])
+    with pytest.raises(ValueError, match="Column 'hue'"):
+        main.main()
 
 
-def test_help_describes_every_flag():
-    done = run("--help")
-    assert done.returncode == 0
-    for flag in (
-        "--forget_where",
-        "--bias_column",
-        "--beta",
-        "--prior_strength",
-        "--noise_to_signal",
-        "--save_merged",
-    ):
-        assert re.search(rf"{flag}\b", done.stdout)
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_by_the_name_of_a_config(pictures, tmp_path):
+    """Without --use_cpu, which two processes on a machine without an accelerator need: it is the command line's default there."""
+    job = [
+        "unlearn", "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data",
+        "--forget_where", "source=clinic_a", *[word for word in FAST if word != "--use_cpu"],
+    ]  # fmt: skip
+    done = run(*job, "--output_dir", tmp_path / "two", "--accelerate_config", "cpu_two_processes")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Adapter, card (README.md)") == 1
+    log = json.loads((tmp_path / "two" / "report.json").read_text())["log"]
+    assert log[-1]["epoch"] > 1  # 4 steps of 4 rows in each process, of 20 rows
+    done = run(*job, "--output_dir", tmp_path / "bad", "--accelerate_config", "cpu_two_processes", "--beta", "-1")
+    assert done.returncode == 1 and "error: " in done.stderr and not (tmp_path / "bad").exists()
 
 
 def test_yaml_config(pictures, tmp_path):
@@ -232,8 +314,7 @@ def test_yaml_config(pictures, tmp_path):
         "output_dir": tmp_path / "out", "max_steps": 2, "use_cpu": "true", "subspace_rank": 4, "disable_tqdm": "true",
     }  # fmt: skip
     (tmp_path / "job.yaml").write_text("\n".join(f"{k}: {v}" for k, v in lines.items()))
-    done = run("--config", tmp_path / "job.yaml")
-    assert done.returncode == 0, done.stderr
+    call("unlearn", "--config", tmp_path / "job.yaml")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 

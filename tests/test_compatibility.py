@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.trainer import _refuse_what_cannot_hold
+from hf_uib.config import refuse_unsupported
 
 
 def train(path, callbacks=None, eval_dataset=None, **settings):
@@ -104,16 +104,16 @@ def test_refused(tmp_path, settings, message):
 
 def test_strategies_that_cannot_hold_are_refused(tmp_path, monkeypatch):
     args = UIBConfig(str(tmp_path), use_cpu=True, report_to="none")
-    _refuse_what_cannot_hold(args)  # the control
+    refuse_unsupported(args)  # the control
     args.hf_deepspeed_config = SimpleNamespace(is_zero3=lambda: True)
     with pytest.raises(ValueError, match="ZeRO-3.*Use ZeRO-2"):
-        _refuse_what_cannot_hold(args)
+        refuse_unsupported(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="does not run under FSDP"):
-        _refuse_what_cannot_hold(args)
+        refuse_unsupported(args)
     args._n_gpu = 2
     with pytest.raises(ValueError, match="DataParallel; start it with `accelerate launch`"):
-        _refuse_what_cannot_hold(args)
+        refuse_unsupported(args)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_what_is_pushed_while_training(tmp_path, monkeypatch, strategy, uploads)
         done.set_result(None)
         return done
 
-    monkeypatch.setattr("hf_uib.trainer.HfApi.upload_folder", upload_folder)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
 
     def init_hf_repo(self, token=None, private=None):
         self.hub_model_id, self.push_in_progress = "me/it", None
@@ -155,7 +155,7 @@ def test_what_is_pushed_while_training(tmp_path, monkeypatch, strategy, uploads)
 def test_epochs_where_the_last_batch_is_dropped(tmp_path):
     """Rows of 32 + 6: the sampler counts the epochs as the loader does, so the second epoch has an order of its own."""
     trainer = train(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=5, max_steps=1)
-    sampler, orders = trainer._get_train_sampler(), []
+    sampler, orders = trainer.get_train_dataloader().batch_sampler.sampler, []
     for trainer.state.global_step in (0, 5, 6, 12):  # 32 rows in batches of 5: six steps
         orders.append([retain for _, retain, _ in sampler])
     assert orders[0] == orders[1] != orders[2] != orders[3]

@@ -44,9 +44,9 @@ def test_collator_puts_retained_rows_first_and_drops_what_the_model_does_not_tak
 
     collator = pairing.UIBCollator(default_data_collator, {"pixel_values", "labels"})
     batch = collator(paired.__getitems__([(6, 0, (4, 5)), (7, 1, ())]))
-    assert batch["n_retain"] == 2 and set(batch["inputs"]) == {"pixel_values", "labels"}
-    assert torch.equal(batch["inputs"]["pixel_values"][0], rows[0]["pixel_values"])
-    assert len(batch["inputs"]["labels"]) == 4 and batch["positions"].tolist() == [6, 7, 6, 7]
+    assert batch.retained == 2 and set(batch.features) == {"pixel_values", "labels"}
+    assert torch.equal(batch.features["pixel_values"][0], rows[0]["pixel_values"])
+    assert len(batch.features["labels"]) == 4 and batch.positions.tolist() == [6, 7, 6, 7]
     assert set(collator([rows[0]])) == {"pixel_values", "labels"}
 
 
@@ -58,7 +58,7 @@ def test_raw_pictures_and_texts_are_encoded(tmp_path):
     processor = ViTImageProcessorPil(do_resize=False)
     encoded = reading.encode(pictures.select([0, 2]), processor, "pixel_values")
     assert encoded[0]["pixel_values"].shape == (3, 8, 8) and encoded[1]["label"] == 0
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad")
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
     texts = datasets.Dataset.from_dict({"text": ["good", "bad bad"], "label": [0, 1]})
     assert "input_ids" in reading.encode(texts, tokenizer, "input_ids").column_names
@@ -73,11 +73,11 @@ def test_fingerprint_ignores_order_and_sees_content():
 
 
 def test_overlap_is_by_content_and_label():
-    rows = make_rows(n=6)
+    rows, labels = make_rows(n=6), lambda name, dataset: checks.check_labels(name, dataset, 3)
     with pytest.raises(ValueError, match="2 rows of forget_dataset are in retain_dataset too"):
-        checks.check_sets(rows.select([0, 1, 2]), rows.select([1, 2, 3]), 3)
+        checks.check_sets(rows.select([0, 1, 2]), rows.select([1, 2, 3]), labels)
     relabelled = rows.with_format(None).map(lambda row: {"labels": (row["labels"] + 1) % 3})
-    checks.check_sets(rows.with_format(None), relabelled, 3)  # outdated labels: same inputs, other labels
+    checks.check_sets(rows.with_format(None), relabelled, labels)  # outdated labels: same inputs, other labels
 
 
 def test_sample_indices():

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageClassification
 
 from hf_uib import UIBConfig
-from hf_uib.cli import demo
+from hf_uib.cli.demo import demo
 
 
 def meets_the_bars(row: dict, results: dict) -> bool:
@@ -26,11 +26,12 @@ def meets_the_bars(row: dict, results: dict) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 3])
 def test_demo(seed, tmp_path):
     out = str(tmp_path / "demo")
     args = UIBConfig(out, seed=seed, save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=50)
-    results = demo.demo(args)
+    results = demo(args)
     assert meets_the_bars(results["UIB"], results)
     assert not meets_the_bars(results["original"], results)
     assert not meets_the_bars(results["fine-tuned LoRA"], results)

@@ -1,4 +1,4 @@
-"""`scripts/demo.py` as a user sees it: both charts say what the two models say; what is missing is told in one line."""
+"""`hf-uib app` as a user sees it: both charts say what the two models say; what is missing is told in one line."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 
@@ -15,15 +14,13 @@ import pytest
 import torch
 from conftest import make_model, make_rows
 from PIL import Image
+from test_cli import COMMAND, ENVIRONMENT
 from transformers import BertTokenizerFast, ViTImageProcessorPil
 
 from hf_uib import UIBConfig, UIBTrainer
+from hf_uib.cli import app
+from hf_uib.cli.comparison import AppArguments, load
 from hf_uib.cli.digits import digits_colour
-
-SCRIPTS = os.path.join(os.path.dirname(__file__), "..", "scripts")
-sys.path.insert(0, SCRIPTS)
-import demo  # noqa: E402
-from demo import DemoArguments  # noqa: E402
 
 pytestmark = [
     pytest.mark.xdist_group("demo_app"),
@@ -72,7 +69,7 @@ def serve():
     pages = []
 
     def start(**arguments):
-        pages.append(demo.build(demo.load(DemoArguments(**arguments))))
+        pages.append(app.build(load(AppArguments(**arguments))))
         return pages[-1].launch(prevent_thread_lock=True, quiet=True)[1]
 
     yield start
@@ -88,10 +85,10 @@ def chart(page, side: str) -> dict[str, float]:
 def expect_answer(page, names, before, after):
     """Sentence and charts become those of two arrays of probabilities."""
     wanted = [
-        {names[i]: pytest.approx(float(answer[i]), abs=1e-4) for i in np.argsort(-answer)[: demo.SHOWN]}
+        {names[i]: pytest.approx(float(answer[i]), abs=1e-4) for i in np.argsort(-answer)[: app.MOST_BARS]}
         for answer in (before, after)
     ]
-    page.get_by_text(demo.decision(names, before, after).replace("*", ""), exact=True).wait_for()
+    page.get_by_text(app.decision(names, before, after).replace("*", ""), exact=True).wait_for()
     for _ in range(PAGE // 50):
         shown = [chart(page, side) for side in ("before", "after")]
         if shown == wanted:
@@ -127,6 +124,7 @@ def unlearned(tmp_path_factory):
     return original, trainer.merge_and_unload(), folder
 
 
+@pytest.mark.browser
 def test_uploaded_picture_with_an_adapter(unlearned, serve, page, tmp_path):
     original, merged, folder = unlearned
     for seed in (0, 1):
@@ -150,6 +148,7 @@ def test_uploaded_picture_with_an_adapter(unlearned, serve, page, tmp_path):
     assert min(abs(a - b).max() for i, a in enumerate(answers) for b in answers[:i]) > 0.01  # four answers, not one
 
 
+@pytest.mark.browser
 def test_digits_in_every_hue(unlearned, serve, page, tmp_path):
     original, merged, folder = unlearned
     shutil.copytree(folder, tmp_path / "digits")
@@ -158,7 +157,7 @@ def test_digits_in_every_hue(unlearned, serve, page, tmp_path):
     names = list(original.config.id2label.values())
 
     def answers(row):
-        inputs = PROCESSOR(demo.paint_hues(row["image"]), return_tensors="pt")
+        inputs = PROCESSOR(app.paint_hues(row["image"]), return_tensors="pt")
         return probabilities(original, **inputs), probabilities(merged, **inputs)
 
     page.goto(serve(adapter=str(tmp_path / "digits")))
@@ -178,13 +177,14 @@ def test_digits_in_every_hue(unlearned, serve, page, tmp_path):
 
 def test_hues_are_those_of_the_task():
     test = digits_colour(0).sets["test"].with_format(None)
-    painted = [np.asarray(p, int) for p in demo.paint_hues(test[7]["image"])]
+    painted = [np.asarray(p, int) for p in app.paint_hues(test[7]["image"])]
     for copy, hue in enumerate(painted):
         assert abs(hue - np.asarray(test[copy]["image"], int)).max() <= 1
-        again = demo.paint_hues(Image.fromarray(hue.astype(np.uint8)))
+        again = app.paint_hues(Image.fromarray(hue.astype(np.uint8)))
         assert abs(np.asarray(again, int) - painted).max() <= 1
 
 
+@pytest.mark.browser
 def test_sentence_with_two_checkpoints_from_the_command_line(browser, page, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     models = {name: make_model("bert", num_labels=2, seed=i) for i, name in enumerate(("before", "after"))}
@@ -198,11 +198,11 @@ def test_sentence_with_two_checkpoints_from_the_command_line(browser, page, tmp_
         port = free.getsockname()[1]
     command = ["--model", tmp_path / "after", "--reference", tmp_path / "before", "--server_port", port]
     served = subprocess.Popen(
-        [sys.executable, os.path.join(SCRIPTS, "demo.py"), *map(str, command)],
+        [*COMMAND, "app", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env=ENVIRONMENT,
     )
     try:
         for _ in range(600):
@@ -226,8 +226,8 @@ def test_sentence_with_two_checkpoints_from_the_command_line(browser, page, tmp_
 
 def test_decision():
     names, yes, no = ["no", "yes"], np.array([0.2, 0.8]), np.array([0.9, 0.1])
-    assert demo.decision(names, yes, yes) == "**The decision is the same**: yes, with 80% before and 80% after."
-    assert demo.decision(names, yes, no) == "**The decision changed**: yes (80%) before, no (90%) after."
+    assert app.decision(names, yes, yes) == "**The decision is the same**: yes, with 80% before and 80% after."
+    assert app.decision(names, yes, no) == "**The decision changed**: yes (80%) before, no (90%) after."
 
 
 def test_what_is_missing_is_one_line(unlearned, tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_what_is_missing_is_one_line(unlearned, tmp_path, monkeypatch):
     make_model("bert").save_pretrained(tmp_path / "texts")
     shutil.copytree(folder, tmp_path / "alone", ignore=shutil.ignore_patterns("merged", "preprocessor_config.json"))
     for arguments, said in (
-        ({}, "run `accelerate launch scripts/unlearn.py` first"),
+        ({}, "run `hf-uib demo` first"),
         ({"adapter": "alone"}, "does not name its base, and has no merged/; give --base"),
         ({"adapter": "alone", "base": "merged"}, "merged is not, to the bit, what alone was trained on"),
         ({"adapter": "alone", "base": "texts"}, "alone does not fit texts"),
@@ -251,7 +251,7 @@ def test_what_is_missing_is_one_line(unlearned, tmp_path, monkeypatch):
         ({"model": "merged", "reference": "nowhere"}, "No checkpoint nowhere"),
     ):
         with pytest.raises(ValueError) as error:
-            demo.load(DemoArguments(**arguments))
+            load(AppArguments(**arguments))
         assert said in str(error.value) and "\n" not in str(error.value), arguments
     PROCESSOR.save_pretrained(tmp_path / "original")
-    assert demo.load(DemoArguments(adapter="alone", base="original")).request == "the hue"
+    assert load(AppArguments(adapter="alone", base="original")).request == "the hue"

@@ -128,7 +128,7 @@ def test_checkpoint_to_hub(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         files = hub.repos["models", "tester/vit"].branches["main"][-1].files
-    rows = json.loads(re.search(r"^rows (.*)", done.stdout, re.M)[1])
+    rows = json.loads(re.search(r"^rows (.*)", done.stdout, re.MULTILINE)[1])
     assert follows_less(rows, "UIB")
     assert rows["UIB, loaded by PEFT"].pop("difference") < 1e-4
     assert rows["UIB, loaded by PEFT"] == rows["UIB"]
@@ -150,7 +150,7 @@ def trouble(notebook):
     found += [path for text in texts for path in re.findall(r"(?<![\w.)])(?:/[\w.-]+){2,}|[A-Z]:\\\\", text)]
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            compile(re.sub(r"^%.*", "", cell.source, flags=re.M), "cell", "exec")
+            compile(re.sub(r"^%.*", "", cell.source, flags=re.MULTILINE), "cell", "exec")
     return found
 
 

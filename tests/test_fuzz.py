@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_uib import UIBConfig
-from hf_uib.cli import parser as command_line
+from hf_uib.cli.parser import parse
 from hf_uib.data import reading
 
 ROWS = make_rows(n=6).with_format(None)
@@ -52,46 +52,45 @@ VALUES = st.recursive(
 )
 
 
-def parsed(path, content, monkeypatch):
+def parsed(path, content):
     path.write_text(content, encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["unlearn.py", "--config", str(path), "--use_cpu"])
-    return command_line.parse("A script.", UIBConfig, lists={}, output_dir="out")[0]
+    return parse("unlearn", "A command.", ["--config", str(path), "--use_cpu"], UIBConfig, lists={}, output_dir="out")[
+        0
+    ]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(NAMES) | TEXT, VALUES, max_size=3).map(yaml.safe_dump) | st.text(max_size=40))
-def test_settings(tmp_path, monkeypatch, content):
+def test_settings(tmp_path, content):
     try:
-        args = parsed(tmp_path / "settings.yaml", content, monkeypatch)
+        args = parsed(tmp_path / "settings.yaml", content)
     except (ValueError, OSError) as error:
         assert str(error) and "\n" not in str(error)
     else:
         assert isinstance(args, UIBConfig)
 
 
-def test_settings_are_read_as_on_the_command_line(tmp_path, monkeypatch):
-    args = parsed(
-        tmp_path / "a.yaml", "beta: 1e-3\nbf16: true\nlr_scheduler_kwargs: {a: 1}\nmax_steps: 7\n", monkeypatch
-    )
+def test_settings_are_read_as_on_the_command_line(tmp_path):
+    args = parsed(tmp_path / "a.yaml", "beta: 1e-3\nbf16: true\nlr_scheduler_kwargs: {a: 1}\nmax_steps: 7\n")
     assert args.beta == 1e-3 and args.bf16 is True and args.max_steps == 7  # YAML itself reads 1e-3 as text
     for content, message in (
         ("betta: 1", "'betta' that is not known"),
         ("beta: much", "invalid float value"),
         ("- beta", "holds no settings"),
         ("beta: [", "is no YAML"),
-        ("prior: other", "invalid choice"),
+        ("prior: other", "choose one of"),
+        ("posterior: other", "invalid choice"),
     ):
         with pytest.raises(ValueError, match=message):
-            parsed(tmp_path / "b.yaml", content, monkeypatch)
+            parsed(tmp_path / "b.yaml", content)
 
 
-def test_a_list_given_twice_is_refused(monkeypatch):
+def test_a_list_given_twice_is_refused():
     from dataclasses import dataclass, field
 
     @dataclass
     class Given:
         rows: list[str] = field(default_factory=list)
 
-    monkeypatch.setattr("sys.argv", ["x.py", "--rows", "a", "--rows", "b"])
     with pytest.raises(ValueError, match="more than once"):
-        command_line.parse("A script.", Given, lists={"rows": None})
+        parse("unlearn", "A command.", ["--rows", "a", "--rows", "b"], Given, lists={"rows": None})

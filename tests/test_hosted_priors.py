@@ -15,8 +15,10 @@ from torch.func import functional_call, jacrev
 
 from hf_uib import UIBTrainer, objective
 from hf_uib.data.checks import removed_classes
+from hf_uib.data.pairing import UnlearningBatch
 from hf_uib.data.reading import labels_of
 from hf_uib.priors import PRIORS, AscentPrior, InfluencePrior, PriorContext, RandomLabelPrior, influence
+from hf_uib.settings import InfluenceSettings
 
 
 class Linear(nn.Module):
@@ -42,12 +44,10 @@ class GaussianInfluence(InfluencePrior):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_influence_gives_the_retrain_posterior_of_a_linear_gaussian_model(monkeypatch, exact):
-    if not exact:
-        monkeypatch.setattr(influence, "EXACT", 1)
-        monkeypatch.setattr(influence, "TOLERANCE", 1e-28)
+def test_influence_gives_the_retrain_posterior_of_a_linear_gaussian_model(exact):
+    settings = InfluenceSettings() if exact else InfluenceSettings(exact=1, tolerance=1e-28)
     g, precision, gone, kept, d = torch.Generator().manual_seed(0), 0.5, 30, 80, 6
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     x = draw(gone + kept, d) @ draw(d, d)
     y = x @ draw(d) + 0.3 * draw(gone + kept) + 2.0 * (torch.arange(gone + kept) < gone)
 
@@ -56,9 +56,9 @@ def test_influence_gives_the_retrain_posterior_of_a_linear_gaussian_model(monkey
         return torch.linalg.solve(matrix, x[rows].T @ y[rows] / GaussianInfluence.variance)
 
     trained, retrained = posterior_mean(slice(None)), posterior_mean(slice(gone, None))
-    model, prior = Linear(trained.clone()), GaussianInfluence(precision=precision)
+    model, prior = Linear(trained.clone()), GaussianInfluence(settings, precision=precision)
     prior.strength = 1.0
-    give = lambda start, end: lambda: [{"x": x[start:end], "labels": y[start:end]}]  # noqa: E731
+    give = lambda start, end: lambda: [{"x": x[start:end], "labels": y[start:end]}]
     prior.prepare(PriorContext(model, give(0, gone), give(gone, gone + kept), (gone, kept), lambda tensors: None))
     assert (trained - retrained).abs().max() > 0.1  # what there was to undo
     assert (model.weight - retrained).abs().max() < 1e-8
@@ -131,25 +131,28 @@ def test_without_retained_data_and_with_ascent_the_loss_is_the_evidence_upper_bo
         trainer = UIBTrainer(model, args, forget)
     assert isinstance(trainer.prior, AscentPrior)
     trainer.train()
-    trainer._set_prior_mean({n: tuple(w.detach().clone() for w in trainer._factors(n)) for n in trainer.layers})
-    trainer.state.global_step, trainer._last_step = 1, 1
+    posterior = trainer.posterior
+    posterior.set_prior_mean()
+    trainer.state.global_step = 1
     g = torch.Generator().manual_seed(0)
     weights = [layer.lora_B["default"].weight for layer in trainer.layers.values()]
     for weight in weights:
         weight.data += 0.01 * torch.randn(weight.shape, generator=g)
     batch = {k: v for k, v in forget[:].items() if k in ("pixel_values", "labels")}
     trainer.model.eval()
-    loss = trainer.compute_loss(trainer.model, {"inputs": dict(batch), "n_retain": 8, "positions": torch.arange(8)})
+    loss = trainer.compute_loss(
+        trainer.model, UnlearningBatch(features=dict(batch), retained=8, positions=torch.arange(8))
+    )
     mine = torch.autograd.grad(loss, weights)
 
     nats = 0.0
     for name in trainer.layers:
-        a, b = trainer._factors(name)
-        a0, b0 = trainer.prior_mean[name]
-        v, floor = trainer.subspaces[name], trainer.floors[list(trainer.layers).index(name)]
+        a, b = trainer.posterior.factors(name)
+        a0, b0 = posterior.prior_means_a[name], posterior.prior_means_b[name]
+        v, floor = trainer.posterior.subspaces[name], trainer.posterior.floors[list(trainer.layers).index(name)]
         variance = (floor**2).expand(len(v))
         for row, row0 in zip(b @ a @ v.T, b0 @ a0 @ v.T, strict=True):  # one output at a time, along the subspace
-            normal = lambda m, s=variance: MultivariateNormal(m.double(), torch.diag(s.double()))  # noqa: E731
+            normal = lambda m, s=variance: MultivariateNormal(m.double(), torch.diag(s.double()))
             nats = nats + kl_divergence(normal(row), normal(row0))
     log_p = -F.cross_entropy(
         trainer.model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="sum"
@@ -163,13 +166,12 @@ def test_a_zero_mean_fixed_prior_is_variational_lora(tmp_path):
     """Prior `none`, never refreshed: cross-entropy plus beta / n times the divergence from N(0, same channel)."""
     trainer = make_trainer(tmp_path, prior="none", prior_update_steps=1000, beta=0.5, max_steps=3)
     trainer.train()
-    assert all(not b0.any() for _, b0 in trainer.prior_mean.values())  # the mean of dW is zero, and stayed
-    trainer._last_step, trainer.width = trainer.state.global_step, 0.0
-    nats = trainer._kl_per_layer()
+    assert all(not b0.any() for _, b0 in trainer.posterior.prior_means_b.items())  # the mean of dW is zero, and stayed
+    nats = trainer.posterior.kl_per_layer(scale=0.0)
     for value, (name, layer) in zip(nats, trainer.layers.items(), strict=True):
-        a, b = trainer._factors(name)
-        moved = b @ a @ trainer.subspaces[name].T * layer.scaling["default"]
-        floor = trainer.floors[list(trainer.layers).index(name)]
+        a, b = trainer.posterior.factors(name)
+        moved = b @ a @ trainer.posterior.subspaces[name].T * layer.scaling["default"]
+        floor = trainer.posterior.floors[list(trainer.layers).index(name)]
         torch.testing.assert_close(value, moved.square().sum() / (2 * floor**2), rtol=1e-4, atol=1e-5)
 
 
@@ -193,7 +195,7 @@ def test_the_evidence_is_divided_out(tmp_path, prior):
         trainer.train()
         found[name] = (
             PRIORS[prior](target=-math.inf)
-            .forget_loss(*trainer._forward_all(trainer.forget_dataset, list(range(24))))
+            .forget_loss(*trainer.inference.forward(trainer.forget_dataset, list(range(24))))
             .item()
         )
     assert found[prior] < found["none"] - 0.2
@@ -224,23 +226,27 @@ def test_hosted_priors_resume_bit_equal(tmp_path, prior):
     assert same(adapter_weights(whole), adapter_weights(resumed))
 
 
-def test_influence_moves_the_adapter_and_its_strength_scales_that(tmp_path, monkeypatch):
-    monkeypatch.setattr(influence, "RISE", math.inf)
+def test_influence_moves_the_adapter_and_its_strength_scales_that(tmp_path):
     shifts = {}
     for strength in (0.0, 0.1, 0.2):
-        trainer = make_trainer(tmp_path / str(strength), prior="influence", prior_strength=strength)
-        trainer._begin()
+        trainer = make_trainer(
+            tmp_path / str(strength),
+            prior="influence",
+            prior_strength=strength,
+            influence_settings={"max_increase": math.inf},
+        )
+        trainer.run_statistics_pass()
         shifts[strength] = torch.cat([b.flatten() for n, b in adapter_weights(trainer).items() if "lora_B" in n])
     assert not shifts[0.0].any() and shifts[0.1].norm() > 1e-4
     torch.testing.assert_close(shifts[0.2], 2 * shifts[0.1], rtol=1e-3, atol=1e-6)
 
 
-def test_influence_goes_no_further_than_the_retained_data_allow(tmp_path, monkeypatch):
-    def begun(name, rise):
-        monkeypatch.setattr(influence, "RISE", rise)
-        trainer = make_trainer(tmp_path / name, prior="influence", prior_strength=1.0)
-        trainer._begin()
-        logits, labels = trainer._forward_all(trainer.retain_dataset, list(range(len(trainer.retain_dataset))))
+def test_influence_goes_no_further_than_the_retained_data_allow(tmp_path):
+    def begun(name, most):
+        settings = {"max_increase": most}
+        trainer = make_trainer(tmp_path / name, prior="influence", prior_strength=1.0, influence_settings=settings)
+        trainer.run_statistics_pass()
+        logits, labels = trainer.inference.forward(trainer.retain_dataset, list(range(len(trainer.retain_dataset))))
         moved = torch.cat([b.flatten() for n, b in adapter_weights(trainer).items() if "lora_B" in n])
         return F.cross_entropy(logits, labels).item(), moved
 
@@ -265,9 +271,9 @@ def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
     assert removed_classes(gone, labels_of(rows(8, 2, {0, 2}))) == removed_classes(gone, None) == []
     args = config(tmp_path, max_steps=40, learning_rate=0.05, prior_fraction=1.0, prior_strength=1.0, beta=0.0)
     trainer = UIBTrainer(make_model(), args, rows(8, 1, {2}), rows(16, 2, {0, 1}), make_rows(n=30, seed=3))
-    trainer._begin()
+    trainer.run_statistics_pass()
     reference = copy.deepcopy(trainer.model)
-    margins = trainer._calibration_margins()
+    margins = trainer.measurements.calibration_margins()
     others = rows(10, 3, {0, 1})
     with torch.no_grad():
         logits = reference.eval()(pixel_values=others[:]["pixel_values"]).logits
@@ -275,7 +281,9 @@ def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
     torch.testing.assert_close(margins.sort().values, expected.sort().values, rtol=1e-4, atol=1e-4)
     trainer.train()
     assert not trainer.prior.pattern_detected
-    forgotten = trainer._margins(trainer.forget_dataset, list(range(len(trainer.forget_dataset))))
+    forgotten = trainer.task.margin(
+        *trainer.inference.forward(trainer.forget_dataset, list(range(len(trainer.forget_dataset))))
+    )
     assert forgotten.median() < margins.median() + 0.5
 
 

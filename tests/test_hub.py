@@ -15,7 +15,7 @@ from conftest import make_rows
 from hub_server import HubServer, validate
 from launching import HERE
 
-pytestmark = pytest.mark.xdist_group("hub")  # one server, one client
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hub")]  # one server, one client
 
 TOKEN, STRANGER = "hf_owner_of_everything", "hf_somebody_else"
 ADAPTER = {

@@ -9,21 +9,21 @@ from scipy.stats import mannwhitneyu, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.svm import SVC
 
-from hf_uib.metrics import CounterfactualGap, MembershipAttack, UnlearningGap
+from hf_uib.metrics import UnlearningGap, counterfactual_gap, membership_attack, unlearning_gap
 from hf_uib.metrics.bootstrap import bootstrap_interval
-from hf_uib.metrics.membership_attack import weighted_auc
-from hf_uib.metrics.unlearning_gap import gap_deviations
+from hf_uib.metrics.membership import weighted_auc
+from hf_uib.metrics.unlearning import gap_deviations
 
 
 def run(metric, *, order=None, **columns):
     """Compute a metric; ``order`` permutes the rows of every column."""
     if order is not None:
         columns = {k: v[order] if isinstance(v, np.ndarray) else v for k, v in columns.items()}
-    return metric(keep_in_memory=True).compute(**columns)
+    return metric(**columns)
 
 
 def membership_columns(forget, test, retain=(), references=None):
-    """Columns of `MembershipAttack`, in the order forget, retain, test; every label is 0 unless given."""
+    """Columns of `membership_attack`, in the order forget, retain, test; every label is 0 unless given."""
     sets = {"forget": np.asarray(forget), "retain": np.asarray(retain, dtype=float), "test": np.asarray(test)}
     scores = np.concatenate(list(sets.values()))
     return {
@@ -34,7 +34,7 @@ def membership_columns(forget, test, retain=(), references=None):
 
 
 def gap_columns(rng, size=300, right=0.8, retrained_right=0.8, splits=("forget", "retain", "test")):
-    """Columns of `UnlearningGap` with independent errors, ``size`` rows a split."""
+    """Columns of `unlearning_gap` with independent errors, ``size`` rows a split."""
     count = size * len(splits)
     references = rng.integers(0, 5, count)
     wrong = lambda share: (references + (rng.random(count) > share)) % 5
@@ -52,7 +52,7 @@ def gap_columns(rng, size=300, right=0.8, retrained_right=0.8, splits=("forget",
 def test_counterfactual_gap_by_hand():
     # Example 7: spread .6, flips; example 3: spread .1 over three copies, same class; example 9 has one copy.
     result = run(
-        CounterfactualGap,
+        counterfactual_gap,
         predictions=[1, 2, 2, 2, 2, 0],
         scores=[0.9, 0.3, 0.5, 0.55, 0.6, 0.1],
         references=[1, 1, 2, 2, 2, 0],
@@ -69,10 +69,10 @@ def test_counterfactual_gap_of_a_blind_model_is_zero_and_order_is_irrelevant():
     rng = np.random.default_rng(0)
     examples, scores = np.repeat(np.arange(50), 4), rng.random(200)
     columns = dict(predictions=rng.integers(0, 3, 200), scores=scores, references=examples % 3, examples=examples)
-    assert run(CounterfactualGap, **columns) == run(CounterfactualGap, order=rng.permutation(200), **columns)
-    blind = run(CounterfactualGap, **{**columns, "scores": examples / 50, "predictions": examples % 3})
+    assert run(counterfactual_gap, **columns) == run(counterfactual_gap, order=rng.permutation(200), **columns)
+    blind = run(counterfactual_gap, **{**columns, "scores": examples / 50, "predictions": examples % 3})
     assert blind["counterfactual_gap"] == 0 and blind["flip_rate"] == 0
-    off = run(CounterfactualGap, n_bootstrap=0, **columns)
+    off = run(counterfactual_gap, n_bootstrap=0, **columns)
     assert math.isnan(off["flip_rate_low"]) and off["flip_rate"] > 0
 
 
@@ -100,7 +100,7 @@ def test_bootstrap_interval_covers_and_does_not_depend_on_blocks(monkeypatch):
 def test_counterfactual_gap_errors_are_one_line(changed, message):
     columns = {"predictions": [0, 0], "scores": [0.5, 0.5], "references": [0, 0], "examples": [4, 4]}
     with pytest.raises(ValueError, match=message) as error:
-        run(CounterfactualGap, **{**columns, **changed})
+        run(counterfactual_gap, **{**columns, **changed})
     assert "\n" not in str(error.value)
 
 
@@ -109,7 +109,7 @@ def test_counterfactual_gap_errors_are_one_line(changed, message):
 
 def test_membership_attack_by_hand():
     # Pairs (forget, test): 3 beats 2, 1, 0; 2 ties with 2 and beats 1, 0; together 5.5 of 6.
-    result = run(MembershipAttack, **membership_columns(forget=[3.0, 2.0], test=[2.0, 1.0, 0.0]))
+    result = run(membership_attack, **membership_columns(forget=[3.0, 2.0], test=[2.0, 1.0, 0.0]))
     assert result["auc"] == result["auc_balanced"] == pytest.approx(5.5 / 6)
     assert result["advantage"] == pytest.approx(1 - 1 / 3)  # threshold 2: TPR 1, FPR 1/3
     assert result["tpr_at_1_fpr"] == 0.5  # threshold 3: no test row
@@ -120,7 +120,7 @@ def test_membership_attack_agrees_with_sklearn_and_scipy():
     rng = np.random.default_rng(0)
     for shift in (-1.0, 0.0, 0.7):
         forget, test = rng.normal(shift, 1, 150).round(1), rng.normal(0, 1, 400).round(1)  # rounded: many ties
-        result = run(MembershipAttack, n_bootstrap=0, **membership_columns(forget, test))
+        result = run(membership_attack, n_bootstrap=0, **membership_columns(forget, test))
         truth, scores = np.repeat([1, 0], [150, 400]), np.concatenate([forget, test])
         assert result["auc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
         assert result["auc"] == pytest.approx(mannwhitneyu(forget, test).statistic / (150 * 400), abs=1e-12)
@@ -147,19 +147,19 @@ def test_mia_efficacy_is_the_published_attack():
     )
     expected = (attack.predict(expit(logit["forget"])[:, None]) == 0).mean()
     assert 0.1 < expected < 0.9
-    assert run(MembershipAttack, **membership_columns(**logit))["mia_efficacy"] == pytest.approx(expected)
+    assert run(membership_attack, **membership_columns(**logit))["mia_efficacy"] == pytest.approx(expected)
     logit["forget"] = logit["retain"]  # a model that has forgotten nothing has less of it
-    assert run(MembershipAttack, **membership_columns(**logit))["mia_efficacy"] < expected - 0.1
+    assert run(membership_attack, **membership_columns(**logit))["mia_efficacy"] < expected - 0.1
 
 
 def test_membership_attack_is_deterministic_and_ignores_the_order_of_rows():
     rng = np.random.default_rng(0)
     sets = {"forget": rng.normal(0.5, 1, 90), "test": rng.normal(0, 1, 130), "retain": rng.normal(1, 1, 170)}
     columns = membership_columns(**sets, references=rng.integers(0, 3, 390))
-    first = run(MembershipAttack, **columns)
-    assert first == run(MembershipAttack, **columns)
-    assert first == run(MembershipAttack, order=rng.permutation(390), **columns)
-    assert first["auc_low"] != run(MembershipAttack, seed=1, **columns)["auc_low"]
+    first = run(membership_attack, **columns)
+    assert first == run(membership_attack, **columns)
+    assert first == run(membership_attack, order=rng.permutation(390), **columns)
+    assert first["auc_low"] != run(membership_attack, seed=1, **columns)["auc_low"]
 
 
 def test_another_mix_of_classes_is_not_membership():
@@ -169,7 +169,7 @@ def test_another_mix_of_classes_is_not_membership():
     scores = {k: 2.0 * v + rng.normal(0, 1, 1500) for k, v in labels.items()}
     labels = {k: v.astype(int) for k, v in labels.items()}
     columns = membership_columns(**scores, references=np.concatenate([labels["forget"], labels["test"]]))
-    result = run(MembershipAttack, **columns)
+    result = run(membership_attack, **columns)
     assert result["auc"] > 0.65 and result["auc_low"] > 0.6
     assert result["auc_balanced"] == pytest.approx(0.5, abs=0.03)
     assert result["logistic_accuracy"] == pytest.approx(0.5, abs=0.04)
@@ -184,8 +184,8 @@ def test_another_mix_of_classes_is_not_membership():
 def test_both_directions_away_from_the_target():
     rng = np.random.default_rng(0)
     test = rng.normal(0, 1, 300)
-    kept = run(MembershipAttack, **membership_columns(rng.normal(2, 1, 300), test))
-    over = run(MembershipAttack, **membership_columns(rng.normal(-2, 1, 300), test))
+    kept = run(membership_attack, **membership_columns(rng.normal(2, 1, 300), test))
+    over = run(membership_attack, **membership_columns(rng.normal(-2, 1, 300), test))
     assert kept["auc"] > 0.85 and kept["logistic_accuracy"] > 0.75
     assert over["auc"] < 0.15 and over["advantage"] < 0.1
     assert over["logistic_accuracy"] > 0.75  # its slope is fitted: it cannot tell the two apart
@@ -202,7 +202,7 @@ def test_auc_interval_covers():
 
 
 def test_classes_that_do_not_meet_leave_no_balanced_value():
-    result = run(MembershipAttack, **membership_columns([2.0, 3.0], [1.0, 0.0], references=[1, 1, 0, 0]))
+    result = run(membership_attack, **membership_columns([2.0, 3.0], [1.0, 0.0], references=[1, 1, 0, 0]))
     assert result["auc"] == 1 and math.isnan(result["auc_balanced"]) and math.isnan(result["logistic_accuracy"])
 
 
@@ -217,7 +217,7 @@ def test_classes_that_do_not_meet_leave_no_balanced_value():
 )
 def test_membership_attack_errors_are_one_line(splits, scores, message):
     with pytest.raises(ValueError, match=message) as error:
-        run(MembershipAttack, scores=scores, references=[0, 0], splits=splits)
+        run(membership_attack, scores=scores, references=[0, 0], splits=splits)
     assert "\n" not in str(error.value)
 
 
@@ -232,13 +232,13 @@ def test_unlearning_gap_by_hand():
         "references": [1] * 8,
         "splits": ["forget"] * 2 + ["retain"] * 2 + ["test"] * 4,
     }
-    result = run(UnlearningGap, attack=0.9, retrained_attack=0.8, **columns)
+    result = run(unlearning_gap, attack=0.9, retrained_attack=0.8, **columns)
     assert (result["forget_gap"], result["retain_gap"], result["test_gap"]) == (0.5, -0.5, 0.25)
     assert result["attack_gap"] == pytest.approx(0.1)
     assert result["average_gap"] == pytest.approx((0.5 + 0.5 + 0.25 + 0.1) / 4)
     assert result["tug_of_war"] == pytest.approx(0.5 * 0.5 * 0.75)
     assert result["tug_of_war_mia"] == pytest.approx(0.9 * 0.5 * 0.75)
-    plain = run(UnlearningGap, n_bootstrap=0, **columns)
+    plain = run(unlearning_gap, n_bootstrap=0, **columns)
     assert plain["average_gap"] == pytest.approx(1.25 / 3)
     assert math.isnan(plain["average_gap_low"]) and math.isnan(plain["tug_of_war_high"])
     assert "attack_gap" not in plain and "tug_of_war_mia" not in plain
@@ -247,7 +247,7 @@ def test_unlearning_gap_by_hand():
 def test_the_retrained_model_has_no_gap_to_itself():
     columns = gap_columns(np.random.default_rng(0))
     columns["retrained_predictions"] = columns["predictions"]
-    result = run(UnlearningGap, attack=0.4, retrained_attack=0.4, **columns)
+    result = run(unlearning_gap, attack=0.4, retrained_attack=0.4, **columns)
     assert result["average_gap"] == 0 and result["tug_of_war"] == result["tug_of_war_mia"] == 1
     assert result["average_gap_low"] == result["average_gap_high"] == 0
 
@@ -255,12 +255,12 @@ def test_the_retrained_model_has_no_gap_to_itself():
 def test_unlearning_gap_ignores_the_order_of_rows_and_swaps_sign():
     rng = np.random.default_rng(0)
     columns = gap_columns(rng, right=0.6)
-    result = run(UnlearningGap, **columns)
-    assert result == run(UnlearningGap, order=rng.permutation(900), **columns)
+    result = run(unlearning_gap, **columns)
+    assert result == run(unlearning_gap, order=rng.permutation(900), **columns)
     swapped = dict(predictions=columns["retrained_predictions"], retrained_predictions=columns["predictions"])
-    other = run(UnlearningGap, **{**columns, **swapped})
+    other = run(unlearning_gap, **{**columns, **swapped})
     assert other["forget_gap"] == -result["forget_gap"] and other["tug_of_war"] == result["tug_of_war"]
-    absent = run(UnlearningGap, **gap_columns(rng, splits=("retain", "test")))
+    absent = run(unlearning_gap, **gap_columns(rng, splits=("retain", "test")))
     assert math.isnan(absent["forget_gap"]) and math.isnan(absent["tug_of_war"]) and absent["average_gap"] >= 0
 
 
@@ -279,7 +279,7 @@ def test_unlearning_gap_intervals_cover(right, retrained_right):
     rng, gap, average, product = np.random.default_rng(0), abs(right - retrained_right), 0, 0
     for trial in range(150):
         columns = gap_columns(rng, 80, right, retrained_right)
-        result = run(UnlearningGap, n_bootstrap=400, seed=trial, **columns)
+        result = run(unlearning_gap, n_bootstrap=400, seed=trial, **columns)
         average += result["average_gap_low"] <= gap + 1e-12 <= result["average_gap_high"]
         product += result["tug_of_war_low"] <= (1 - gap) ** 3 + 1e-12 and (1 - gap) ** 3 <= result["tug_of_war_high"]
         assert result["average_gap_low"] <= result["average_gap"] <= result["average_gap_high"]
@@ -297,7 +297,7 @@ def test_unlearning_gap_intervals_cover(right, retrained_right):
 def test_unlearning_gap_errors_are_one_line(changed, message):
     columns = {"predictions": [0, 0], "retrained_predictions": [0, 0], "references": [0, 0]}
     with pytest.raises(ValueError, match=message) as error:
-        run(UnlearningGap, **{**columns, "splits": ["forget", "test"], **changed})
+        run(unlearning_gap, **{**columns, "splits": ["forget", "test"], **changed})
     assert "\n" not in str(error.value)
 
 
@@ -312,4 +312,4 @@ def test_batches_and_use_after_an_error():
         metric.compute(attack=0.5, **columns)
     for start in range(0, 900, 250):
         metric.add_batch(**{name: column[start : start + 250] for name, column in columns.items()})
-    assert metric.compute() == run(UnlearningGap, **columns)
+    assert metric.compute() == run(unlearning_gap, **columns)

@@ -2,10 +2,21 @@
 
 import pytest
 import torch
+from conftest import make_model, make_rows
+from test_trainer import config, make_trainer
+from transformers import HfArgumentParser
 
-from hf_uib import objective
-from hf_uib.priors import PRIORS, CalibratedPrior, Prior
+from hf_uib import UIBConfig, UIBTrainer, objective
+from hf_uib.priors import PRIORS, CalibratedPrior, Prior, PriorContext, register_prior
 from hf_uib.priors.calibrated import interpolate, label_noise_z, quantiles
+
+
+def attached(prior, **context):
+    """A prior at the start of a run without a model."""
+    context = PriorContext(None, None, None, (1, 1), lambda tensors: None, **context)
+    prior.attach(context)
+    prior.prepare(context)
+    return prior
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -23,7 +34,7 @@ def test_contract(name):
     again = PRIORS[name]()
     again.load_state_dict({k: v.clone() for k, v in prior.state_dict().items()} or {})
     assert torch.equal(again.forget_loss(logits, labels), value)
-    if prior.uses_forget_batches:
+    if prior.needs_forget_batches:
         halves = [prior.forget_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(8)]
         torch.testing.assert_close(torch.stack(halves).mean(), value)  # independent of the batch
 
@@ -63,7 +74,7 @@ def test_level_never_falls():
 
 
 def test_fitted_calibration_is_followed_down_once():
-    prior = CalibratedPrior(calibration_seen_in_training=True)
+    prior = attached(CalibratedPrior(), calibration_seen_in_training=True)
     levels = []
     for value in (6.0, 4.0, 2.0, 3.0, 1.0):
         prior.refresh(lambda: torch.full((5,), 7.0), lambda v=value: torch.full((5,), v))
@@ -108,14 +119,13 @@ def test_under_a_pattern_the_level_keeps_the_labels():
     torch.testing.assert_close(pattern[51:], chance[51:])
 
 
-def test_labels_that_the_running_model_refuses_are_disputed():
+def test_label_noise_is_found():
     """Wrong labels: refused rows get the level of a refused label, and forget batches come to the end. Under a bias, not."""
     unseen = torch.linspace(-1, 4, 200)  # a fifth of them wrong
     biased, wrong = torch.linspace(-0.5, 6, 300), torch.linspace(-4, 4, 300)
 
     def run(later, **settings):
-        prior = CalibratedPrior(**settings)
-        prior.pattern_detected = True
+        prior = attached(CalibratedPrior(), pattern_detected=True, **settings)
         for margins in (torch.full((300,), 5.0), later, later):
             prior.refresh(lambda m=margins: m, lambda: unseen)
         return prior
@@ -125,15 +135,18 @@ def test_labels_that_the_running_model_refuses_are_disputed():
     at = torch.tensor([-3.0, -0.1, 0.1, 3.9])
     torch.testing.assert_close(prior.level_of(at)[:2], torch.full((2,), -1.5), atol=0.02, rtol=0)
     assert (prior.level_of(at)[2:] >= 1.48).all()
-    again = CalibratedPrior()
+    again = attached(CalibratedPrior(), pattern_detected=True)
     again.load_state_dict(prior.state_dict())
     assert again.keep_forget_batches and torch.equal(again.level_of(at), prior.level_of(at))
 
-    for prior in (run(biased), run(wrong, calibration_seen_in_training=True)):  # a fold that the checkpoint fitted says nothing about errors
+    for prior in (
+        run(biased),
+        run(wrong, calibration_seen_in_training=True),
+    ):  # a fold that the checkpoint fitted says nothing about errors
         assert not prior.keep_forget_batches and (prior.level_of(at) >= 1.48).all()
 
 
-def test_disputed_z_is_the_pooled_test_of_two_proportions():
+def test_label_noise_z_is_the_pooled_test_of_two_proportions():
     forget, unseen = torch.tensor([-1.0] * 30 + [1.0] * 70), torch.tensor([-1.0] * 10 + [1.0] * 40)
     pooled = 40 / 150
     expected = (0.3 - 0.2) / (pooled * (1 - pooled) * (1 / 100 + 1 / 50)) ** 0.5
@@ -142,3 +155,86 @@ def test_disputed_z_is_the_pooled_test_of_two_proportions():
     g = torch.Generator().manual_seed(0)
     draws = [label_noise_z(torch.rand(512, generator=g) - 0.2, torch.rand(300, generator=g) - 0.2) for _ in range(400)]
     assert torch.tensor(draws).std().item() == pytest.approx(1, abs=0.1)
+
+
+# ---- priors of one's own ----
+
+
+@pytest.fixture
+def mine():
+    @register_prior("mine")
+    class Mine(Prior):
+        """Asks for everything that a prior can ask for."""
+
+        needs_calibration_margins = True
+
+        def __init__(self):
+            self.seen = []
+
+        def prepare(self, context):
+            self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in context.trainable().items()}
+
+        def refresh(self, forget_margins, calibration_margins):
+            self.seen.append((len(forget_margins()), calibration_margins()))
+
+        def forget_loss(self, logits, labels):
+            return self.task.margin(logits, labels).mean()
+
+    yield Mine
+    del PRIORS["mine"]
+
+
+def test_a_registered_prior_is_taken_by_its_name(mine, tmp_path):
+    with pytest.warns(UserWarning, match="No calibration_dataset: 3 retained examples"):
+        trainer = UIBTrainer(
+            make_model(),
+            config(tmp_path, prior="mine", prior_fraction=1.0),
+            make_rows(n=24, seed=1),
+            make_rows(n=16, seed=2),
+        )
+    assert type(trainer.prior) is mine
+    trainer.train()
+    assert [(n, len(margins)) for n, margins in trainer.prior.seen] == [(24, 3)] * 3  # six steps, a refresh every two
+    assert "forget_margin" in trainer.state.log_history[-2]
+    (settings,) = HfArgumentParser(UIBConfig).parse_args_into_dataclasses(["--output_dir", "x", "--prior", "mine"])
+    assert settings.prior == "mine"
+
+
+def test_a_name_that_is_not_registered_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="prior is 'mine'; choose one of calibrated, .*register_prior"):
+        config(tmp_path, prior="mine")
+
+
+def test_a_prior_that_needs_margins_is_told_where_there_are_none(mine, tmp_path):
+    with pytest.warns(UserWarning, match="4 retained examples are too few"):
+        trainer = UIBTrainer(
+            make_model(), config(tmp_path, prior="mine"), make_rows(n=24, seed=1), make_rows(n=4, seed=2)
+        )
+    trainer.train()
+    assert all(margins is None for _, margins in trainer.prior.seen)
+
+
+def test_priors_share_nothing(mine, tmp_path):
+    one, other = mine(), mine()
+    with pytest.raises(TypeError):
+        one.masks["weight"] = torch.ones(1)  # not before the start of a run
+    trainer = make_trainer(tmp_path, prior="mine")
+    trainer.train()
+    assert trainer.prior.masks and not one.masks and not other.masks and not Prior.masks
+
+
+def test_a_prior_without_its_method_says_so(tmp_path):
+    class Empty(Prior):
+        pass
+
+    trainer = UIBTrainer(
+        make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=Empty()
+    )
+    with pytest.raises(NotImplementedError, match="Empty has no method forget_loss"):
+        trainer.train()
+
+
+def test_a_level_for_a_prior_object_is_refused(tmp_path):
+    args = config(tmp_path, forget_target=0.5)
+    with pytest.raises(ValueError, match="give it to your prior object"):
+        UIBTrainer(make_model(), args, make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=CalibratedPrior())

@@ -1,18 +1,26 @@
-"""A deletion request as a file, answered by the merged model and evidence.html; and runs that end early."""
+"""A deletion request as a file, answered by the merged model and deletion_report.html; and runs that end early."""
 
+import contextlib
+import hashlib
+import html
+import io
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import yaml
-from test_cli import FAST, SCRIPT, pictures, run  # noqa: F401
+from test_cli import COMMAND, ENVIRONMENT, FAST, call, pictures  # noqa: F401
 from transformers import AutoModelForImageClassification
+
+from hf_uib.cli import main
+from hf_uib.cli.parser import flags_of
+from hf_uib.cli.unlearn import UnlearnArguments, audit_command
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -30,16 +38,16 @@ def request_file(folder, pictures, **changes):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def answered(pictures, tmp_path_factory):  # noqa: F811
-    root = tmp_path_factory.mktemp("request")
-    done = run("--request", request_file(root, pictures), "--output_dir", root / "out", *FAST)
-    assert done.returncode == 0, done.stderr
-    return root / "out", done.stdout
+    root, printed = tmp_path_factory.mktemp("request"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        call("unlearn", "--request", request_file(root, pictures), "--output_dir", root / "out", *FAST)
+    return root / "out", printed.getvalue()
 
 
-def test_evidence(answered, pictures):  # noqa: F811
+def test_deletion_report(answered, pictures):  # noqa: F811
     folder, printed = answered
-    page = (folder / "evidence.html").read_text()
-    assert "evidence.html" in printed
+    page = (folder / "deletion_report.html").read_text()
+    assert "deletion_report.html" in printed
     merged = AutoModelForImageClassification.from_pretrained(folder / "merged")
     record = merged.config.unlearning[0]
     assert record["request"] == "the pictures of clinic A" and record["forget_examples"] == 20
@@ -57,49 +65,53 @@ def test_evidence(answered, pictures):  # noqa: F811
 
 
 def test_the_auditor_s_command_can_be_pasted():
-    from unlearn import ScriptArguments
+    job = UnlearnArguments(forget_where=["source=Clinic A; echo x"], test_split="held out", retrained_model="r")
+    command = audit_command(job)
+    assert command.startswith("hf-uib audit --model merged ") and command.endswith("--retrained RETRAINED")
+    assert "--forget_where 'source=Clinic A; echo x'" in command and "--test_split 'held out'" in command
 
-    from hf_uib.hub.evidence import _audit_command
 
-    script = ScriptArguments(forget_where=["source=Clinic A; echo x"], test_split="held out", retrained_model="r")
-    assert "--forget_where 'source=Clinic A; echo x'" in _audit_command(script)
-    assert "--test_split 'held out'" in _audit_command(script) and _audit_command(script).endswith(
-        "--retrained RETRAINED"
+def test_the_auditor_s_command_of_a_report_runs(answered, pictures, tmp_path, monkeypatch, capsys):  # noqa: F811
+    folder, _ = answered
+    command = html.unescape(
+        re.search("<code>(hf-uib audit .*)</code>", (folder / "deletion_report.html").read_text())[1]
     )
+    filled = command.replace("MODEL_BEFORE", str(pictures / "model")).replace("DATA", str(pictures / "data"))
+    shutil.copytree(folder / "merged", tmp_path / "merged")
+    monkeypatch.chdir(tmp_path)
+    call(*shlex.split(filled)[1:])
+    assert (tmp_path / "audit" / "report.json").is_file() and "Not measured" in capsys.readouterr().out
 
 
 def test_texts_are_read_as_written(tmp_path):
-    from hf_uib.cli.parser import _flags_of
-
     (tmp_path / "r.yaml").write_text("reference: 0017\nwhat: no\ndue: 2031-05-01\nmax_steps: 3\n")
-    flags = _flags_of(str(tmp_path / "r.yaml"), {"reference", "what", "due", "max_steps"})
+    flags = flags_of(str(tmp_path / "r.yaml"), {"reference", "what", "due", "max_steps"})
     assert flags == ["--reference=0017", "--what=no", "--due=2031-05-01", "--max_steps=3"]
 
 
 def test_hashes_of_the_artefacts(answered):
-    import hashlib
-
     folder, _ = answered
-    page = (folder / "evidence.html").read_text()
+    page = (folder / "deletion_report.html").read_text()
     for name in ("adapter_model.safetensors", "merged/model.safetensors", "report.json"):
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() in page
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_evidence_prints(answered, tmp_path):
+def test_deletion_report_prints(answered, tmp_path):
     """In a real browser: nothing is loaded from elsewhere, and it becomes a PDF of several pages."""
-    page = answered[0] / "evidence.html"
+    page = answered[0] / "deletion_report.html"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     subprocess.run(
-        [CHROMIUM, *flags, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'evidence.pdf'}", page.as_uri()],
+        [CHROMIUM, *flags, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'report.pdf'}", page.as_uri()],
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
-    content = (tmp_path / "evidence.pdf").read_bytes()
+    content = (tmp_path / "report.pdf").read_bytes()
     assert content.startswith(b"%PDF") and 3 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 8
     seen = subprocess.run(
         [CHROMIUM, *flags, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
     )
-    assert "AuditContext of unlearning" in seen.stdout
+    assert "Deletion report" in seen.stdout
 
 
 BAD = {
@@ -118,31 +130,26 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_requests(case, pictures, tmp_path, monkeypatch, capsys):  # noqa: F811
-    import unlearn as script
-
-    from hf_uib.cli.parser import run as run_main
-
     changes, message = BAD[case]
     path = request_file(tmp_path, pictures, **changes)
     monkeypatch.setattr(
-        sys, "argv", ["unlearn.py", "--request", str(path), "--output_dir", str(tmp_path / "out"), *FAST]
+        "sys.argv", ["hf-uib", "unlearn", "--request", str(path), "--output_dir", str(tmp_path / "out"), *FAST]
     )
     with pytest.raises(SystemExit) as ended:
-        run_main(script.main)
+        main.main()
     assert message in str(ended.value.code) and "\n" not in str(ended.value.code)
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
 
 def test_a_late_answer_says_so(pictures, tmp_path):  # noqa: F811
-    done = run(
-        "--request", request_file(tmp_path, pictures, due="2020-01-01"), "--output_dir", tmp_path / "out", *FAST
-    )
-    assert done.returncode == 0 and "Done late" in (tmp_path / "out" / "evidence.html").read_text()
+    path = request_file(tmp_path, pictures, due="2020-01-01")
+    call("unlearn", "--request", path, "--output_dir", tmp_path / "out", *FAST)
+    assert "Done late" in (tmp_path / "out" / "deletion_report.html").read_text()
 
 
 def job(pictures, out, *more):  # noqa: F811
     return [
-        sys.executable, SCRIPT, "--model_name_or_path", str(pictures / "model"), "--dataset_name", str(pictures / "data"),
+        *COMMAND, "unlearn", "--model_name_or_path", str(pictures / "model"), "--dataset_name", str(pictures / "data"),
         "--forget_where", "source=clinic_a", "--output_dir", str(out), *FAST, *more,
     ]  # fmt: skip
 
@@ -151,11 +158,12 @@ def files(folder):
     return [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 def test_disk_full(pictures, tmp_path, strategy):  # noqa: F811
     """No file may grow beyond 5 kB: writing a checkpoint, and writing the results, ends in one line with nothing half-written."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # noqa: E731
-    environment = os.environ | {
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    environment = ENVIRONMENT | {
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1000000",
     }
@@ -169,6 +177,7 @@ def test_disk_full(pictures, tmp_path, strategy):  # noqa: F811
     assert not files(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_interrupted(pictures, tmp_path):  # noqa: F811
     command = job(
         pictures,
@@ -182,13 +191,14 @@ def test_interrupted(pictures, tmp_path):  # noqa: F811
         "--save_steps",
         "5",
     )
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in running.stdout:
-        if "'loss'" in line:
-            break
-    time.sleep(0.5)
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    with open(tmp_path / "errors", "w") as errors:
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=ENVIRONMENT)
+        while not list((tmp_path / "out").glob("checkpoint-*")):  # training is on
+            assert running.poll() is None, (tmp_path / "errors").read_text()
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        running.wait()
+    errors = (tmp_path / "errors").read_text()
     assert running.returncode == 1 and "Traceback" not in errors
     assert "error: interrupted" in errors.strip().splitlines()[-1]
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -196,16 +206,14 @@ def test_interrupted(pictures, tmp_path):  # noqa: F811
     assert checkpoints and all((path / "uib_state.safetensors").is_file() for path in checkpoints)
 
 
-def test_resumed_from_the_command_line(pictures, tmp_path):  # noqa: F811
+def test_resumed_from_the_command_line(pictures, tmp_path, capsys):  # noqa: F811
     saving = ("--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1")
-    done = subprocess.run(job(pictures, tmp_path / "out", *saving), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = job(pictures, tmp_path / "out", *saving)[len(COMMAND) :]
+    call(*words)
+    capsys.readouterr()
     first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     os.remove(tmp_path / "out" / "adapter_model.safetensors")
-    done = subprocess.run(
-        job(pictures, tmp_path / "out", *saving, "--resume_from_checkpoint", "true"), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("'loss'") == 2  # steps 3 and 4
+    call(*words, "--resume_from_checkpoint", "true")
+    assert capsys.readouterr().out.count("'loss'") == 2  # steps 3 and 4
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == first

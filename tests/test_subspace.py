@@ -39,7 +39,8 @@ def test_subspace_is_that_of_the_dense_gradient(trainer, forget, retain, monkeyp
     monkeypatch.setattr(contrast, "DENSE_BUDGET", budget)
     rank = 4 if budget else 1
     trainer.args.subspace_rank = rank
-    subspaces = trainer._measure_contrast()
+    measured = trainer.measurements.contrast(trainer.model, trainer.layers)
+    subspaces = measured.subspaces
     dense = dense_contrast(make_model(), [(forget[:], 1.0), (retain[:], -1.0)])
     assert set(subspaces) == set(dense)
     for name, c in dense.items():
@@ -53,13 +54,13 @@ def test_subspace_is_that_of_the_dense_gradient(trainer, forget, retain, monkeyp
         assert kept <= values[:rank].norm() + 1e-6
         assert (
             kept
-            >= torch.linalg.svdvals(c - (c @ mean_of(trainer, name))[:, None] * mean_of(trainer, name))[:rank].norm()
+            >= torch.linalg.svdvals(c - (c @ mean_of(measured, name))[:, None] * mean_of(measured, name))[:rank].norm()
             * 0.98
         )
 
 
-def mean_of(trainer, name):
-    mean = trainer.mean_inputs[name].double()
+def mean_of(measured, name):
+    mean = measured.mean_inputs[name].double()
     return mean / mean.norm()
 
 

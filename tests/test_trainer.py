@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.lora import is_linear, lora_layers
 from hf_uib.objective import rank_z
+from hf_uib.posterior import ChannelPosterior
 from hf_uib.priors import Prior
 
 
@@ -60,7 +61,7 @@ def test_no_prior_no_bound_no_noise_is_fine_tuning_to_the_bit(tmp_path, factors,
     )  # fmt: skip
     retain = make_rows(architecture, 16, seed=2)
     trainer = UIBTrainer(make_model(architecture), args, make_rows(architecture, 24, seed=1), retain)
-    trainer._begin()
+    trainer.run_statistics_pass()
     twin = copy.deepcopy(trainer.model)
     trainer.train()
     stock = TrainingArguments(
@@ -112,51 +113,51 @@ def test_accumulation_gives_one_trajectory_with_noise(tmp_path):
 
 def test_noise_has_the_stated_covariance_and_is_reproducible(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer._begin()
+    trainer.run_statistics_pass()
     name = next(iter(trainer.layers))
     draws = []
     for step in range(300):
-        trainer.noise.draw(0.5, 0, step, trainer.args.device)
-        draws.append(trainer.noise.noise[name])
+        trainer.posterior.noise.draw(0.5, 0, step)
+        draws.append(trainer.posterior.noise.noise[name])
     flat = torch.cat(draws).flatten(1)  # [300 x DRAWS, k k]
     k = trainer.args.subspace_rank
     width = 0.5 / k**0.5
     covariance = flat.T @ flat / len(flat)
     torch.testing.assert_close(covariance, width**2 * torch.eye(k * k), rtol=0, atol=0.12 * width**2)
-    trainer.noise.draw(0.5, 0, 7, trainer.args.device)
-    assert torch.equal(trainer.noise.noise[name], draws[7])
+    trainer.posterior.noise.draw(0.5, 0, 7)
+    assert torch.equal(trainer.posterior.noise.noise[name], draws[7])
     assert not torch.equal(draws[7], draws[8])
 
 
 @pytest.mark.parametrize("factors", ["B", "both"])
 def test_noise_mixes_what_the_layer_reads_of_the_pattern(tmp_path, factors):
     trainer = make_trainer(tmp_path, trainable_factors=factors)
-    trainer._begin()
-    assert trainer.a_spans_subspace == (factors == "B")
+    trainer.run_statistics_pass()
+    assert trainer.posterior.a_spans_subspace == (factors == "B")
     for name in ("vit.layers.1.mlp.fc1", "vit.embeddings.patch_embeddings.projection"):
-        layer, v = trainer.layers[name], trainer.subspaces[name]
+        layer, v = trainer.layers[name], trainer.posterior.subspaces[name]
         layer.lora_B["default"].weight.data.normal_(0, 0.1)
         base, a, b = layer.get_base_layer(), layer.lora_A["default"].weight, layer.lora_B["default"].weight
         read = (base.weight.flatten(1) + layer.scaling["default"] * b.flatten(1) @ a.flatten(1)) @ v.T
         x = torch.randn(3, 1, 8, 8) if base.weight.ndim == 4 else torch.randn(3, 5, base.in_features)
-        trainer.noise.silence()
+        trainer.posterior.noise.silence()
         layer.train()
         quiet = layer(x)
-        trainer.noise.draw(0.5, 0, 3, trainer.args.device)
-        trainer.noise.positions = torch.tensor([5, 6 + trainer.noise.DRAWS, 5])
+        trainer.posterior.noise.draw(0.5, 0, 3)
+        trainer.posterior.noise.positions = torch.tensor([5, 6 + trainer.posterior.noise.DRAWS, 5])
         noisy = layer(x)
         for row, draw in enumerate((5, 6, 5)):
-            noise = (read @ trainer.noise.noise[name][draw].T @ v).view_as(base.weight)
+            noise = (read @ trainer.posterior.noise.noise[name][draw].T @ v).view_as(base.weight)
             one = x[row : row + 1]
             moved = torch.nn.functional.conv2d(one, noise, stride=4) if base.weight.ndim == 4 else one @ noise.T
             torch.testing.assert_close(noisy[row : row + 1], quiet[row : row + 1] + moved, rtol=1e-4, atol=1e-4)
             assert moved.abs().max() > 0.01
         layer.eval()
         torch.testing.assert_close(layer(x), quiet, rtol=0, atol=0)
-        with trainer.noise.in_eval_mode():
-            trainer.noise.draw(0.5, 0, 3, trainer.args.device)
+        with trainer.posterior.noise.in_eval_mode():
+            trainer.posterior.noise.draw(0.5, 0, 3)
             assert not torch.equal(layer(x), quiet)
-        assert torch.equal(layer(x), quiet) and not trainer.noise.noise
+        assert torch.equal(layer(x), quiet) and not trainer.posterior.noise.noise
 
 
 def test_evaluation_and_saving_use_the_mean(tmp_path):
@@ -165,7 +166,7 @@ def test_evaluation_and_saving_use_the_mean(tmp_path):
     rows = make_rows(n=8, seed=5)
     first, second = trainer.predict(rows).predictions, trainer.predict(rows).predictions
     assert (first == second).all()
-    assert not trainer.noise.noise
+    assert not trainer.posterior.noise.noise
 
 
 # ---- adapters, saving, resuming ----
@@ -299,15 +300,15 @@ def test_forget_set_alone_works_with_one_warning(tmp_path):
     with pytest.warns(UserWarning) as caught:
         trainer = UIBTrainer(make_model(), config(tmp_path, max_steps=30, prior_fraction=1.0), make_rows(n=24, seed=1))
     assert sum("No retain_dataset" in str(w.message) for w in caught) == 1
-    before = trainer._margins(trainer.forget_dataset, list(range(24))).mean()
+    before = trainer.task.margin(*trainer.inference.forward(trainer.forget_dataset, list(range(24)))).mean()
     trainer.train()
-    assert trainer._margins(trainer.forget_dataset, list(range(24))).mean() < before
+    assert trainer.task.margin(*trainer.inference.forward(trainer.forget_dataset, list(range(24)))).mean() < before
 
 
 def test_fold_of_the_retained_data_stands_in_for_calibration(tmp_path):
     with pytest.warns(UserWarning, match="No calibration_dataset"):
         trainer = UIBTrainer(make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=20, seed=2))
-    assert len(trainer._held_out) == 4
+    assert len(trainer.held_out) == 4
     trainer.train()
     assert torch.isfinite(trainer.prior.level).all()
 
@@ -397,12 +398,14 @@ class _TokenNorm(torch.nn.Module):
 def test_the_thin_form_for_a_frozen_to_v_is_the_general_one(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=3)
     trainer.train()
-    trainer.width = 0.4
-    thin = trainer._kl_per_layer()
-    trainer.a_spans_subspace, trainer.gains = False, dict.fromkeys(trainer.layers, 1.0)
-    trainer._set_prior_mean(trainer.prior_mean)
-    assert thin.sum() > 0
-    torch.testing.assert_close(thin, trainer._kl_per_layer(), rtol=1e-3, atol=1e-4)
+    thin = trainer.posterior
+    tensors = dict(thin.subspaces.items()), dict(thin.output_scales.items())
+    general = ChannelPosterior(
+        trainer.layers, "default", *tensors, a_spans_subspace=False, settings=trainer.args.channel
+    )
+    general.set_prior_mean({n: (thin.prior_means_a[n], thin.prior_means_b[n]) for n in trainer.layers})
+    assert thin.a_spans_subspace and thin.kl_per_layer(0.4).sum() > 0
+    torch.testing.assert_close(thin.kl_per_layer(0.4), general.kl_per_layer(0.4), rtol=1e-3, atol=1e-4)
 
 
 def test_an_adapter_on_other_layers_is_refused(tmp_path):
@@ -420,6 +423,35 @@ def test_training_again_goes_on_from_the_adapter(tmp_path):
     second = adapter_weights(trainer)
     assert all(torch.equal(second[n], w) for n, w in first.items() if "lora_A" in n) and not same(first, second)
     assert all(torch.isfinite(torch.tensor(entry["nats"])) for entry in trainer.layer_report())
+
+
+def test_a_second_training_starts_afresh(tmp_path):
+    """Level, statistics and divergence are those of a trainer that is given the adapter as it stands."""
+    trainer = make_trainer(tmp_path / "a")
+    trainer.train()
+    level, nats = trainer.prior.level.clone(), [row["nats"] for row in trainer.layer_report()]
+    trainer.save_model()
+    adapter = PeftModel.from_pretrained(make_model(), tmp_path / "a", is_trainable=True)
+    trainer.args.max_steps = 1  # one refresh
+    trainer.train()
+    anew = make_trainer(tmp_path / "b", model=adapter, max_steps=1)
+    anew.train()
+    assert torch.equal(trainer.prior.level, anew.prior.level) and not torch.equal(trainer.prior.level, level)
+    assert trainer.prior.refreshes == 1 and trainer.statistics["pattern_z"] == anew.statistics["pattern_z"]
+    assert losses(trainer) == losses(anew) and not trainer.posterior.cumulative_kl.any() and any(nats)
+
+
+def test_what_is_asked_before_training_says_what_to_do(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = trainer.data_collator(trainer.train_dataset.__getitems__([(0, 0, (1,)), (1, 2, (3,))]))
+    for ask in (trainer.layer_report, lambda: trainer.compute_loss(trainer.model, batch), lambda: trainer.posterior):
+        with pytest.raises(ValueError, match=r"call trainer\.train\(\) first") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    trainer.run_statistics_pass()
+    assert torch.isfinite(trainer.compute_loss(trainer.model, batch)) and len(trainer.layer_report()) == len(
+        trainer.layers
+    )
 
 
 def test_evaluation_in_the_middle_of_training_changes_nothing(tmp_path):
@@ -459,20 +491,21 @@ def crude(path, **settings):
     return UIBTrainer(model, args, forget, retain, calibration_dataset=unseen)
 
 
-def test_over_unlearning_goes_back_on_its_way(tmp_path, monkeypatch, recwarn):
+def test_over_unlearning_goes_back_on_its_way(tmp_path, recwarn):
     """The change is scaled, all layers alike, to where forget and unseen rows are not told apart."""
-    with monkeypatch.context() as without:
-        without.setattr("hf_uib.trainer.PATTERN_Z", -100.0)  # a pattern may end anywhere
-        trainer = crude(tmp_path / "a")
-        trainer.train()
-        far = adapter_weights(trainer)
-        z = rank_z(trainer._margins(trainer.forget_dataset, range(60)), trainer._calibration_margins())
-    assert z < -2 and "share_kept" not in trainer.statistics  # the control
+
+    def z_of(trainer):
+        margins = trainer.task.margin(*trainer.inference.forward(trainer.forget_dataset, range(60)))
+        return rank_z(margins, trainer.measurements.calibration_margins())
+
+    trainer = crude(tmp_path / "a", channel_settings={"pattern_z": -100.0})  # a pattern may end anywhere: the control
+    trainer.train()
+    far = adapter_weights(trainer)
+    assert z_of(trainer) < -2 and "share_kept" not in trainer.statistics
     trainer = crude(tmp_path / "b")
     trainer.train()
     share = trainer.statistics["share_kept"]
-    z = rank_z(trainer._margins(trainer.forget_dataset, range(60)), trainer._calibration_margins())
-    assert 0 < share < 1 and 0 <= z < 1
+    assert 0 < share < 1 and 0 <= z_of(trainer) < 1
     assert any("Over-unlearning" in str(w.message) for w in recwarn)
     for name, weight in adapter_weights(trainer).items():
         assert torch.allclose(weight, far[name] * (share if "lora_B" in name else 1.0), atol=1e-7)

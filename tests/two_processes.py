@@ -47,11 +47,11 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str) -> Non
         torch.save(
             {
                 "world": args.world_size,
-                "subspaces": trainer.subspaces,
-                "output_scale": trainer.output_scale,
+                "subspaces": dict(trainer.posterior.subspaces.items()),
+                "output_scale": dict(trainer.posterior.output_scales.items()),
                 "pattern_z": torch.tensor(trainer.statistics["pattern_z"]),
                 "level": getattr(trainer.prior, "level", None),
-                "masks": trainer.prior.masks,
+                "masks": dict(trainer.prior.masks),
                 "evaluation": torch.tensor(metrics["eval_accuracy"]),
                 "losses": torch.tensor(losses.rows, dtype=torch.float64),
                 "adapter": adapter,

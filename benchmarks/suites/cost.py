@@ -152,8 +152,7 @@ def run_processes(options) -> None:
     found = []
     for repeat in range(3):
         for processes in (1, 2):
-            for variant in ("lora", "uib"):
-                found.append(apart(options, variant, SMALL[0], 32, 32, processes) | {"repeat": repeat})
+            found += [apart(options, v, SMALL[0], 32, 32, processes) | {"repeat": repeat} for v in ("lora", "uib")]
     results.replace(PROCESSES, found)
 
 

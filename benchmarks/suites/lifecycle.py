@@ -13,7 +13,7 @@ from hf_uib import audit_model, undo
 from hf_uib.cli import digits
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics.tables import attack, bias_row
+from hf_uib.metrics import attack, bias_row
 
 from .. import results
 from ..markdown import table

@@ -125,29 +125,30 @@ VARIANTS = FIRST | SECOND | THIRD
 
 
 @contextlib.contextmanager
-def constants_of(variant: Variant):
-    """What `UIBConfig` has no setting for, for the time of a run: the one place that reaches into the trainer's modules."""
-    from hf_uib import trainer
+def as_in(variant: Variant):
+    """What no setting says, for the time of a run: the one place that reaches into the modules."""
+    from hf_uib import posterior
+    from hf_uib.measurements import Measurements
     from hf_uib.priors import CalibratedPrior, calibrated
 
-    strengths = tuple(s * variant.strength for s in CalibratedPrior.strengths)
-    limit = calibrated.LABEL_NOISE_Z if variant.label_noise else math.inf
-    kept = variant.label_information_kept or trainer.LABEL_INFORMATION_KEPT
-    measure, first = trainer.UIBTrainer._measure_contrast, {}
+    strength, contrast, first = CalibratedPrior.default_strength, Measurements.contrast, {}
+    noise_z = calibrated.label_noise_z if variant.label_noise else (lambda forget, unseen: -math.inf)
 
-    def measure_contrast(self):
-        subspaces = measure(self)
-        found = {"subspaces": subspaces, "scale": self.output_scale, "z": self.statistics["pattern_z"]}
-        chosen = first.setdefault("found", found) if variant.same_subspace else found
-        self.output_scale, self.statistics["pattern_z"] = chosen["scale"], chosen["z"]
-        return chosen["subspaces"]
+    def measured(self, model, layers):
+        found = contrast(self, model, layers)
+        found = first.setdefault("found", found) if variant.same_subspace else found
+        self.statistics["pattern_z"] = found.pattern_z
+        return found
 
     with (
-        patch.object(trainer, "LABEL_INFORMATION_KEPT", kept),
-        patch.object(trainer, "anneal", lambda step, total: max(0.0, 1 - step / total) ** variant.noise_exponent),
-        patch.object(trainer.UIBTrainer, "_measure_contrast", measure_contrast),
-        patch.object(CalibratedPrior, "strengths", strengths),
-        patch.object(calibrated, "LABEL_NOISE_Z", limit),
+        patch.object(
+            posterior, "noise_scale", lambda step, total: max(0.0, 1 - step / total) ** variant.noise_exponent
+        ),
+        patch.object(Measurements, "contrast", measured),
+        patch.object(
+            CalibratedPrior, "default_strength", lambda self, noised: variant.strength * strength(self, noised)
+        ),
+        patch.object(calibrated, "label_noise_z", noise_z),
     ):
         yield
 
@@ -160,9 +161,12 @@ def run_variant(variant: Variant, task, original, seed: int, folder: str) -> tup
     budget = runs.budget_of(METHODS["uib"], task, seed, folder)
     steps = task.train_settings["retrain_steps"] // 5 if variant.fifth else budget.steps
     budget = dataclasses.replace(budget, steps=steps // variant.restarts)
-    with constants_of(variant):
+    setting = dict(variant.setting)
+    if variant.label_information_kept is not None:
+        setting["channel_settings"] = {"label_information": variant.label_information_kept}
+    with as_in(variant):
         for _ in range(variant.restarts):
-            adapted, info = unlearn(model, task, budget, calibration=variant.calibration, **variant.setting)
+            adapted, info = unlearn(model, task, budget, calibration=variant.calibration, **setting)
             model = adapted.merge_and_unload()
     return model, info["statistics"]
 

@@ -17,7 +17,7 @@ from torch import nn
 from hf_uib.cli import digits
 from hf_uib.data.fingerprints import fingerprint
 from hf_uib.inference import predict
-from hf_uib.metrics.tables import attack, bias_row, flip_rate
+from hf_uib.metrics import attack, bias_row, flip_rate
 
 from .. import results
 from ..methods import METHODS, Budget, MethodSpec

@@ -9,7 +9,8 @@ import numpy as np
 from peft import PeftModel
 from torch import nn
 
-from hf_uib.audit import deep, report
+from hf_uib.audit import deep
+from hf_uib.audit.gather import gather
 
 from .. import results
 from ..markdown import table
@@ -39,23 +40,19 @@ def probed_methods() -> list[str]:
 def probe(model: nn.Module, task, seed: int) -> dict:
     """What the deep audit finds in one plain model."""
     given = {part: task.sets[part] for part in ("forget", "retain", "test")}
-    sets, context = report.gather(
+    context = gather(
         {"model": model, "reference": model}, [], given, processing_class=task.processing_class,
         bias_column=task.bias_column, example_column="example" if task.counterfactuals > 1 else None, deep=True, seed=seed,
     )  # fmt: skip
-    rest = sets, context, task.processing_class, seed
     found = {
         "probes": deep.probe_every_block(context, ["model"])["model"],
         "refit": context.refit()["model"].value,
-        "relearning": {kind: deep.relearning_curve(model, kind, *rest) for kind in ("retain", "forget")},
+        "relearning": {kind: deep.relearning_curve(model, kind, context, seed) for kind in ("retain", "forget")},
     }
     rounded = {kind: deep.compress(model, kind) for kind in ("int8", "4-bit")}
     return found | {
         "bias": found["relearning"]["retain"][0],
-        "compression": {
-            kind: deep.bias_of(made, sets["test"], context, task.processing_class)["bias"]
-            for kind, made in rounded.items()
-        },
+        "compression": {kind: deep.bias_of(made, context)["bias"] for kind, made in rounded.items()},
     }
 
 

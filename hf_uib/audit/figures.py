@@ -1,23 +1,27 @@
 """Pictures of a run: who follows the bias, and where it lived."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure  # without pyplot, whose backend is the user's
 
+from ..metrics.table import METRICS, title_of
+from .checks import Check
+
 INK, MUTED, OURS = "#222222", "#9aa5b1", "#2166ac"
-PANELS = {
-    "conflicting_accuracy": "accuracy where label and\nbias disagree (higher is better)",
-    "follow_rate": "follow rate\n(lower is less bias)",
-    "cramers_v": "Cramér's V\n(lower is less bias)",
-    "accuracy": "accuracy",
-    "forget_accuracy": "accuracy, forget set",
-    "retain_accuracy": "accuracy, retained set",
-}
+PANELS = ("conflicting_accuracy", "follow_rate", "cramers_v", "accuracy", "forget_accuracy", "retain_accuracy")
 
 
 def draw_bias(
-    results: dict[str, dict], folder: str, images=None, labels=None, before=None, after=None, names=None
+    results: dict[str, dict],
+    folder: str,
+    images: Sequence[Any] | None = None,
+    labels: Sequence[int] = (),
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+    names: Any = None,
 ) -> str:
     """``bias.png``: a bar per model and metric, and, if given, test pictures with predictions before and after.
 
@@ -48,13 +52,13 @@ def draw_bias(
         values = [results[m].get(panel, np.nan) for m in models]
         axis.barh(models, values, color=[OURS if m.startswith("UIB") else MUTED for m in models])
         axis.invert_yaxis()
-        axis.set_title(PANELS.get(panel, panel), fontsize=9, color=INK)
+        axis.set_title(f"{METRICS[panel].title}\n({METRICS[panel].goal})", fontsize=9, color=INK)
         axis.tick_params(labelsize=8, colors=INK)
         if axis is not axes[0]:
             axis.set_yticklabels([])
         for y, value in enumerate(values):
             axis.text(value, y, f" {value:.3f}", va="center", fontsize=8, color=INK)
-        axis.set_xlim(0, max(v for v in values if v == v) * 1.25 + 1e-9)
+        axis.set_xlim(0, max((v for v in values if v == v), default=0) * 1.25 + 1e-9)
         axis.spines[["top", "right"]].set_visible(False)
     return _save(figure, folder, "bias.png")
 
@@ -73,7 +77,7 @@ def draw_layers(layers: list[dict], folder: str) -> str:
     return _save(figure, folder, "layers.png")
 
 
-def draw_audit(metrics: dict, checks: list, folder: str) -> str:
+def draw_audit(metrics: dict[str, Any], checks: list[Check], folder: str) -> str:
     """``audit.png``: the main figures of every model with their intervals, and every check against its limit."""
     wanted = [("test", k) for k in ("accuracy", "conflicting_accuracy", "follow_rate", "cramers_v")]
     wanted += [("forget", "accuracy"), ("membership", "auc")]
@@ -82,7 +86,8 @@ def draw_audit(metrics: dict, checks: list, folder: str) -> str:
     figure = Figure(
         figsize=(2.7 * max(len(panels), 3), 1.9 + 0.25 * len(models) + 0.24 * len(checks)), layout="constrained"
     )
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.2 + 0.25 * len(models), 0.7 + 0.24 * len(checks)])
+    heights = [1.2 + 0.25 * len(models), 0.7 + 0.24 * len(checks)]
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (topic, key) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for y, model in enumerate(models):
             cell = metrics[topic][model][key]
@@ -91,7 +96,7 @@ def draw_audit(metrics: dict, checks: list, folder: str) -> str:
             axis.plot([cell["value"]], [y], "o", color=colour, markersize=5)
         axis.set_yticks(range(len(models)), models if axis.get_subplotspec().is_first_col() else [""] * len(models))
         axis.set_ylim(len(models) - 0.5, -0.5)
-        axis.set_title(f"{topic}: {key.replace('_', ' ')}", fontsize=9, color=INK)
+        axis.set_title(f"{topic}: {title_of(key)}", fontsize=9, color=INK)
         axis.tick_params(labelsize=8, colors=INK)
         axis.spines[["top", "right"]].set_visible(False)
     axis = bottom.subplots()
@@ -111,7 +116,7 @@ def draw_deep(deep: dict, folder: str) -> str:
     """``deep.png``: the linear probe by block, and how the bias comes back with 1% of the forget set."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colour = lambda name: {"model": OURS, "reference": "#b2182b"}.get(name, MUTED)  # noqa: E731
+    colour = lambda name: {"model": OURS, "reference": "#b2182b"}.get(name, MUTED)
     for name, blocks in deep["probes"].items():
         left.plot(
             list(blocks), [b["linear"] for b in blocks.values()], "o-", color=colour(name), label=name, markersize=4
@@ -130,7 +135,7 @@ def draw_deep(deep: dict, folder: str) -> str:
     return _save(figure, folder, "deep.png")
 
 
-def _save(figure, folder: str, name: str) -> str:
+def _save(figure: Figure, folder: str, name: str) -> str:
     path = os.path.join(folder, name)
     figure.savefig(path, dpi=130)
     return path

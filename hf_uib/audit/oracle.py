@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,9 +26,9 @@ _MATTERS = (
 
 def retrain(
     model: str | nn.Module,
-    retain_dataset,
+    retain_dataset: Any,
     args: TrainingArguments,
-    processing_class=None,
+    processing_class: Any = None,
     cache_dir: str | None = None,
     from_scratch: bool = False,
 ) -> nn.Module:
@@ -44,32 +45,32 @@ def retrain(
     Returns:
         The trained model, in eval mode.
     """
-    model = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+    trained: Any = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
+    if isinstance(trained, PeftModel):
+        trained = trained.merge_and_unload()
     if from_scratch:
         set_seed(args.seed)
-        model = type(model)(model.config)
-    rows = encode(retain_dataset, processing_class, getattr(model, "main_input_name", "input_ids"))
+        trained = type(trained)(trained.config)
+    rows = encode(retain_dataset, processing_class, getattr(trained, "main_input_name", "input_ids"))
     folder = None
     if cache_dir is not None:
-        folder = os.path.join(cache_dir, f"retrained-{_key(model, rows, args)}")
+        folder = os.path.join(cache_dir, f"retrained-{_key(trained, rows, args)}")
         if os.path.isfile(os.path.join(folder, "config.json")):
             return load_classifier(folder).eval()
     args = copy.copy(args)
     args.remove_unused_columns, args.save_strategy, args.push_to_hub = False, "no", False
-    collator = collator_for(forward_columns(model), processing_class)
-    Trainer(model=model, args=args, train_dataset=rows, data_collator=collator).train()
+    collator = collator_for(forward_columns(trained), processing_class)
+    Trainer(model=trained, args=args, train_dataset=rows, data_collator=collator).train()
     if folder is not None:
         if processes().is_main_process:
             temporary = f"{folder}.{os.getpid()}"
-            model.save_pretrained(temporary)
+            trained.save_pretrained(temporary)
             os.replace(temporary, folder)
         processes().wait_for_everyone()
-    return model.eval()
+    return trained.eval()
 
 
-def _key(model: nn.Module, rows, args: TrainingArguments) -> str:
+def _key(model: nn.Module, rows: Any, args: TrainingArguments) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

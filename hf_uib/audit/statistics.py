@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..metrics.bias_correlation import cramers_v_of
-from ..metrics.membership_attack import weighted_auc
+from ..metrics.bias import cramers_v_of
+from ..metrics.membership import weighted_auc
 
 
 @dataclass

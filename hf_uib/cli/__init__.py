@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: `hf-uib unlearn | audit | demo | app`."""

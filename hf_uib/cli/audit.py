@@ -1,42 +1,93 @@
-"""`hf-uib audit`: audit any checkpoints."""
+"""Audit a classifier that is said to have unlearned something.
+
+    hf-uib audit --model A --reference B --retrained C --dataset_name D --forget_where source=clinic_a \\
+        --bias_column source --output_dir out
+
+Any two or three checkpoints of one task will do, not only those of hf_uib. Writes report.json and audit.png. The exit status is 0
+whether the audit is passed or not: `passed` and `flags` are in the report.
+"""
 
 import os
+from dataclasses import dataclass, field
 
+from ..audit.report import AuditReport, audit_model, loaded
 from ..data.reading import image_column, load_processor, load_splits, split_forget, split_of, with_class_ids
 from ..inference import processes
-from .unlearn import quiet
+from .outputs import quiet
+from .parser import parse
 
 
-def audit(script):
-    """Audit the checkpoints of ``scripts/audit.py``; prints and returns the `AuditReport`."""
-    from .audit.core import audit_model, loaded
+@dataclass
+class AuditArguments:
+    """What to audit, on what."""
 
+    model: str = field(metadata={"help": "The model that unlearned: Hub id or folder, an adapter's included."})
+    dataset_name: str = field(
+        metadata={"help": "Hub id, folder or file with the data the reference was trained on, and a test split."}
+    )
+    reference: str | None = field(
+        default=None, metadata={"help": "The model before unlearning; by default the base of an adapter."}
+    )
+    retrained: list[str] = field(
+        default_factory=list, metadata={"help": "One or more models trained without the forget set: the oracle."}
+    )
+    forget_where: list[str] = field(
+        default_factory=list,
+        metadata={"help": "COLUMN=VALUE of the rows to forget; all of several must hold. Class names are accepted."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split that holds forget and retained rows."})
+    test_split: str = field(default="test", metadata={"help": "Split of unbiased rows that no model was trained on."})
+    bias_column: str | None = field(default=None, metadata={"help": "Column with the bias attribute."})
+    example_column: str | None = field(
+        default=None, metadata={"help": "Test rows that share its value differ in the attribute alone."}
+    )
+    deep: bool = field(
+        default=False, metadata={"help": "Also probes, relearning and compression; says first how long it takes."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of every sample and resample."})
+    output_dir: str = field(default="audit", metadata={"help": "Folder for report.json and the figures."})
+
+
+def main(arguments: list[str]) -> None:
+    """`hf-uib audit ARGUMENTS`."""
+    lists = {"forget_where": "COLUMN=VALUE", "retrained": None}
+    (job,) = parse("audit", __doc__, arguments, AuditArguments, lists=lists)
+    audit(job)
+
+
+def audit(job: AuditArguments) -> AuditReport:
+    """Audit checkpoints; writes and prints the report.
+
+    Raises:
+        ValueError: in one line, what is wrong with the job.
+    """
     quiet()
-    model = loaded(script.model)
-    reference = loaded(script.reference) if script.reference else None
+    model = loaded(job.model)
+    reference = loaded(job.reference) if job.reference else None
     classes = (model if reference is None else reference).config
-    splits = load_splits(script.dataset_name, script.dataset_config_name)
-    train = with_class_ids(split_of(splits, script.train_split), classes)
-    test = with_class_ids(split_of(splits, script.test_split), classes)
-    if not script.forget_where:
+    splits = load_splits(job.dataset_name, job.dataset_config_name)
+    train = with_class_ids(split_of(splits, job.train_split), classes)
+    test = with_class_ids(split_of(splits, job.test_split), classes)
+    if not job.forget_where:
         raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
-    forget, retain = split_forget(train, script.forget_where, script.train_split)
+    forget, retain = split_forget(train, job.forget_where, job.train_split)
     report = audit_model(
         model,
         reference_model=reference,
         forget_dataset=forget,
         retain_dataset=retain if len(retain) else None,
         test_dataset=test,
-        bias_column=script.bias_column,
-        retrained_model=list(script.retrained),
-        processing_class=load_processor(script.reference or script.model, picture=image_column(train) is not None),
-        example_column=script.example_column,
-        deep=script.deep,
-        seed=script.seed,
+        bias_column=job.bias_column,
+        retrained_model=list(job.retrained),
+        processing_class=load_processor(job.reference or job.model, picture=image_column(train) is not None),
+        example_column=job.example_column,
+        deep=job.deep,
+        seed=job.seed,
     )
     if processes().is_main_process:
-        os.makedirs(script.output_dir, exist_ok=True)
-        report.to_json(os.path.join(script.output_dir, "report.json"))
-        report.plot(script.output_dir)
-        print(f"\n{report}\n\nreport.json and figures: {script.output_dir}")
+        os.makedirs(job.output_dir, exist_ok=True)
+        report.to_json(os.path.join(job.output_dir, "report.json"))
+        report.plot(job.output_dir)
+        print(f"\n{report}\n\nreport.json and figures: {job.output_dir}")
     return report

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -44,7 +45,7 @@ class Task:
 
     name: str
     sets: dict[str, datasets.Dataset]
-    new_model: Callable[[], nn.Module]
+    new_model: Callable[[], PreTrainedModel]
     processing_class: object
     bias_column: str | None
     counterfactuals: int = 1
@@ -71,7 +72,9 @@ def picture_dataset(pictures: np.ndarray, labels: np.ndarray, attribute: np.ndar
     return datasets.Dataset.from_dict(rows, features=features)
 
 
-def small_vit(image_size: int, patch_size: int, names: list[str], hidden: int = 64, layers: int = 4) -> nn.Module:
+def small_vit(
+    image_size: int, patch_size: int, names: list[str], hidden: int = 64, layers: int = 4
+) -> PreTrainedModel:
     """A ViT of 0.15 M parameters."""
     config = ViTConfig(
         image_size=image_size,
@@ -100,9 +103,21 @@ def split_pool(pool, sizes: dict[str, int], rng) -> dict[str, tuple[np.ndarray, 
 
 
 def biased_pictures(
-    name, pool, test, sizes, attribute, render, names, processor, new_model, rng, settings, copies=1, telling=1.0
+    name,
+    pool,
+    test,
+    sizes,
+    attribute,
+    render,
+    names,
+    processor,
+    new_model,
+    rng,
+    settings,
+    copies=1,
+    bias_aligned_fraction=1.0,
 ) -> Task:
-    """Split a pool of pictures and draw the attribute: the label on a share ``telling`` of the forget set, at random elsewhere.
+    """Split a pool of pictures and draw the attribute: the label on ``bias_aligned_fraction`` of the forget set, else at random.
 
     ``balanced`` is forget and retained pictures together with the attribute at random: the oracle of bias removal learns from it.
 
@@ -115,19 +130,27 @@ def biased_pictures(
             pictures, labels = np.repeat(pictures, copies, axis=0), np.repeat(labels, copies)
             given = np.tile(np.arange(copies) * classes // copies, len(labels) // copies)
         else:
-            told = telling if part == "forget" else 0
-            given = labels if told == 1 else rng.integers(0, classes, len(labels))
-            if 0 < told < 1:
-                given = np.where(np.arange(len(labels)) < round(told * len(labels)), labels, given)
+            aligned = bias_aligned_fraction if part == "forget" else 0
+            given = labels if aligned == 1 else rng.integers(0, classes, len(labels))
+            if 0 < aligned < 1:
+                given = np.where(np.arange(len(labels)) < round(aligned * len(labels)), labels, given)
         sets[part] = picture_dataset(render(pictures, given), labels, given, attribute, names)
         if copies > 1 and part in ("validation", "test"):
             sets[part] = sets[part].add_column("example", (np.arange(len(labels)) // copies).tolist())
-    if telling:
+    if bias_aligned_fraction:
         pictures, labels = (np.concatenate([parts[p][i] for p in ("forget", "retain")]) for i in (0, 1))
         given = np.random.default_rng(len(labels)).integers(0, classes, len(labels))
         sets["balanced"] = picture_dataset(render(pictures, given), labels, given, attribute, names)
     encoded = {part: encode(rows, processor, "pixel_values") for part, rows in sets.items()}
-    return Task(name, encoded, new_model, processor, attribute if telling else None, copies, train_settings=settings)
+    return Task(
+        name,
+        encoded,
+        new_model,
+        processor,
+        attribute if bias_aligned_fraction else None,
+        copies,
+        train_settings=settings,
+    )
 
 
 def digits_colour(seed: int = 0) -> Task:
@@ -190,7 +213,7 @@ def merged(first, second):
     )
 
 
-def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, nn.Module]:
+def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, PreTrainedModel]:
     """The checkpoint to unlearn (``original``) and the model it started from (``start``)."""
     set_seed(seed)
     settings = task.train_settings

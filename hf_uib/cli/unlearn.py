@@ -1,60 +1,183 @@
-"""`hf-uib unlearn`: the user's own job."""
+"""Make a fine-tuned classifier unlearn rows of its training data, or a pattern in them.
+
+    hf-uib unlearn --model_name_or_path ID --dataset_name ID \\
+        --forget_where source=clinic_a --bias_column source --output_dir out
+    hf-uib unlearn --request request.yaml --output_dir answer
+    accelerate launch -m hf_uib.cli unlearn ...
+
+Without model, data and request: the demo (`hf-uib demo`).
+"""
 
 import datetime
 import os
 import re
-import shutil
-import time
-import warnings
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-from transformers.utils import logging
+from datasets import Dataset
 
-from ..audit import report
-from ..audit.figures import draw_bias, draw_layers
-from ..checkpointing import atomic_directory
 from ..config import UIBConfig
-from ..data.reading import (
-    image_column,
-    label_column,
-    load_processor,
-    load_splits,
-    split_forget,
-    split_of,
-    with_class_ids,
-)
-from ..hub.card import FIGURES, hub_id
-from ..hub.evidence import write_evidence
+from ..data.reading import image_column, load_processor, load_splits, split_forget, split_of, with_class_ids
+from ..hub.card import hub_id
+from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
+from ..inference import predict
 from ..models import load_classifier
 from ..provenance import next_base
 from ..trainer import UIBTrainer
+from .demo import demo
+from .outputs import bias_attributes, quiet, results_row, save_results, timed, training_defaults
+from .parser import parse
+
+MOST_ROWS = 2000  # of forget and retained set, that the table is measured on
 
 
-def unlearn(args: UIBConfig, script) -> dict[str, dict]:
-    """Unlearn the rows of ``--forget_where`` from the user's checkpoint; returns the table's rows."""
+@dataclass
+class UnlearnArguments:
+    """From what to unlearn, and what."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Fine-tuned image or text classifier: Hub id or folder."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Training data: Hub id, folder (Parquet, CSV, picture folder, save_to_disk) or file."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split that holds forget and retained rows."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to report on; `test` if there is one."})
+    calibration_split: str | None = field(
+        default=None,
+        metadata={"help": "Split that the checkpoint never saw, without the pattern; sets how far to forget."},
+    )
+    forget_where: list[str] = field(
+        default_factory=list,
+        metadata={"help": "COLUMN=VALUE of the rows to forget; all of several must hold. Class names are accepted."},
+    )
+    bias_column: str | None = field(
+        default=None, metadata={"help": "Column with the attribute to report the bias by."}
+    )
+    retrained_model: str | None = field(
+        default=None, metadata={"help": "A model retrained without the forget set, to compare with."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Truncation length of texts, in tokens."})
+    save_merged: bool = field(default=False, metadata={"help": f"Also write the merged model to output_dir/{MERGED}."})
+    request: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with a deletion request: `what`, `why`, `due`, and any of the settings here. The answer is the "
+            "merged model and deletion_report.html."
+        },
+    )
+    what: str | None = field(
+        default=None, metadata={"help": "What is to be forgotten, in words, for card and deletion report."}
+    )
+    why: str | None = field(default=None, metadata={"help": "Why, for the deletion report."})
+    due: str | None = field(default=None, metadata={"help": "By when a request is due: YYYY-MM-DD."})
+    reference: str | None = field(default=None, metadata={"help": "Your file number of a request; never a name."})
+
+
+def main(arguments: list[str]) -> None:
+    """`hf-uib unlearn ARGUMENTS`."""
+    args, job = parse(
+        "unlearn",
+        __doc__,
+        arguments,
+        UIBConfig,
+        UnlearnArguments,
+        lists={"forget_where": "COLUMN=VALUE"},
+        **training_defaults(),
+    )
+    if job.model_name_or_path is None and job.dataset_name is None and job.request is None:
+        demo(args)
+    else:
+        unlearn(args, job)
+
+
+def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
+    """Unlearn the rows of ``job.forget_where`` from a user's checkpoint.
+
+    Returns:
+        Rows of the results table, by model.
+
+    Raises:
+        ValueError: in one line, what is wrong with the job; nothing is written then.
+    """
     quiet()
+    check_job(job)
+    trainer = trainer_for(args, job)
+    shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
+    results = {"original": _measured(trainer, trainer.model, shown, job.bias_column)}
+    seconds = timed(lambda: trainer.train(resume_from_checkpoint=_last_or_named(args.resume_from_checkpoint)))
+    results["UIB"] = _measured(trainer, trainer.model, shown, job.bias_column) | {"seconds": seconds}
+    oracle = load_classifier(job.retrained_model) if job.retrained_model else None
+    if oracle is not None:
+        results["retrained"] = _measured(trainer, oracle, shown, job.bias_column)
+    audit = None
+    test: Any = trainer.eval_dataset
+    if test is not None:
+        bias_column = job.bias_column if job.bias_column in test.column_names else None
+        audit = trainer.audit(test, bias_column, retrained_model=oracle)
+    if trainer.is_world_process_zero():
+        source = {
+            "model": _base_name(job.model_name_or_path),
+            "forget_columns": _columns_of(job.forget_where),  # a value may be somebody's name
+        }
+        save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
+        if job.request:
+            path = write_deletion_report(_deletion_request(job), trainer.card_data(), str(args.output_dir))
+            print(f"Deletion report for the auditor: {path}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def check_job(job: UnlearnArguments) -> None:
+    """Refuse a job that lacks a part, and a request that lacks what an answer needs or says who asks."""
     for name in ("model_name_or_path", "dataset_name", "forget_where"):
-        if not getattr(script, name):
+        if not getattr(job, name):
             raise ValueError(
                 f"--{name} is missing; give --model_name_or_path, --dataset_name and --forget_where together."
             )
-    if script.request:
-        _check_request(script)
-    model = next_base(script.model_name_or_path)
-    splits = load_splits(script.dataset_name, script.dataset_config_name)
-    train = with_class_ids(split_of(splits, script.train_split), model.config)
-    if script.bias_column and script.bias_column not in train.column_names:
-        raise ValueError(f"bias_column '{script.bias_column}' is not among {', '.join(train.column_names)}.")
-    forget, retain = split_forget(train, script.forget_where, script.train_split)
-    calibration = (
-        with_class_ids(split_of(splits, script.calibration_split), model.config) if script.calibration_split else None
-    )
-    test_name = script.test_split or ("test" if "test" in splits else None)
-    test = with_class_ids(split_of(splits, test_name), model.config) if test_name else None
-    processor = load_processor(script.model_name_or_path, picture=image_column(train) is not None)
-    if script.max_length is not None:
-        processor.model_max_length = script.max_length  # what a tokenizer truncates to
+    if not job.request:
+        return
+    for name in ("what", "why", "due"):
+        if not getattr(job, name):
+            raise ValueError(
+                f"{job.request} has no `{name}`; a request says what is to be forgotten, why, and by when it is due."
+            )
+    for name in ("what", "why", "reference", "forget_where"):
+        if re.search(r"\S@\S", str(getattr(job, name) or "")):
+            raise ValueError(
+                f"`{name}` of {job.request} holds an e-mail address: who asks is not stored; leave it out."
+            )
+    try:
+        if datetime.date.fromisoformat(job.due or "").isoformat() != job.due:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"`due` of {job.request} is {job.due!r}; write a date as YYYY-MM-DD.") from None
+
+
+def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
+    """The trainer of a job: model, sets and processor are read."""
+    name = str(job.model_name_or_path)
+    model: Any = next_base(name)
+    splits = load_splits(str(job.dataset_name), job.dataset_config_name)
+
+    def rows_of(split: str) -> Dataset:
+        return with_class_ids(split_of(splits, split), model.config)
+
+    train = rows_of(job.train_split)
+    if job.bias_column and job.bias_column not in train.column_names:
+        raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
+    forget, retain = split_forget(train, job.forget_where, job.train_split)
+    calibration = rows_of(job.calibration_split) if job.calibration_split else None
+    test_split = job.test_split or ("test" if "test" in splits else None)
+    test = rows_of(test_split) if test_split else None
+    processor = load_processor(name, picture=image_column(train) is not None)
+    if job.max_length is not None:
+        processor.model_max_length = job.max_length  # what a tokenizer truncates to
     trainer = UIBTrainer(
         model,
         args=args,
@@ -64,56 +187,42 @@ def unlearn(args: UIBConfig, script) -> dict[str, dict]:
         eval_dataset=test,
         processing_class=processor,
     )
-    trainer.request = script.what or f"{len(forget)} rows, chosen by {_columns_of(script.forget_where)}"
-    trainer.dataset_name = hub_id(script.dataset_name)
-    shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
-    before = _rows(trainer, trainer.model, shown, script.bias_column)
-    seconds = timed(lambda: trainer.train(resume_from_checkpoint=_last_or_named(args.resume_from_checkpoint)))
-    results = {
-        "original": before,
-        "UIB": _rows(trainer, trainer.model, shown, script.bias_column) | {"seconds": seconds},
-    }
-    oracle = load_classifier(script.retrained_model) if script.retrained_model else None
-    if oracle is not None:
-        results["retrained"] = _rows(trainer, oracle, shown, script.bias_column)
-    audit = None
-    if trainer.eval_dataset is not None:
-        bias_column = script.bias_column if script.bias_column in test.column_names else None
-        audit = trainer.audit(trainer.eval_dataset, bias_column, retrained_model=oracle)
-    if trainer.is_world_process_zero():
-        source = {
-            "model": os.path.basename(script.model_name_or_path.rstrip("/")),
-            "forget_columns": _columns_of(script.forget_where),  # a value may be somebody's name
-        }
-        finish(trainer, results, source, merge=script.save_merged or script.request is not None, audit=audit)
-        if script.request:
-            print(f"AuditContext for the auditor: {write_evidence(trainer, script, args.output_dir)}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    return results
+    trainer.request = job.what or f"{len(forget)} rows, chosen by {_columns_of(job.forget_where)}"
+    trainer.dataset_name = hub_id(job.dataset_name)
+    return trainer
+
+
+def audit_command(job: UnlearnArguments) -> str:
+    """What an auditor pastes in the run's folder to check the merged model again, with paths of their own for words in capitals."""
+    words = ["hf-uib", "audit", "--model", MERGED, "--reference", "MODEL_BEFORE", "--dataset_name", "DATA"]
+    words += ["--forget_where", *map(shlex.quote, job.forget_where)]
+    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column"):
+        if value := getattr(job, flag):
+            words += [f"--{flag}", shlex.quote(value)]
+    return " ".join(words + (["--retrained", "RETRAINED"] if job.retrained_model else []))
+
+
+def _deletion_request(job: UnlearnArguments) -> DeletionRequest:
+    return DeletionRequest(
+        what=job.what or "",
+        why=job.why or "",
+        due=job.due or "",
+        reference=job.reference,
+        forget_where=job.forget_where,
+        train_split=job.train_split,
+        dataset=hub_id(job.dataset_name) or _base_name(job.dataset_name),
+        model=hub_id(job.model_name_or_path) or _base_name(job.model_name_or_path),
+        audit_command=audit_command(job),
+    )
+
+
+def _base_name(path: str | None) -> str:
+    """The last part: where things lie on this machine is nobody else's business."""
+    return os.path.basename((path or "").rstrip("/"))
 
 
 def _columns_of(conditions: list[str]) -> str:
     return " and ".join(dict.fromkeys(condition.partition("=")[0] for condition in conditions))
-
-
-def _check_request(script) -> None:
-    """Refuse a request that lacks what an answer needs, or holds who asked."""
-    for name in ("what", "why", "due"):
-        if not getattr(script, name):
-            raise ValueError(
-                f"{script.request} has no `{name}`; a request says what is to be forgotten, why, and by when it is due."
-            )
-    for name in ("what", "why", "reference", "forget_where"):
-        if re.search(r"\S@\S", str(getattr(script, name) or "")):
-            raise ValueError(
-                f"`{name}` of {script.request} holds an e-mail address: who asks is not stored; leave it out."
-            )
-    try:
-        if datetime.date.fromisoformat(script.due).isoformat() != script.due:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"`due` of {script.request} is {script.due!r}; write a date as YYYY-MM-DD.") from None
 
 
 def _last_or_named(checkpoint: str | None) -> str | bool | None:
@@ -121,71 +230,19 @@ def _last_or_named(checkpoint: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
 
 
-def timed(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def quiet() -> None:
-    """The table is what the user came for: no library chatter around it."""
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-
-
-def _rows(trainer: UIBTrainer, model, shown: dict, bias_column: str | None) -> dict:
+def _measured(trainer: UIBTrainer, model, shown: dict[str, Dataset | None], bias_column: str | None) -> dict:
     """One row of the table for a user's model."""
-    row = {}
+    row: dict[str, float] = {}
     for part, dataset in shown.items():
         if dataset is None:
             continue
-        limit = dataset if part == "test" or len(dataset) <= 2000 else dataset.select(range(2000))
-        logits, labels = report.predict(model, limit, trainer.processing_class, description=f"Evaluating {part}")
-        if part != "test":
-            row[f"{part}_accuracy"] = float((logits.argmax(-1) == labels).mean())
-        elif bias_column and bias_column in dataset.column_names:
-            forget = trainer.forget_dataset.with_format(None)
-            raw, known = dataset.with_format(None)[bias_column], forget[bias_column]
-            codes = {value: i for i, value in enumerate(sorted({*raw, *known}, key=str))}
-            stands_for = report.attribute_classes(
-                np.asarray([codes[v] for v in known]), np.asarray(forget[label_column(forget)])
-            )
-            attributes = np.asarray([codes[v] for v in raw])
-            if stands_for is not None:
-                attributes = np.asarray([stands_for.get(a, -1) for a in attributes])
-            row |= report.bias_row(logits, labels, attributes, coded=stands_for is not None)
+        rows = dataset if part == "test" or len(dataset) <= MOST_ROWS else dataset.select(range(MOST_ROWS))
+        logits, labels = predict(model, rows, trainer.processing_class, description=f"Evaluating {part}")
+        if part == "test":
+            attributes = None
+            if bias_column is not None and bias_column in dataset.column_names:
+                attributes = bias_attributes(trainer.forget_dataset, dataset, bias_column)
+            row |= results_row(logits, labels, attributes)
         else:
-            row["accuracy"] = float((logits.argmax(-1) == labels).mean())
+            row[f"{part}_accuracy"] = float((logits.argmax(-1) == labels).mean())
     return row
-
-
-def finish(trainer: UIBTrainer, results: dict, source: dict, pictures=None, merge: bool = False, audit=None) -> None:
-    """Figures, report, audit, adapter, card and, if asked for, the merged model; then the table."""
-    folder = trainer.args.output_dir
-    trainer.results = results
-    layers = trainer.layer_report()
-    content = source | {
-        "results": results,
-        "bound": {"layers": layers, **trainer.statistics},
-        "log": trainer.state.log_history,
-    }
-    for earlier in (*FIGURES, "audit.json", "evidence.html", "report.json"):  # of another run in this folder
-        if os.path.isfile(os.path.join(folder, earlier)):
-            os.remove(os.path.join(folder, earlier))
-    shutil.rmtree(os.path.join(folder, MERGED), ignore_errors=True)
-    with atomic_directory(folder) as unfinished:
-        draw_bias(results, unfinished, *(pictures or ()))
-        draw_layers(layers, unfinished)
-        report.write_json(content, os.path.join(unfinished, "report.json"))
-        if audit is not None:
-            audit.to_json(os.path.join(unfinished, "audit.json"))
-            audit.plot(unfinished)
-    trainer.save_model(_internal_call=True)
-    if merge:
-        trainer.save_merged(os.path.join(folder, MERGED))
-    print("\n" + report.text_table(results))
-    if audit is not None:
-        print(f"\nAudit: {audit.verdict}")
-    merged_folder = f"; merged model: {os.path.join(folder, MERGED)}" if merge else ""
-    print(f"\nAdapter, card (README.md), report.json and figures: {folder}{merged_folder}")

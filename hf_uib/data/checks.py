@@ -1,5 +1,7 @@
 """Checks of the data before the first step."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .fingerprints import fingerprint_of, row_hashes, rows_in_common
@@ -36,9 +38,12 @@ def check_inputs(name: str, dataset, main_input: str) -> None:
 
 
 def check_sets(
-    forget_dataset, retain_dataset, num_labels: int, calibration_dataset=None
+    forget_dataset, retain_dataset, check_labels: Callable[[str, object], np.ndarray], calibration_dataset=None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The labels and the fingerprint of every set that is given, by name; refuses what cannot be unlearned.
+
+    Args:
+        check_labels: gives all labels of a set, or refuses it: ``(name, dataset) -> [n, ...]``.
 
     Raises:
         ValueError: an empty set, rows that are in two sets, or a label outside the model's classes.
@@ -54,7 +59,7 @@ def check_sets(
             continue
         if len(dataset) == 0:
             raise ValueError(f"{name} has no examples; check the condition that selects it.")
-        labels[name] = check_labels(name, dataset, num_labels)
+        labels[name] = check_labels(name, dataset)
     hashes = {name: row_hashes(sets[name]) for name in labels}
     pairs = (
         ("forget_dataset", "retain_dataset"),

@@ -37,7 +37,7 @@ def rows_in_common(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def _without_paths(row: dict) -> dict:
-    picture = lambda v: isinstance(v, dict) and v.get("bytes") is not None  # noqa: E731
+    picture = lambda v: isinstance(v, dict) and v.get("bytes") is not None
     return {k: v["bytes"] if picture(v) else v for k, v in row.items()}
 
 

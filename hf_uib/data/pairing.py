@@ -1,8 +1,9 @@
 """Pairing: the forget rows that go into a step beside the retained ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
@@ -67,7 +68,8 @@ class PairingSampler(Sampler):
         epoch = self.epoch_of()
         retain = endless_permutations(len(self.dataset.retain), self.seed + epoch)
         forget = endless_permutations(len(self.dataset.forget), self.seed + epoch + 2**31)
-        replacement = endless_permutations(len(self.available), self.seed + epoch + 2**32) if self.available else None
+        available = self.available or []
+        replacement = endless_permutations(len(available), self.seed + epoch + 2**32)
         given = 0
         for position in range(len(self.dataset)):
             row = next(retain)
@@ -77,7 +79,7 @@ class PairingSampler(Sampler):
                 many = tuple(next(forget) for _ in range(due - given))
                 given = due
                 if row in self.held_out:
-                    row = self.available[next(replacement)]
+                    row = available[next(replacement)]
             else:
                 given = int((position + 1) * self.forget_per_retain)
             yield position, row, many
@@ -99,12 +101,32 @@ def fetch(dataset, indices: list[int]) -> list[dict]:
     return [dataset[i] for i in indices]
 
 
+class UnlearningBatch(dict):
+    """A training batch: retained rows first, then forget rows, so that one forward serves both.
+
+    A dictionary, so that Trainer and accelerate move it as they move any batch.
+    """
+
+    @property
+    def features(self) -> dict:
+        """What the model's forward takes, and the ``labels``."""
+        return self["features"]
+
+    @property
+    def retained(self) -> int:
+        """How many rows are retained ones."""
+        return self["retained"]
+
+    @property
+    def positions(self) -> Tensor:
+        """Each row's place in the epoch, ``[n]``: it says which draw of the channel noise the row gets."""
+        return self["positions"]
+
+
 class UIBCollator:
-    """Makes one batch of paired rows: the retained ones first, then the forget ones, so that one forward serves both.
+    """Makes an `UnlearningBatch` of paired rows, and a plain batch of plain rows (evaluation).
 
-    ``positions [n]``, in the epoch, say which draw of the channel noise a row gets.
-
-    Plain rows (evaluation) go to the same collator without pairing. Columns that the model does not take are dropped.
+    Columns that the model does not take are dropped.
 
     Args:
         collator: the user's, or Transformers' default.
@@ -120,7 +142,7 @@ class UIBCollator:
         forget = [(f["position"] + j, row) for f in features for j, row in enumerate(f["forget"])]
         batch = self.collate([f["retain"] for f in features] + [row for _, row in forget])
         positions = torch.tensor([f["position"] for f in features] + [position for position, _ in forget])
-        return {"inputs": batch, "n_retain": len(features), "positions": positions}
+        return UnlearningBatch(features=batch, retained=len(features), positions=positions)
 
     def collate(self, rows: list[dict]) -> dict:
         """Drop the columns the model does not take and collate the rest."""
@@ -136,6 +158,23 @@ def collator_for(columns: set[str], processing_class, collator: Callable | None 
         text = isinstance(processing_class, PreTrainedTokenizerBase)
         collator = DataCollatorWithPadding(processing_class) if text else default_data_collator
     return UIBCollator(collator, columns)
+
+
+class Subset(Dataset):
+    """Some rows of a map-style dataset, fetched in one call where it can."""
+
+    def __init__(self, dataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.dataset[self.indices[i]]
+
+    def __getitems__(self, positions: list[int]) -> list[dict]:
+        """Fetch a batch with one call."""
+        return fetch(self.dataset, [self.indices[i] for i in positions])
 
 
 def sample_indices(length: int, count: int, seed: int) -> list[int]:

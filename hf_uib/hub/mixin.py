@@ -3,41 +3,99 @@
 import os
 import shutil
 from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from huggingface_hub import HfApi
+from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PushInProgress
 
 from ..checkpointing import AtomicCheckpoints, atomic_directory
+from ..data.fingerprints import fingerprint
 from ..provenance import STATE_NAME
-from .card import FIGURES, write_card
+from .card import FIGURES, DataSummary, UnlearningCardData, emissions_of, settings_of, write_card
 from .push import ADAPTER_PATTERNS, MERGED, upload_copy
+
+if TYPE_CHECKING:
+    from ..audit.report import AuditReport
+    from ..config import UIBConfig
 
 
 class HubMixin(AtomicCheckpoints):
-    """Pushes, cards and the merged model of a `UIBTrainer`."""
+    """Pushes, cards and the merged model of a `UIBTrainer`, whose ``__init__`` sets all of these.
+
+    Attributes:
+        request: what is to be forgotten, in words.
+        dataset_name: Hub id of all sets; base_name: of the model before.
+        forget_dataset, retain_dataset, calibration_dataset: encoded rows, or None; raw_eval_dataset: as it was given.
+        fingerprints: hashes of the rows as they were given, by ``forget_dataset`` and so on.
+        layers: adapted layers by name; adapter_name: PEFT's.
+        prior: its class is named, and ``level`` and ``target`` are asked where it has them.
+        results: rows of the results table, by model; audit_report: of the last audit.
+        card_settings: arguments of `create_model_card` that later cards take over.
+    """
+
+    _tag_names: ClassVar[list[str]]
+    _paper: ClassVar[dict[str, str]]
+    _hub: HfApi
+    raw_eval_dataset: Any
+    args: "UIBConfig"
+    model: PeftModel
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]
+    request: str
+    dataset_name: str | None
+    base_name: str | None
+    forget_dataset: Any
+    retain_dataset: Any
+    calibration_dataset: Any
+    fingerprints: dict[str, str]
+    layers: dict[str, Any]
+    adapter_name: str
+    prior: Any
+    results: dict[str, dict]
+    audit_report: "AuditReport | None"
+    card_settings: dict[str, Any]
+
+    if TYPE_CHECKING:  # properties and methods of the trainer
+
+        @property
+        def statistics(self) -> dict[str, float]:
+            """``noise_to_signal``, ``prior_strength``, ``share_kept`` and ``pattern_z``, as far as they were measured."""
+
+        @property
+        def provenance(self) -> list[dict]:
+            """Records of every request of the model, this run's last."""
+
+        @property
+        def base_fingerprint(self) -> str:
+            """Hash of the weights before unlearning."""
+
+        @property
+        def compared(self) -> bool:
+            """Whether forget and retained rows were compared."""
+
+        def merge_and_unload(self) -> PreTrainedModel:
+            """A plain model with the adapter merged into its weights."""
+
+    # ---- Pushing ----------------------------------------------------------------------------------------------------
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, without the pickled arguments, which hold the token: adapter, state and card, then the whole checkpoint
-        where `hub_strategy` asks for it."""
+        """As Trainer's, without the pickled arguments, which hold the token.
+
+        Pushes adapter, state and card, then the whole checkpoint where `hub_strategy` asks for it.
+        """
         args = self.args
         if self._staging or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         if args.hub_artifact == "merged":  # nothing to push before there is one
             return
-        before = self.push_in_progress
-        under_way = before is not None and not before.is_done()
-        if under_way and not args.hub_always_push:
+        before: Any = self.push_in_progress
+        running = list(before.jobs) if before is not None and not before.is_done() else []
+        if running and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        named = "" if self.adapter_name == "default" else self.adapter_name  # PEFT's folder for it
-        os.makedirs(os.path.join(args.output_dir, named), exist_ok=True)
-        for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
-            name = os.path.join(named, name)
-            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
-        for name in (STATE_NAME, "README.md"):
-            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name))
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(args.output_dir)
+        self._copy_from_checkpoint(checkpoint_folder)
         upload = partial(
             upload_copy,
             self._hub,
@@ -46,12 +104,23 @@ class HubMixin(AtomicCheckpoints):
             revision=args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
         )
-        jobs = [upload(args.output_dir)]
+        jobs: Any = [upload(self._output_dir)]
         if args.hub_strategy != HubStrategy.EVERY_SAVE:
             last = args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
             jobs.append(upload(checkpoint_folder, path_in_repo=name))
-        self.push_in_progress = PushInProgress(jobs + before.jobs if before is not None and under_way else jobs)
+        self.push_in_progress = PushInProgress(jobs + running)
+
+    def _copy_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Adapter, state and card of a checkpoint, and the processor, to the output folder."""
+        target = self._output_dir
+        named = self._adapter_folder or ""
+        os.makedirs(os.path.join(target, named), exist_ok=True)
+        weights = (os.path.join(named, name) for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME))
+        for name in (*weights, STATE_NAME, "README.md"):
+            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(target, name))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(target)
 
     def push_to_hub(
         self,
@@ -61,7 +130,7 @@ class HubMixin(AtomicCheckpoints):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs,
-    ):
+    ) -> Any:
         """As Trainer's; ``args.hub_artifact`` says whether adapter, merged model or both go up.
 
         Args:
@@ -69,23 +138,23 @@ class HubMixin(AtomicCheckpoints):
             kwargs: for the card, see `create_model_card`; remembered for later ones.
 
         Returns:
-            What was committed to ``hub_model_id``, or its future.
+            `CommitInfo` of ``hub_model_id``, or its future; None on other processes than the first.
         """
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._card_settings |= kwargs
+        self.card_settings |= kwargs
         self.save_model(_internal_call=True)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
             self.create_model_card()  # which now knows the repository's name
-        merged = os.path.join(args.output_dir, MERGED)
+        merged = os.path.join(self._output_dir, MERGED)
         if args.hub_artifact != "adapter":
             self.save_merged(merged)
-        if not self.is_world_process_zero():
+        if not self.is_world_process_zero() or self.hub_model_id is None:
             return None
         self._finish_current_push()
         token, revision = token or args.hub_token, revision or args.hub_revision
-        settings = {"token": token, "revision": revision, "commit_message": commit_message}
+        settings: dict[str, Any] = {"token": token, "revision": revision, "commit_message": commit_message}
         upload_merged = partial(
             self._hub.upload_folder,
             folder_path=merged,
@@ -96,13 +165,19 @@ class HubMixin(AtomicCheckpoints):
         if args.hub_artifact == "merged":
             return upload_merged(repo_id=self.hub_model_id)
         if args.hub_artifact == "both":
-            private = self._hub.repo_info(self.hub_model_id, token=token).private
-            beside = self._hub.create_repo(f"{self.hub_model_id}-merged", token=token, private=private, exist_ok=True)
-            if revision is not None:
-                self._hub.create_branch(beside.repo_id, branch=revision, token=token, exist_ok=True)
-            upload_merged(repo_id=beside.repo_id)
-        job = upload_copy(self._hub, args.output_dir, repo_id=self.hub_model_id, **settings)
+            upload_merged(repo_id=self._repository_beside(self.hub_model_id, token, revision))
+        job = upload_copy(self._hub, self._output_dir, repo_id=self.hub_model_id, **settings)
         return job.result() if blocking else job
+
+    def _repository_beside(self, repository: str, token: str | None, revision: str | None) -> str:
+        """Id of the merged model's repository, as private as the adapter's."""
+        private = self._hub.repo_info(repository, token=token).private
+        beside = self._hub.create_repo(f"{repository}-merged", token=token, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            self._hub.create_branch(beside, branch=revision, token=token, exist_ok=True)
+        return beside
+
+    # ---- Writing ----------------------------------------------------------------------------------------------------
 
     def save_merged(self, folder: str) -> None:
         """Write the merged model, its processor and its card to ``folder``, all or nothing."""
@@ -114,14 +189,14 @@ class HubMixin(AtomicCheckpoints):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(unfinished)
             for figure in FIGURES:
-                if os.path.isfile(os.path.join(self.args.output_dir, figure)):
-                    shutil.copy(os.path.join(self.args.output_dir, figure), unfinished)
+                if os.path.isfile(os.path.join(self._output_dir, figure)):
+                    shutil.copy(os.path.join(self._output_dir, figure), unfinished)
             self.create_model_card(folder=unfinished, merged=True)
 
     def create_model_card(  # type: ignore[override]
         self, *, folder: str | None = None, merged: bool = False, **settings
     ) -> None:
-        """Writes the unlearning card to ``folder`` (the output folder by default); see `hf_uib.hub.card`.
+        """Write the unlearning card to ``folder`` (the output folder by default); see `hf_uib.hub.card`.
 
         Args:
             merged: the card of the merged model.
@@ -129,4 +204,92 @@ class HubMixin(AtomicCheckpoints):
                 ``dataset``.
         """
         if self.is_world_process_zero():
-            write_card(self, folder or self.args.output_dir, merged, **(self._card_settings | settings))
+            write_card(self.card_data(merged, **settings), folder or self._output_dir)
+
+    def card_data(self, merged: bool = False, **settings) -> UnlearningCardData:
+        """What a card or a deletion report can say of the run.
+
+        Args:
+            merged: for the card of the merged model.
+            settings: of `create_model_card`; they go before the remembered ones.
+        """
+        settings = self.card_settings | settings
+        model = self.accelerator.unwrap_model(self.model)
+        repository = self.hub_model_id or self.args.hub_model_id
+        title = settings.pop("model_name", None) or os.path.basename(repository or os.path.abspath(self._output_dir))
+        if repository and merged:  # which of an adapter's repository is not the merged model's
+            repository = {"both": f"{repository}-merged", "merged": repository}.get(self.args.hub_artifact)
+        return UnlearningCardData(
+            title=title,
+            request=self.request,
+            requests=self.provenance,
+            base=settings.pop("finetuned_from", None) or self.base_name,
+            base_revision=getattr(model.config, "_commit_hash", None),
+            base_fingerprint=self.base_fingerprint,
+            repository=repository,
+            merged=merged,
+            adapter_folder=self._adapter_folder,
+            takes_images=getattr(model, "main_input_name", "") == "pixel_values",
+            data_sets=self._data_summaries(),
+            dataset_name=self.dataset_name,
+            retained=self.retain_dataset is not None,
+            calibrated=self._is_calibrated(),
+            prior=type(self.prior).__name__,
+            steps=self.state.global_step,
+            settings=self._shown_settings(),
+            measured=self._strengths(),
+            pattern_z=self.statistics.get("pattern_z") if self.compared else None,
+            results=self.results,
+            audit=self.audit_report,
+            emissions=emissions_of(self.callback_handler.callbacks),
+            own_tags=self._tag_names,
+            paper=self._paper,
+            **settings,
+        )
+
+    @property
+    def _output_dir(self) -> str:
+        return str(self.args.output_dir)
+
+    @property
+    def _adapter_folder(self) -> str | None:
+        """PEFT's folder for an adapter of another name than ``default``."""
+        return None if self.adapter_name == "default" else self.adapter_name
+
+    def _is_calibrated(self) -> bool:
+        """Whether the level to forget to was measured on a calibration set."""
+        measured = getattr(self.prior, "level", None) is not None and getattr(self.prior, "target", None) is None
+        return measured and self.calibration_dataset is not None
+
+    def _shown_settings(self) -> dict[str, Any]:
+        adapter: Any = self.model.peft_config[self.adapter_name]
+        lora = f"r {adapter.r}, alpha {adapter.lora_alpha}, on {len(self.layers)} layers"
+        return settings_of(self.args) | {"LoRA": lora}
+
+    def _strengths(self) -> dict[str, float]:
+        """Strengths that were in force and, in words, where they came from."""
+        found = {}
+        for name in ("noise_to_signal", "prior_strength", "share_kept"):
+            if (value := self.statistics.get(name)) is not None:
+                own = getattr(self.args, name, None) is None and name != "prior_strength"
+                found[f"{name}{', measured' if own else ' in force'}"] = round(value, 4)
+        return found
+
+    def _data_summaries(self) -> list[DataSummary]:
+        """Name, size and fingerprint of every set, as it was given."""
+        test = self.raw_eval_dataset
+        if isinstance(test, dict) or not hasattr(test, "__len__"):
+            test = None
+        elif "eval_dataset" not in self.fingerprints:
+            self.fingerprints["eval_dataset"] = fingerprint(test)
+        sets = {
+            "forget": self.forget_dataset,
+            "retain": self.retain_dataset,
+            "calibration": self.calibration_dataset,
+            "eval": test,
+        }
+        return [
+            DataSummary(name, len(rows), self.fingerprints[f"{name}_dataset"])
+            for name, rows in sets.items()
+            if rows is not None
+        ]

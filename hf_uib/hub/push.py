@@ -13,6 +13,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..provenance import STATE_NAME
 from .card import hub_id
+from .deletion_report import REPORT_NAME
 
 MERGED = "merged"  # folder of the merged model, in the output folder
 # What an adapter's repository holds, and that is gone where a merged model is pushed
@@ -27,7 +28,7 @@ def upload_copy(api: HfApi, folder: str, **settings) -> Future:
         settings: of `HfApi.upload_folder`.
     """
     copied = tempfile.mkdtemp()
-    hidden = shutil.ignore_patterns("_*", f"{PREFIX_CHECKPOINT_DIR}-*", MERGED, TRAINING_ARGS_NAME, "evidence.html")
+    hidden = shutil.ignore_patterns("_*", f"{PREFIX_CHECKPOINT_DIR}-*", MERGED, TRAINING_ARGS_NAME, REPORT_NAME)
     shutil.copytree(folder, copied, ignore=hidden, dirs_exist_ok=True)
     _drop_paths(copied)
     job = api.upload_folder(folder_path=copied, run_as_future=True, **settings)

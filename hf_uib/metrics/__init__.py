@@ -1,9 +1,56 @@
-"""`evaluate.Metric` modules, usable alone and offline."""
+"""Metrics: plain functions of arrays, `METRICS` (the rows of the tables), and the functions as `evaluate.Metric` modules.
 
-from .bias_correlation import BiasCorrelation
-from .counterfactual_gap import CounterfactualGap
-from .membership_attack import MembershipAttack
-from .unlearning_gap import UnlearningGap
-from .worst_group_accuracy import WorstGroupAccuracy
+The modules (`BiasCorrelation`, ...) can be used alone and offline; `evaluate` is imported when the first of them is asked for.
+"""
 
-__all__ = ["BiasCorrelation", "CounterfactualGap", "MembershipAttack", "UnlearningGap", "WorstGroupAccuracy"]
+from typing import TYPE_CHECKING, Any
+
+from .bias import attribute_classes, bias_correlation
+from .counterfactual import counterfactual_gap, flip_rate
+from .groups import worst_group_accuracy
+from .membership import attack, membership_attack
+from .table import METRICS, Metric, MetricInputs, bias_row, text_table
+from .unlearning import unlearning_gap
+
+if TYPE_CHECKING:
+    from .evaluate_modules import (
+        BiasCorrelation,
+        CounterfactualGap,
+        MembershipAttack,
+        UnlearningGap,
+        WorstGroupAccuracy,
+    )
+
+__all__ = [
+    "METRICS",
+    "BiasCorrelation",
+    "CounterfactualGap",
+    "MembershipAttack",
+    "Metric",
+    "MetricInputs",
+    "UnlearningGap",
+    "WorstGroupAccuracy",
+    "attack",
+    "attribute_classes",
+    "bias_correlation",
+    "bias_row",
+    "counterfactual_gap",
+    "flip_rate",
+    "membership_attack",
+    "text_table",
+    "unlearning_gap",
+    "worst_group_accuracy",
+]
+_EVALUATE_MODULES = {"BiasCorrelation", "CounterfactualGap", "MembershipAttack", "UnlearningGap", "WorstGroupAccuracy"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EVALUATE_MODULES:
+        from . import evaluate_modules
+
+        return getattr(evaluate_modules, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

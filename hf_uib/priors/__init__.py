@@ -1,19 +1,10 @@
 """The slot R^(l): priors over the adapter that carry the change in the data distribution."""
 
-from .base import Prior, PriorContext
+from .base import PRIORS, Prior, PriorContext, build_prior, prior_class, register_prior
 from .calibrated import CalibratedPrior
 from .hosted import AscentPrior, RandomLabelPrior, SaliencyPrior
 from .influence import InfluencePrior
 from .none import NoPrior
-
-PRIORS: dict[str, type[Prior]] = {
-    "calibrated": CalibratedPrior,
-    "influence": InfluencePrior,
-    "ascent": AscentPrior,
-    "random_label": RandomLabelPrior,
-    "saliency": SaliencyPrior,
-    "none": NoPrior,
-}
 
 __all__ = [
     "PRIORS",
@@ -22,7 +13,10 @@ __all__ = [
     "InfluencePrior",
     "NoPrior",
     "Prior",
+    "PriorContext",
     "RandomLabelPrior",
     "SaliencyPrior",
-    "PriorContext",
+    "build_prior",
+    "prior_class",
+    "register_prior",
 ]

@@ -1,14 +1,46 @@
-"""What a prior is."""
+"""What a prior is, and the names that `UIBConfig(prior=...)` knows."""
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
+from ..unlearning_task import SingleLabel, UnlearningTask
 
-@dataclass
+if TYPE_CHECKING:
+    from ..config import UIBConfig
+
+PRIORS: dict[str, type["Prior"]] = {}
+P = TypeVar("P", bound="type[Prior]")
+
+
+def register_prior(name: str) -> Callable[[P], P]:
+    """Class decorator: ``UIBConfig(prior=name)`` then takes the prior."""
+
+    def decorator(cls: P) -> P:
+        PRIORS[name] = cls
+        return cls
+
+    return decorator
+
+
+def prior_class(name: str) -> type["Prior"]:
+    """The prior of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in PRIORS:
+        raise ValueError(f"prior is {name!r}; choose one of {', '.join(PRIORS)}, or register it with register_prior.")
+    return PRIORS[name]
+
+
+@dataclass(frozen=True)
 class PriorContext:
-    """What a prior may look at before the first step.
+    """What a prior may look at.
 
     Attributes:
         model: with its adapter; the trainable weights are the adapter's.
@@ -16,6 +48,10 @@ class PriorContext:
             process's share. ``retain`` is None without retained data.
         sizes: examples in the forget and in the retained set.
         reduce: sums tensors over the processes, in place.
+        task: gives margins and losses of logits.
+        strength: gamma.
+        pattern_detected: whether the forget set carries a pattern, which the channel noise then closes.
+        calibration_seen_in_training: whether the calibration rows are a fold of the retained data, which the checkpoint has fitted.
     """
 
     model: nn.Module
@@ -23,6 +59,20 @@ class PriorContext:
     retain: Callable[[], Iterable[dict[str, Tensor]]] | None
     sizes: tuple[int, int]
     reduce: Callable[[list[Tensor]], None]
+    task: UnlearningTask = SingleLabel()
+    strength: float = 1.0
+    pattern_detected: bool = False
+    calibration_seen_in_training: bool = False
+
+    def retained_batches(self) -> Iterable[dict[str, Tensor]]:
+        """``retain()``.
+
+        Raises:
+            ValueError: there is no retained data.
+        """
+        if self.retain is None:
+            raise ValueError("This prior needs retained data; give a retain_dataset.")
+        return self.retain()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's trainable weights by name."""
@@ -30,39 +80,59 @@ class PriorContext:
 
 
 class Prior:
-    r"""A factor ``exp(-gamma * evidence)`` that multiplies the Gaussian ``N(theta; mu_{k-1}, Sigma)`` of the bound.
+    r"""A factor ``exp(-gamma * forget_loss)`` that multiplies the Gaussian ``N(theta; mu_{k-1}, Sigma)`` of the bound.
 
-    A prior of your own needs one method, [`evidence`], and is passed as ``UIBTrainer(..., prior=MyPrior())``. Autograd
-    turns it into the natural-parameter shift of every layer: to first order the prior's mean moves by
-    ``-gamma * Lambda_l^-1 * d evidence / d theta_l``. `examples/custom_prior.py` writes one.
+    A prior of your own needs one method, [`forget_loss`]. Pass it as ``UIBTrainer(..., prior=MyPrior())``, or give it a name with
+    [`register_prior`]. Autograd turns it into the natural-parameter shift of every layer: to first order the prior's mean moves by
+    ``-gamma * Lambda_l^-1 * d forget_loss / d theta_l``. docs/extending.md writes one.
     """
 
-    uses_forget_batches = True
+    needs_forget_batches = True
     """Whether the trainer has to add forget examples to the batches."""
 
-    strengths = (0.1, 0.3)
-    """gamma where ``prior_strength`` is not set: with the channel closed by noise, and without."""
+    needs_calibration_margins = False
+    """Whether `refresh` needs margins of unseen rows. Without a ``calibration_dataset`` some retained rows are then held out."""
 
+    needs_retained_data = False
+    """Whether the prior forgets through the retained data alone."""
+
+    # Set by `attach`
+    task: UnlearningTask = SingleLabel()
+    strength = 1.0
     pattern_detected = False
-    """Set by the trainer: whether the forget set carries a pattern, which the noise channel then closes."""
+    calibration_seen_in_training = False
 
     keep_forget_batches = False
     """Whether forget batches come to the last step, whatever ``prior_fraction`` says. Read as training goes; a prior that finds
     out by itself has to know by its third `refresh`."""
 
-    strength = 0.0
-    """gamma; set by the trainer before `prepare`."""
-
-    masks: dict[str, Tensor] = {}
+    masks: Mapping[str, Tensor] = MappingProxyType({})
     """By name of a trainable weight: which of its entries may move (with ``weight_decay`` 0, the default). Weights without a mask
-    move freely."""
+    move freely. A prior that sets them does so in `prepare`."""
 
-    def prepare(self, setting: PriorContext) -> None:
-        """Called once, before the first step and in eval mode. May set `masks` and move the adapter: the prior's first
-        mean is where it then stands."""
+    @classmethod
+    def from_config(cls, args: "UIBConfig") -> "Prior":
+        """The prior that a name stands for."""
+        return cls()
+
+    def default_strength(self, noised: bool) -> float:
+        """gamma where ``prior_strength`` is not set: with the channel closed by noise, or without."""
+        return 0.1 if noised else 0.3
+
+    def attach(self, context: PriorContext) -> None:
+        """Called at the start of every run, before `prepare` or `load_state_dict`: nothing of an earlier run stays."""
+        self.task, self.strength = context.task, context.strength
+        self.pattern_detected = context.pattern_detected
+        self.calibration_seen_in_training = context.calibration_seen_in_training
+        self.keep_forget_batches = False
+        self.masks = {}
+
+    def prepare(self, context: PriorContext) -> None:
+        """Called at the start of a fresh run, before the first step and in eval mode. May set `masks` and move the adapter: the
+        prior's first mean is where it then stands. A prior that keeps state starts it here."""
 
     def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is to be divided out, on a batch of the forget set.
+        """What is to be forgotten, on a batch of the forget set.
 
         Args:
             logits: ``[n, classes]`` of the model being trained.
@@ -71,13 +141,15 @@ class Prior:
         Returns:
             Scalar, mean over the batch, in nats per forget example. Zero means: nothing left to forget.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no method forget_loss(logits, labels); a prior needs it."
+        )
 
     def refresh(self, forget_margins: Callable[[], Tensor], calibration_margins: Callable[[], Tensor | None]) -> None:
         """Called before the first step and every ``prior_update_steps`` while forget batches come, under the running mean.
 
-        Both arguments measure margins, ``[n]`` in nats, when called: of a sample of the forget set, and of data the
-        checkpoint never saw (None where there is none). A prior that does not need them does nothing here.
+        Both arguments measure margins, ``[n]`` in nats, when called: of a sample of the forget set, and of unseen rows (None where
+        there are none). A prior that does not need them does nothing here.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -86,3 +158,32 @@ class Prior:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
+
+
+def build_prior(prior: Prior | None, args: "UIBConfig", retained: bool) -> Prior:
+    """The prior of a run: the user's own, or the one that ``args.prior`` names.
+
+    Args:
+        retained: whether there is retained data.
+
+    Raises:
+        ValueError: the prior needs retained data, or a setting that it does not take was given.
+    """
+    if prior is None:
+        prior = prior_class(args.prior).from_config(args)
+    elif args.forget_target is not None:
+        raise ValueError(
+            "forget_target is read by the named priors; give it to your prior object, and leave it out of UIBConfig."
+        )
+    if not retained:
+        if prior.needs_retained_data:
+            raise ValueError(
+                f"prior {type(prior).__name__} forgets through the retained data alone; give a retain_dataset, or take another "
+                "prior."
+            )
+        warnings.warn(
+            "No retain_dataset: what the model knows is kept only through its own predictions on the forget set, and the "
+            "level to forget to is a guess unless calibration_dataset or forget_target is given. Expect to lose accuracy.",
+            stacklevel=3,
+        )
+    return prior

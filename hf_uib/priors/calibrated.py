@@ -1,13 +1,14 @@
 """AuditContext divided out, down to a calibrated level (method, section 3b)."""
 
+import math
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from ..objective import margin
-from .base import Prior
+from .base import Prior, register_prior
 
 GRID = 257
-LABEL_NOISE_Z = 2.0  # over it the forget set's errors exceed those on unseen rows by more than chance
 RESOLUTION = 1e-4  # nats; what lies closer to its level is at it, whatever the rounding
 
 
@@ -43,6 +44,7 @@ def label_noise_z(forget: Tensor, unseen: Tensor) -> float:
     return (wrong[0] - wrong[1]) / error if error > 0 else 0.0
 
 
+@register_prior("calibrated")
 class CalibratedPrior(Prior):
     r"""One-sided quantile match ``mean_i max(0, m_i - c(u_i))`` of the forget margins.
 
@@ -51,28 +53,45 @@ class CalibratedPrior(Prior):
     margin distributions, independent of batch size, accumulation and processes. At the level the gradient is zero.
 
     The level never falls: ``c_k = max(c_{k-1}, quantiles of the running model)``, which stops the spiral in which
-    forgetting lowers its own target. One exception: a ``fitted`` calibration set (a fold of the retained data, held out
-    only now) starts too high, so the level follows it down until it first rises, and holds from then on.
+    forgetting lowers its own target. One exception: a calibration set that the checkpoint has fitted (a fold of the
+    retained data, held out only now) starts too high, so the level follows it down until it first rises, and holds from then on.
 
-    A ``pattern_detected`` pattern is no reason to get the forget examples wrong: only what lifts them above the typical unseen
+    Under a pattern there is no reason to get the forget examples wrong: only what lifts them above the typical unseen
     example is taken away, so the level is not let under its own median. Randomly drawn rows are matched in full.
 
-    Another exception are labels that are *wrong* by what the retained data say (an older labelling scheme, say). They show
-    after the first steps: under a bias the running model gets the forget set right more often than unseen rows, and
-    where it gets it wrong more often by more than chance, at the second or third refresh, its labels are disputed for good
-    (``keep_forget_batches``). Rows on which the running model disagrees with their label (``m < 0``) then have the level of a label it
-    clearly refuses, minus the median, and forget batches come to the end.
+    Another exception is label noise: forget labels that are *wrong* by what the retained data say (an older labelling scheme, say).
+    It shows after the first steps: under a bias the running model gets the forget set right more often than unseen rows. Where it
+    gets it wrong more often by more than chance, at the second or third refresh, forget batches come to the end
+    (``keep_forget_batches``), and rows on which the running model disagrees with their label (``m < 0``) have the level of a
+    label it clearly refuses, minus the median.
 
     Args:
         target: a fixed level in nats instead of a measured one.
-        fitted: whether the checkpoint was trained on the calibration data.
+        label_noise_z: over it the forget set's errors exceed those on unseen rows by more than chance.
     """
 
-    def __init__(self, target: float | None = None, calibration_seen_in_training: bool = False):
-        self.target = target
-        self.calibration_seen_in_training = self.track_decrease = calibration_seen_in_training
+    def __init__(self, target: float | None = None, label_noise_z: float = 2.0):
+        self.target, self.label_noise_z = target, label_noise_z
+        self.needs_calibration_margins = target is None
+        self._start()
+
+    @classmethod
+    def from_config(cls, args) -> "CalibratedPrior":
+        """Takes ``forget_target``."""
+        if args.forget_target is not None and not math.isfinite(args.forget_target):
+            raise ValueError(
+                "forget_target is a level in nats, a finite number, for the prior calibrated; leave it out to measure it."
+            )
+        return cls(target=args.forget_target)
+
+    def prepare(self, context) -> None:
+        """Forget level and ranks of an earlier run."""
+        self._start()
+
+    def _start(self) -> None:
+        self.track_decrease = self.calibration_seen_in_training
         self.refreshes = 0
-        self.level: Tensor | None = None if target is None else torch.full((GRID,), float(target))
+        self.level: Tensor | None = None if self.target is None else torch.full((GRID,), float(self.target))
         self.ranks: Tensor | None = None
 
     def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,16 +101,17 @@ class CalibratedPrior(Prior):
 
     def excess(self, logits: Tensor, labels: Tensor) -> Tensor:
         """How far each margin lies above its level, ``[n]`` in nats."""
-        margins = margin(logits, labels)
+        margins = self.task.margin(logits, labels)
         return margins - self.level_of(margins.detach())
 
     def level_of(self, margins: Tensor) -> Tensor:
         """The level ``c(u_i)`` of each margin ``[n]``, in nats."""
+        assert self.level is not None, "refresh measures the level"
         level = self.level.to(margins)
         if self.target is not None:
             return level[0].expand_as(margins)
         median = level[GRID // 2]
-        level = interpolate(level, rank_of(margins, self.ranks.to(margins)))
+        level = interpolate(level, rank_of(margins, cast(Tensor, self.ranks).to(margins)))
         if not self.pattern_detected:
             return level
         level = level.maximum(median)
@@ -101,7 +121,7 @@ class CalibratedPrior(Prior):
         """Re-measure the ranks of the forget set and raise the level."""
         if self.target is not None:
             return
-        margins = forget_margins().double()
+        margins = forget_margins().cpu().double()
         self.ranks = quantiles(margins)
         values = calibration_margins()
         if values is None:
@@ -110,9 +130,11 @@ class CalibratedPrior(Prior):
                 self.level = torch.full((GRID,), interpolate(self.ranks, torch.tensor(0.1)).item())
             return
         if self.refreshes in (1, 2) and self.pattern_detected and not self.calibration_seen_in_training:
-            self.keep_forget_batches = self.keep_forget_batches or label_noise_z(margins, values) > LABEL_NOISE_Z
+            self.keep_forget_batches = self.keep_forget_batches or (
+                label_noise_z(margins, values.cpu()) > self.label_noise_z
+            )
         self.refreshes += 1
-        now = quantiles(values.double()).cpu()
+        now = quantiles(values.cpu().double())
         if self.level is None or self.track_decrease and now.mean() < self.level.mean():
             self.level = now
         else:
@@ -120,7 +142,7 @@ class CalibratedPrior(Prior):
             self.level = torch.maximum(self.level, now)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Level and ranks, whether the level still follows, and whether the labels are disputed."""
+        """Level and ranks, whether the level still follows, and whether label noise was found."""
         state = {
             name: torch.tensor(getattr(self, name))
             for name in ("track_decrease", "pattern_detected", "keep_forget_batches", "refreshes")

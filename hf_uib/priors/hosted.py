@@ -6,20 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..objective import margin
-from .base import PriorContext
+from .base import PriorContext, register_prior
 from .calibrated import RESOLUTION, CalibratedPrior
 
 
 class HostedPrior(CalibratedPrior):
-    """Another method's push, on the forget examples that are still above their level.
+    """Another method's forget loss, on the forget examples that are still above their level.
 
     The method says which way, [`CalibratedPrior`]'s level how far: an example at its level is let go. With ``target=-math.inf`` (as
     a setting, ``forget_target``) there is no level, and what is left is the method itself.
     """
 
+    @classmethod
+    def from_config(cls, args) -> "HostedPrior":
+        """Takes ``forget_target``, ``-inf`` included."""
+        return cls(target=args.forget_target)
+
     def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean push of the examples above their level, in nats per forget example (scalar)."""
+        """Mean loss of the examples above their level, in nats per forget example (scalar)."""
         above = self.excess(logits.detach(), labels) > RESOLUTION
         return torch.where(above, self.forget_loss_per_example(logits, labels), 0.0).mean()
 
@@ -28,20 +32,24 @@ class HostedPrior(CalibratedPrior):
         raise NotImplementedError
 
 
+@register_prior("ascent")
 class AscentPrior(HostedPrior):
-    """Divides out the forget set's likelihood: ``log p(y | x)`` itself is the evidence.
+    """Divides out the forget set's likelihood: the forget loss is ``log p(y | x)`` itself.
 
     Gradient ascent on the forget set (NegGrad+ of Kurmanji et al., arXiv 2302.09880). Without a level, without retained data, with
     two classes and a fixed mean it is EUBO of Nguyen et al., arXiv 2010.12883, which over-unlearns if it goes on for long.
     """
 
-    strengths = (0.3, 1.0)
+    def default_strength(self, noised: bool) -> float:
+        """0.3 under noise, 1 without."""
+        return 0.3 if noised else 1.0
 
     def forget_loss_per_example(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Log-likelihoods, at most 0."""
         return -F.cross_entropy(logits, labels, reduction="none")
 
 
+@register_prior("random_label")
 class RandomLabelPrior(HostedPrior):
     """The forget examples shall look as if their labels were drawn from the other classes.
 
@@ -49,7 +57,9 @@ class RandomLabelPrior(HostedPrior):
     random label per step gives an unbiased gradient (Golatkar et al., arXiv 1911.04933; Graves et al., arXiv 2010.10981).
     """
 
-    strengths = (3.0, 3.0)
+    def default_strength(self, noised: bool) -> float:
+        """3."""
+        return 3.0
 
     def forget_loss_per_example(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Divergences; 0 where the other classes are equally likely and p(y) is 0."""
@@ -71,6 +81,7 @@ def largest(totals: list[Tensor], share: float) -> list[Tensor]:
     return [total.abs() > least for total in totals]
 
 
+@register_prior("saliency")
 class SaliencyPrior(RandomLabelPrior):
     """SalUn (arXiv 2310.12508) over the adapter: random labels, and only the weights move that the forget loss is sensitive to.
 
@@ -81,15 +92,16 @@ class SaliencyPrior(RandomLabelPrior):
 
     share = 0.5
 
-    def prepare(self, setting: PriorContext) -> None:
+    def prepare(self, context: PriorContext) -> None:
         """Measure the mask."""
-        weights = setting.trainable()
+        super().prepare(context)
+        weights = context.trainable()
         totals = [torch.zeros_like(p) for p in weights.values()]
-        for inputs in setting.forget():
+        for inputs in context.forget():
             labels = inputs.pop("labels")
-            loss = margin(setting.model(**inputs).logits, labels).sum()
+            loss = self.task.margin(context.model(**inputs).logits, labels).sum()
             for total, gradient in zip(totals, gradients(loss, list(weights.values())), strict=True):
                 total += gradient
-        setting.reduce(totals)
+        context.reduce(totals)
         felt = {name: total for name, total in zip(weights, totals, strict=True) if total.any()}
         self.masks = dict(zip(felt, largest(list(felt.values()), self.share), strict=True))

@@ -1,19 +1,15 @@
 """UIB-IF: the Laplace estimate of the retrain posterior as the prior (method, section 3c)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .base import Prior, PriorContext
-
-EXACT = 512  # weights, up to which the curvature is formed and factorised
-ITERATIONS = 20  # of conjugate gradients, each one pass over the retained sample
-RISE = 0.05  # nats of the retained loss that the step may add
-HALVINGS = 8
-TOLERANCE = 1e-10  # of the squared residual, relative
+from ..channel_kl import wide_dtype
+from ..settings import InfluenceSettings
+from .base import Prior, PriorContext, register_prior
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -21,7 +17,7 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def gauss_newton_product(outputs: Tensor, weights: list[Tensor], vector: Tensor, curvature: Callable) -> Tensor:
+def gauss_newton_product(outputs: Tensor, weights: Sequence[Tensor], vector: Tensor, curvature: Callable) -> Tensor:
     """``J' H J v`` of one batch, ``[P]``; J is the Jacobian of ``outputs [n, classes]`` in ``weights``, never formed.
 
     Two reverse passes give ``J v`` (the second through the first one, which is linear in its seed), a third ``J' (H J v)``.
@@ -35,21 +31,26 @@ def gauss_newton_product(outputs: Tensor, weights: list[Tensor], vector: Tensor,
     return flat(torch.autograd.grad(outputs, weights, curvature(outputs.detach(), forward), materialize_grads=True))
 
 
-def solve(product: Callable[[Tensor], Tensor], right: Tensor, damping: float) -> Tensor:
-    """``(H + damping I)^-1 right``, ``[P]``: exact for up to `EXACT` weights, by conjugate gradients above.
+def solve(
+    product: Callable[[Tensor], Tensor],
+    right: Tensor,
+    damping: float,
+    settings: InfluenceSettings,
+) -> Tensor:
+    """``(H + damping I)^-1 right``, ``[P]``: exact for up to ``settings.exact`` weights, by conjugate gradients above.
 
     Args:
         product: ``v -> H v`` of a positive semi-definite H.
     """
-    damped = lambda v: product(v) + damping * v  # noqa: E731
-    if len(right) <= EXACT:
+    damped = lambda v: product(v) + damping * v
+    if len(right) <= settings.exact:
         matrix = torch.stack([damped(column) for column in torch.eye(len(right)).to(right)], dim=1)
         return torch.linalg.solve((matrix + matrix.T) / 2, right)
     x, residual = torch.zeros_like(right), right.clone()
     direction, squared = residual.clone(), residual @ residual
     start = squared.clone()
-    for _ in range(ITERATIONS):
-        if squared <= TOLERANCE * start:
+    for _ in range(settings.iterations):
+        if squared <= settings.tolerance * start:
             break
         moved = damped(direction)
         length = squared / (direction @ moved)
@@ -65,6 +66,7 @@ def softmax_curvature(logits: Tensor, tangent: Tensor) -> Tensor:
     return p * (tangent - (p * tangent).sum(-1, keepdim=True))
 
 
+@register_prior("influence")
 class InfluencePrior(Prior):
     r"""Where the retrained model's weights would be to second order, on the adapter:
 
@@ -73,19 +75,29 @@ class InfluencePrior(Prior):
     with H the generalised Gauss-Newton matrix at the checkpoint. Deletion is ``gamma = 1`` (for a linear-Gaussian model the mean
     is then the retrain posterior's, tested). In a deep network that step leaves the region where the second
     order holds, so the default goes a hundredth of the way, and the step is halved while it raises the loss on the retained sample
-    by more than `RISE`: the retrained model's would be no higher. The sums are estimated on samples. The prior's mean, and with
-    it the adapter, starts there; no forget batches are needed.
+    by more than ``max_increase``: the retrained model's would be no higher. The sums are estimated on samples. The prior's mean,
+    and with it the adapter, starts there; no forget batches are needed.
 
     Args:
-        damping: Lambda_0, relative to the mean of the sum's diagonal (estimated with one random probe).
-        precision: Lambda_0 itself, where it is known, instead.
+        settings: of the solution.
+        precision: Lambda_0 itself, where it is known; else it is relative to the mean of the sum's diagonal (estimated with one
+            random probe).
     """
 
-    uses_forget_batches = False
-    strengths = (0.01, 0.01)
+    needs_forget_batches = False
+    needs_retained_data = True
 
-    def __init__(self, damping: float = 1.0, precision: float | None = None):
-        self.damping, self.precision = damping, precision
+    def __init__(self, settings: InfluenceSettings | None = None, precision: float | None = None):
+        self.settings, self.precision = settings or InfluenceSettings(), precision
+
+    @classmethod
+    def from_config(cls, args) -> "InfluencePrior":
+        """Takes ``influence_settings``."""
+        return cls(args.influence)
+
+    def default_strength(self, noised: bool) -> float:
+        """0.01."""
+        return 0.01
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Summed over the batch, in nats."""
@@ -97,59 +109,63 @@ class InfluencePrior(Prior):
         """Zero: everything is in the mean."""
         return logits.new_zeros(())
 
-    def prepare(self, setting: PriorContext) -> None:
+    def prepare(self, context: PriorContext) -> None:
         """Move the adapter to the prior's mean."""
-        weights = list(setting.trainable().values())
+        weights = list(context.trainable().values())
         with torch.no_grad():
-            at_start, limit = [weight.clone() for weight in weights], self.retained(setting) + RISE
-            shift = self.strength * self.shift(setting, weights)
+            at_start, limit = (
+                [weight.clone() for weight in weights],
+                self.retained(context) + self.settings.max_increase,
+            )
+            shift = self.strength * self.shift(context, weights)
             parts = [
                 part.view_as(w) for w, part in zip(weights, shift.split([w.numel() for w in weights]), strict=True)
             ]
-            for share in (*(0.5**i for i in range(HALVINGS)), 0.0):
+            for share in (*(0.5**i for i in range(self.settings.halvings)), 0.0):
                 for weight, start, part in zip(weights, at_start, parts, strict=True):
                     weight.copy_(start + share * part)
-                if self.retained(setting) <= limit:
+                if self.retained(context) <= limit:
                     break
 
-    def retained(self, setting: PriorContext) -> Tensor:
+    def retained(self, context: PriorContext) -> Tensor:
         """Mean loss on the retained sample, in nats (scalar)."""
-        sums = torch.zeros(2, device=next(setting.model.parameters()).device, dtype=torch.float64)
-        for inputs in setting.retain():
+        device = next(context.model.parameters()).device
+        sums = torch.zeros(2, device=device, dtype=wide_dtype(device))
+        for inputs in context.retained_batches():
             labels = inputs.pop("labels")
             sums += torch.stack(
-                [self.loss(setting.model(**inputs).logits, labels).double(), sums.new_tensor(len(labels))]
+                [self.loss(context.model(**inputs).logits, labels).to(sums), sums.new_tensor(len(labels))]
             )
-        setting.reduce([sums])
+        context.reduce([sums])
         return sums[0] / sums[1]
 
     @torch.enable_grad()
-    def shift(self, setting: PriorContext, weights: list[nn.Parameter]) -> Tensor:
+    def shift(self, context: PriorContext, weights: list[nn.Parameter]) -> Tensor:
         """``Lambda^-1 sum_forget grad loss``, ``[P]``."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             device = weights[0].device
             gradient, count = torch.zeros_like(flat(weights)), torch.zeros((), device=device)
-            for inputs in setting.forget():
+            for inputs in context.forget():
                 labels = inputs.pop("labels")
-                loss = self.loss(setting.model(**inputs).logits, labels)
+                loss = self.loss(context.model(**inputs).logits, labels)
                 gradient += flat(torch.autograd.grad(loss, weights, materialize_grads=True))
                 count += len(labels)
-            setting.reduce([gradient, count])
-            gradient *= setting.sizes[0] / count
+            context.reduce([gradient, count])
+            gradient *= context.sizes[0] / count
 
             def product(vector: Tensor) -> Tensor:
                 total, rows = torch.zeros_like(vector), torch.zeros((), device=device)
-                for inputs in setting.retain():
+                for inputs in context.retained_batches():
                     labels = inputs.pop("labels")
-                    outputs = setting.model(**inputs).logits
+                    outputs = context.model(**inputs).logits
                     total += gauss_newton_product(outputs, weights, vector, self.curvature)
                     rows += len(labels)
-                setting.reduce([total, rows])
-                return total * (setting.sizes[1] / rows)
+                context.reduce([total, rows])
+                return total * (context.sizes[1] / rows)
 
             precision = self.precision
             if precision is None:
                 signs = torch.randint(0, 2, gradient.shape, generator=torch.Generator().manual_seed(0))
                 probe = signs.to(gradient) * 2 - 1
-                precision = self.damping * (probe @ product(probe) / len(probe)).item()
-            return solve(product, gradient.detach(), precision).detach()
+                precision = self.settings.damping * (probe @ product(probe) / len(probe)).item()
+            return solve(product, gradient.detach(), precision, self.settings).detach()

@@ -1,14 +1,16 @@
-"""No evidence: variational LoRA on the retained data."""
+"""Nothing to forget but by the retained data: variational LoRA on the retained data."""
 
 from torch import Tensor
 
-from .base import Prior
+from .base import Prior, register_prior
 
 
+@register_prior("none")
 class NoPrior(Prior):
     """Only the Gaussian part of the prior. With beta = 0 and no noise this is fine-tuning on the retained data."""
 
-    uses_forget_batches = False
+    needs_forget_batches = False
+    needs_retained_data = True
 
     def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Zero."""

@@ -1,0 +1,193 @@
+"""From models and data sets to the `AuditContext`."""
+
+import copy
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.data import Subset
+
+from ..data.checks import check_labels
+from ..data.pairing import sample_indices
+from ..data.reading import encode
+from ..inference import observe, processes
+from ..metrics.bias import attribute_classes, cramers_v
+from ..models import load_classifier
+from ..provenance import detached
+from .context import AuditContext, BiasAttribute
+from .statistics import Resampler
+from .thresholds import AuditThresholds
+
+# ---- Models ----
+
+
+def loaded(model: str | nn.Module) -> nn.Module:
+    """A model by folder or Hub id, on this process's device; a model that is given stays where it is."""
+    return load_classifier(model).to(processes().device) if isinstance(model, str) else model
+
+
+def plain_models(
+    model: nn.Module,
+    reference_model: str | nn.Module | None,
+    retrained_model: str | nn.Module | list | tuple | None,
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Models without adapters by name, and the names of the oracles.
+
+    Raises:
+        ValueError: no reference model, an adapter is injected in one, or the numbers of classes differ.
+    """
+    if reference_model is not None:
+        models = {"model": _plain(model), "reference": _plain(reference_model)}
+    elif isinstance(model, PeftModel):
+        models = {"model": _plain(model), "reference": detached(model)}
+    else:
+        raise ValueError("Give reference_model: the model before unlearning.")
+    retrained = retrained_model if isinstance(retrained_model, (list, tuple)) else [retrained_model]
+    given = [m for m in retrained if m is not None]
+    oracles = ["retrained" if len(given) == 1 else f"retrained {i + 1}" for i in range(len(given))]
+    models |= {name: _plain(m) for name, m in zip(oracles, given, strict=True)}
+    classes = {_num_labels(m) for m in models.values()}
+    if len(classes) > 1:
+        raise ValueError(
+            f"The models have different numbers of classes ({sorted(classes)}); audit models of one task."
+        )
+    return models, oracles
+
+
+def _num_labels(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.num_labels)
+
+
+def _plain(model: str | nn.Module) -> nn.Module:
+    model = loaded(model)
+    if isinstance(model, PeftModel):
+        return copy.deepcopy(model).merge_and_unload()
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "A model to audit has an adapter injected (PEFT changes the model it is given); load it anew, or leave "
+            "reference_model out where it is the adapter's base."
+        )
+    return model
+
+
+# ---- Context ----
+
+
+def gather(
+    models: dict[str, nn.Module],
+    oracles: list[str],
+    datasets: dict[str, Any],
+    *,
+    processing_class: Any = None,
+    bias_column: str | None = None,
+    example_column: str | None = None,
+    deep: bool = False,
+    seed: int = 0,
+    thresholds: AuditThresholds | None = None,
+) -> AuditContext:
+    """What the checks look at: the encoded samples of the sets, and what each plain model says about them.
+
+    Args:
+        models: ``model``, ``reference`` and the ``oracles`` by name.
+        datasets: ``forget``, ``test`` and, where there is one, ``retain``.
+        deep: keep the features of every block, not of the last alone.
+
+    Raises:
+        ValueError: no forget or test rows, or a column is missing.
+    """
+    thresholds = thresholds or AuditThresholds()
+    sets = _samples(models["model"], datasets, processing_class, example_column, seed, thresholds)
+    for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
+        if name is not None and name not in _names(sets["test"]):
+            raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
+    outputs = {
+        name: {
+            part: observe(model, rows, processing_class, deep, f"{name}, {part} set") for part, rows in sets.items()
+        }
+        for name, model in models.items()
+    }
+    attribute = None
+    if bias_column is not None:
+        labels = outputs["reference"]["forget"].labels
+        attribute = _bias_attribute(sets, bias_column, labels, thresholds.label_information)
+    ids = _column(sets["test"], example_column)
+    examples = None if ids is None else np.unique([str(e) for e in ids], return_inverse=True)[1]
+    resamplers = {
+        part: Resampler(examples if part == "test" else None, len(rows), thresholds.resamples, seed)
+        for part, rows in sets.items()
+    }
+    sizes = {part: len(rows) for part, rows in datasets.items() if rows is not None}
+    return AuditContext(
+        models, oracles, sets, outputs, sizes, resamplers, attribute, examples, processing_class, thresholds, seed
+    )
+
+
+def _samples(
+    model: nn.Module,
+    datasets: dict[str, Any],
+    processing_class: Any,
+    example_column: str | None,
+    seed: int,
+    thresholds: AuditThresholds,
+) -> dict[str, Any]:
+    """Encoded samples of the sets, copies of an example together."""
+    wanted = {"forget": thresholds.forget_rows, "retain": thresholds.retain_rows, "test": thresholds.test_rows}
+    sets = {}
+    for part, rows in datasets.items():
+        if part == "retain" and (rows is None or len(rows) == 0):
+            continue
+        if rows is None or len(rows) == 0:
+            raise ValueError(f"{part}_dataset has no examples; the audit needs some.")
+        encoded = encode(rows, processing_class, getattr(model, "main_input_name", "input_ids"))
+        check_labels(f"{part}_dataset", encoded, _num_labels(model))
+        examples = _column(encoded, example_column) if part == "test" else None
+        if examples is None:
+            chosen = sorted(sample_indices(len(encoded), wanted[part], seed))
+        else:
+            ids = np.unique(examples, return_inverse=True)[1]
+            count = max(1, wanted[part] * (ids.max() + 1) // len(ids))
+            chosen = np.flatnonzero(np.isin(ids, sample_indices(int(ids.max()) + 1, count, seed))).tolist()
+        if len(chosen) < len(encoded):
+            encoded = encoded.select(chosen) if hasattr(encoded, "select") else Subset(encoded, chosen)
+        sets[part] = encoded
+    return sets
+
+
+def _bias_attribute(
+    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, label_information: float
+) -> BiasAttribute:
+    """The attribute of the test rows, coded by class where it carries the label on the forget set."""
+    raw, on_forget = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
+    assert raw is not None  # `gather` has looked
+    values = np.asarray([str(value) for value in raw])
+    missing = np.asarray([value is None for value in raw], dtype=bool)
+    stands_for = None
+    if on_forget is not None:
+        there = np.asarray([value is not None for value in on_forget], dtype=bool)
+        known, labels = np.asarray([str(value) for value in on_forget])[there], forget_labels[there]
+        stands_for = attribute_classes(known, labels) if len(known) else None
+        if stands_for is not None and not cramers_v(known, labels) >= label_information:
+            stands_for = None
+    if stands_for is None:
+        codes = np.unique(values, return_inverse=True)[1]
+    else:
+        codes = np.asarray([stands_for.get(value, -1) for value in values])
+    return BiasAttribute(values, np.where(missing, -1, codes), stands_for is not None)
+
+
+def _names(rows: Any) -> list[str]:
+    return getattr(rows, "column_names", None) or list(rows[0])
+
+
+def _column(rows: Any, name: str | None) -> np.ndarray | None:
+    """A column's raw values, missing ones as None; None where there is no such column."""
+    if name is None or name not in _names(rows):
+        return None
+    values = (
+        rows.with_format(None)[name] if hasattr(rows, "with_format") else [rows[i][name] for i in range(len(rows))]
+    )
+    plain = [value.item() if hasattr(value, "item") else value for value in values]
+    return np.asarray([None if value is None or value != value else value for value in plain], dtype=object)

@@ -1,0 +1,114 @@
+"""What is measured on the data, before the first step and at every refresh of the prior."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .config import UIBConfig
+from .contrast import CHUNKS, PROBE_ROWS, ContrastStatistics, measure_contrast
+from .data.pairing import sample_indices
+from .data.sets import UnlearningSets
+from .inference import SharedInference
+from .lora import AdaptedLayer
+from .unlearning_task import UnlearningTask
+
+
+@dataclass
+class Measurements:
+    """Samples of the sets, passed through the model as it is now.
+
+    Attributes:
+        sets: forget, retained and calibration rows.
+        held_out: retained rows that stand in for calibration rows.
+        task: gives the margins.
+        inference: passes rows through the model.
+        args: seed, sample sizes and the kind of subspace.
+        statistics: what was measured so far, by name: ``pattern_z``, ``noise_to_signal``, ``prior_strength``,
+            ``calibration_margin`` (nats), ``share_kept`` (of the change, after over-unlearning).
+    """
+
+    sets: UnlearningSets
+    held_out: set[int]
+    task: UnlearningTask
+    inference: SharedInference
+    args: UIBConfig
+    statistics: dict[str, float] = field(default_factory=dict)
+
+    def contrast(self, model: nn.Module, layers: dict[str, AdaptedLayer]) -> ContrastStatistics:
+        """Subspaces and scales of the adapted layers; see `measure_contrast`."""
+        found = measure_contrast(
+            model,
+            layers,
+            self._contrast_batches,
+            partial(self.inference.forward, self.sets.forget, self.probe_rows()),
+            rank=self.args.subspace_rank,
+            compared=self.compared,
+            random=self.args.prior_subspace == "random",
+            seed=self.args.seed,
+            min_relative_scale=self.args.channel.min_relative_scale,
+            sum_over_processes=self.inference.sum,
+        )
+        self.statistics["pattern_z"] = found.pattern_z
+        return found
+
+    @property
+    def compared(self) -> bool:
+        """Whether forget and retained rows are compared, so that ``pattern_z`` is one."""
+        return self.sets.retain is not None and self.args.prior_subspace == "contrast"
+
+    @property
+    def pattern_found(self) -> bool:
+        """Whether the contrast of forget and retained rows is more than chance."""
+        return self.statistics["pattern_z"] >= self.args.channel.pattern_z
+
+    def _contrast_batches(self, chunk: int | None) -> Iterator[tuple[dict[str, Tensor], float]]:
+        for dataset, sign in ((self.sets.forget, 1.0), (self.sets.retain if self.compared else None, -1.0)):
+            if dataset is not None:
+                rows = self._sample(dataset)
+                members = rows if chunk is None else rows[chunk::CHUNKS]
+                for inputs in self.inference.batches(dataset, members, "Contrast"):
+                    yield inputs, sign / len(rows)
+
+    def _sample(self, dataset, offset: int = 0) -> list[int]:
+        return sample_indices(len(dataset), self.args.contrast_samples, self.args.seed + offset)
+
+    def probe_rows(self) -> list[int]:
+        """A smaller sample of the forget set."""
+        return sample_indices(len(self.sets.forget), min(PROBE_ROWS, self.args.contrast_samples), self.args.seed + 1)
+
+    def batches(self, dataset) -> Iterator[dict[str, Tensor]]:
+        """This process's part of a sample of a set, inputs with ``labels``."""
+        return self.inference.batches(dataset, self._sample(dataset))
+
+    def label_information(self) -> float:
+        """What the predictions tell about the labels of some forget rows, in nats."""
+        rows = self.probe_rows()[: self.args.channel.probe_rows]
+        return self.task.label_information(*self.inference.forward(self.sets.forget, rows)).item()
+
+    def forget_margins(self) -> Tensor:
+        """Margins of a sample of the forget set, ``[n]`` in nats."""
+        return self.task.margin(*self.inference.forward(self.sets.forget, self._sample(self.sets.forget, 2)))
+
+    def calibration_margins(self) -> Tensor | None:
+        """Margins of rows that the checkpoint never saw, ``[n]`` in nats; None where there are none.
+
+        Where whole classes go, no unseen row of theirs tells a level; what the other rows get of them does.
+        """
+        if self.sets.calibration is not None:
+            dataset, rows = self.sets.calibration, self._sample(self.sets.calibration)
+        elif self.held_out:
+            dataset, rows = self.sets.retain, sorted(self.held_out)[: self.args.contrast_samples]
+        else:
+            return None
+        logits, labels = self.inference.forward(dataset, rows)
+        if self.sets.removed_classes:
+            removed = torch.tensor(self.sets.removed_classes, device=labels.device)
+            logits = logits[~torch.isin(labels, removed)]
+            margins = torch.cat([self.task.margin(logits, label.expand(len(logits))) for label in removed])
+        else:
+            margins = self.task.margin(logits, labels)
+        self.statistics["calibration_margin"] = margins.mean().item()
+        return margins

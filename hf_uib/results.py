@@ -1,0 +1,161 @@
+"""What a trained `UIBTrainer` gives: plain models, the record of the request, the layer report, the audit."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .checkpointing import AtomicCheckpoints
+from .hub.card import results_of
+from .lora import AdaptedLayer
+from .measurements import Measurements
+from .models import fingerprint
+from .posterior import ChannelPosterior
+from .provenance import RequestRecord, detached, merged, requests_of
+
+if TYPE_CHECKING:
+    from .audit.report import AuditReport
+
+
+class ResultsMixin(AtomicCheckpoints):
+    """Results of a `UIBTrainer`, which sets the attributes."""
+
+    model: PeftModel
+    adapter_name: str
+    adapter_before: dict[str, Tensor] | None
+    forget_dataset: Any
+    retain_dataset: Any
+    fingerprints: dict[str, str]
+    request: str
+    layers: dict[str, AdaptedLayer]
+    measurements: Measurements
+    _posterior: ChannelPosterior | None
+    contrast_norms: dict[str, float]
+    raw_eval_dataset: Any
+    results: dict[str, dict]
+    audit_report: "AuditReport | None"
+    _base_fingerprint: str | None
+
+    @property
+    def posterior(self) -> ChannelPosterior:
+        """Mean, noise and divergence of the adapter.
+
+        Raises:
+            ValueError: it is built by `train` (or by `run_statistics_pass`).
+        """
+        if self._posterior is None:
+            raise ValueError(
+                "Nothing was measured yet: call trainer.train() first (or trainer.run_statistics_pass())."
+            )
+        return self._posterior
+
+    @property
+    def compared(self) -> bool:
+        """Whether forget and retained rows are compared, so that `pattern_z` is one."""
+        return self.measurements.compared
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """What was measured so far, by name; see `Measurements`."""
+        return self.measurements.statistics
+
+    @property
+    def forget_fingerprint(self) -> str:
+        """Hash of the forget set's rows."""
+        return self.fingerprints["forget_dataset"]
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Hash of the weights below the adapter."""
+        if self._base_fingerprint is None:
+            self._base_fingerprint = fingerprint(self.model)
+        return self._base_fingerprint
+
+    @property
+    def adapted_model(self) -> PeftModel:
+        """The model with its adapter, without what Accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def measured_examples(self) -> int:
+        """Forward passes of the statistics and the refreshes so far, in examples."""
+        return self.measurements.inference.examples
+
+    @property
+    def provenance(self) -> list[dict]:
+        """Every unlearning request of the model, this run's last; kept in ``config.unlearning`` when merged, and in the card."""
+        record = RequestRecord(
+            request=self.request,
+            forget_examples=len(self.forget_dataset),
+            forget_fingerprint=self.forget_fingerprint,
+            base_fingerprint=self.base_fingerprint,
+            adapter_fingerprint=fingerprint(self.adapted_model, of_the_adapter=True),
+            adapter_name=self.adapter_name,
+            from_zero=self.adapter_before is None,
+        )
+        return [*requests_of(self.model), record.to_dict()]
+
+    def detach(self) -> PreTrainedModel:
+        """The model as it was before, to the bit (where it came with a trained adapter: with that merged). The trainer's stays."""
+        if self.adapter_before is None:
+            return detached(self.adapted_model)
+        before = copy.deepcopy(self.adapted_model)
+        set_peft_model_state_dict(before, self.adapter_before, adapter_name=self.adapter_name)
+        return before.merge_and_unload()
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """A plain model with the adapter merged into its weights: the artefact for deletion duties. The trainer's stays.
+
+        Warns where rounding makes its logits another model's (a base in 16 bits).
+        """
+        inputs = next(self.measurements.inference.batches(self.forget_dataset, self.measurements.probe_rows()[:32]))
+        inputs.pop("labels")
+        requests = requests_of(self.model) if self._posterior is None else self.provenance
+        return merged(self.adapted_model, inputs, requests)
+
+    def layer_report(self) -> list[dict]:
+        """Where the pattern lived, one entry per adapted layer.
+
+        ``contrast`` is |C_l|, nats of margin per unit of weight; ``nats`` the divergence R^(l) summed over the refreshes of
+        the prior, the layer's part of the bound (2).
+
+        Raises:
+            ValueError: before `train`.
+        """
+        nats = self.posterior.cumulative_kl + self.posterior.kl_per_layer().detach().cpu().double()
+        return [
+            {"layer": name, "contrast": self.contrast_norms[name], "nats": value}
+            for name, value in zip(self.layers, nats.tolist(), strict=True)
+        ]
+
+    def audit(self, test_dataset, bias_column: str | None = None, retrained_model=None, **settings):
+        """Audit the trained model against the one it started from; see [`~hf_uib.audit_model`].
+
+        Args:
+            test_dataset: unbiased rows, raw or encoded, never trained on.
+            bias_column: the attribute that gave the label away on the forget set.
+            retrained_model: trained without the forget set, one or several.
+            settings: further arguments of `audit_model`, as ``deep`` and ``example_column``.
+
+        Returns:
+            [`~hf_uib.AuditReport`]; the card takes its verdict up.
+        """
+        from .audit.report import audit_model
+
+        settings.setdefault("processing_class", self.processing_class)
+        settings.setdefault("reference_model", None if self.adapter_before is None else self.detach())
+        self.audit_report = audit_model(
+            self.adapted_model,
+            forget_dataset=self.forget_dataset,
+            retain_dataset=self.retain_dataset,
+            test_dataset=test_dataset,
+            bias_column=bias_column,
+            retrained_model=retrained_model,
+            **settings,
+        )
+        self.raw_eval_dataset = test_dataset
+        self.fingerprints.pop("eval_dataset", None)
+        self.results = self.results or results_of(self.audit_report)
+        return self.audit_report
