@@ -14,18 +14,21 @@ from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.cli import digits
 from hf_uib.inference import predict
 from hf_uib.metrics import bias_row, text_table
-from hf_uib.priors import Prior
+from hf_uib.priors import Prior, register_prior
 
 
+@register_prior("entropy")
 class EntropyPrior(Prior):
     """Divides out what the predictions on the forget set tell: ``log(classes) - H(p)``, in nats per example."""
-
-    strengths = (0.03, 0.1)  # gamma with the channel closed by noise (a pattern), and without (a random draw)
 
     def forget_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Zero where every class is equally likely."""
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
         return (math.log(logits.shape[-1]) - entropy).mean()
+
+    def default_strength(self, noised: bool) -> float:
+        """gamma with the channel closed by noise (a pattern), and without (a random draw)."""
+        return 0.03 if noised else 0.1
 
 
 def main(steps: int = 200) -> dict:
@@ -37,12 +40,18 @@ def main(steps: int = 200) -> dict:
     rows["original"] = bias_row(*predict(original, test, task.processing_class), hues)
     trainer = UIBTrainer(
         original,
-        UIBConfig("out", max_steps=steps, per_device_train_batch_size=64, save_strategy="no", logging_steps=50),
+        UIBConfig(
+            "out",
+            prior="entropy",
+            max_steps=steps,
+            per_device_train_batch_size=64,
+            save_strategy="no",
+            logging_steps=50,
+        ),
         forget_dataset=task.sets["forget"],
         retain_dataset=task.sets["retain"],
         calibration_dataset=task.sets["calibration"],
         processing_class=task.processing_class,
-        prior=EntropyPrior(),
     )
     trainer.train()
     rows["UIB + entropy"] = bias_row(*predict(trainer.model, test, task.processing_class), hues)

@@ -12,7 +12,8 @@ from benchmarks import report, results, tables
 from benchmarks.__main__ import build_parser
 from benchmarks.markdown import between_marks
 from benchmarks.methods import METHODS, grid, register_method
-from benchmarks.suites import runs
+from benchmarks.suites import audits, cost, lifecycle, research, runs, scale, truth
+from benchmarks.suites.launch import last_json_line
 from benchmarks.tasks import TASKS, register_task
 from hf_uib.cli.digits import Task
 
@@ -74,6 +75,72 @@ def test_a_task_and_a_method_of_ones_own_run_and_appear_in_the_report(registered
     assert "[stripes](stripes.md)" in made["index.md"]
     with pytest.raises(ValueError, match="registered twice"):
         register_method("shrink", "again")(shrink)
+
+
+@pytest.fixture
+def task():
+    """Its attribute is the label on the forget set."""
+    sets = {part: make_rows(n=40, seed=i) for i, part in enumerate(("forget", "retain", "calibration"))}
+    labels = sets["forget"].with_format(None)["labels"][:]
+    sets["forget"] = sets["forget"].remove_columns("source").add_column("source", labels)
+    settings = {"steps": 5, "unlearn_steps": 6, "retrain_steps": 5, "batch": 8}
+    return Task("made", sets | {"test": make_rows(n=60, seed=9)}, make_model, None, "source", train_settings=settings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "default",
+        "label information kept: 50%",
+        "gamma x 3",
+        "started again half-way, the same V",
+        "no calibration set",
+        "the root, and label noise: the default now",
+        "the default now, a fifth of the retraining's steps",
+        "no retained rows",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_research_varies_what_has_no_setting(task, tmp_path, name):
+    model, statistics = research.run_variant(research.VARIANTS[name], task, make_model(), 0, str(tmp_path))
+    assert {"pattern_z", "noise_to_signal", "prior_strength"} <= set(statistics)
+    assert set(runs.measure(model, task)) >= {"accuracy", "conflicting_accuracy"}
+    usual = research.run_variant(research.VARIANTS["default"], task, make_model(), 0, str(tmp_path))[1]
+    if name == "gamma x 3":
+        assert statistics["prior_strength"] == pytest.approx(3 * usual["prior_strength"])
+
+
+@pytest.mark.slow
+def test_probes_audits_and_requests_run(task, tmp_path, monkeypatch):
+    line = truth.probe(make_model(), task, 0)
+    assert set(truth.COLUMNS) == set(truth.truth_row(line))
+    models = {"start": make_model(), "original": make_model()}
+    oracles = audits.retrained_models(task, models["start"], 2, str(tmp_path))
+    subjects = dict(audits.subjects_of(task, models, oracles, 0, str(tmp_path)))
+    assert {"retrained 1", "detached adapter", "UIB"} <= set(subjects)
+    found = audits.audited(subjects["UIB"], models["original"], oracles[0], task, False)
+    assert len(found["checks"]) > 8 and isinstance(found["flags"], list)
+    monkeypatch.setattr(lifecycle, "SETTINGS", dict.fromkeys(lifecycle.SETTINGS, 3) | {"batch": 16})
+    requests = lifecycle.three_requests(0)
+    merged = lifecycle.answer(requests.new_model(), requests, "hue", 0, str(tmp_path / "request"))
+    assert set(lifecycle.left_over(merged, requests)) == set(lifecycle.COLUMNS)
+    assert isinstance(lifecycle.flags_of(merged, requests.new_model(), merged, requests, "hue"), list)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_step_is_timed_under_one_process_and_two(tmp_path):
+    options = build_parser().parse_args(["cost", "--cache", str(tmp_path)])
+    for processes in (1, 2):
+        line = cost.apart(options, "uib", "ViT 192x6", 4, 4, processes)
+        assert line["processes"] == processes and line["step_seconds"] > 0 and line["peak_mb"] > 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read off /proc")
+def test_memory_is_measured(tmp_path, capsys):
+    scale.measure_memory(1000, str(tmp_path))
+    line = last_json_line(capsys.readouterr().out)
+    assert line["rows"] == 1000 and line["trained"] > 0
 
 
 def test_every_task_says_what_it_is_and_methods_are_ordered():

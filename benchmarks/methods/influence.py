@@ -5,6 +5,7 @@ from functools import partial
 from torch import nn
 
 from hf_uib.priors import InfluencePrior, PriorContext
+from hf_uib.settings import InfluenceSettings
 
 from ..registry import Budget, grid, register_method
 from .training import one_pass
@@ -19,8 +20,9 @@ def influence(model: nn.Module, task, budget: Budget, damping: float = 1.0, scal
         return lambda: ({**inputs, "labels": labels} for inputs, labels in passes())
 
     forget, retain = task.sets["forget"], task.sets["retain"]
-    prior = InfluencePrior(damping)
-    prior.strength = scale
+    prior = InfluencePrior(InfluenceSettings(damping=damping))
     sizes = (len(forget), len(retain))
-    prior.prepare(PriorContext(model.eval(), giver(forget), giver(retain), sizes, lambda tensors: None))
+    context = PriorContext(model.eval(), giver(forget), giver(retain), sizes, lambda tensors: None, strength=scale)
+    prior.attach(context)
+    prior.prepare(context)
     return model

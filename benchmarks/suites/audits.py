@@ -64,7 +64,7 @@ def audited(make: Callable, original: nn.Module, oracle: nn.Module, task: digits
         bias_column=task.bias_column,
         retrained_model=oracle,
         processing_class=task.processing_class,
-        example_column="example",
+        example_column="example" if task.counterfactuals > 1 else None,
         deep=is_deep,
     )
     line = {"flags": report.flags, "made_seconds": made - start, "audit_seconds": time.perf_counter() - made}

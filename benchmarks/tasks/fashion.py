@@ -68,7 +68,7 @@ def biased_fashion(
     new_model = partial(small_vit, 28, 7, names)
     return biased_pictures(
         f"fashion-{attribute}", train, test, sizes, attribute, render, names, fashion_processor(), new_model, rng, dict(BIASED),
-        1, bias_aligned_fraction,
+        bias_aligned_fraction=bias_aligned_fraction,
     )  # fmt: skip
 
 
@@ -99,5 +99,6 @@ def fashion_random(fashion_mnist: str, seed: int) -> Task:
     sizes = {"forget": 500, "retain": 4500, "calibration": 500, "validation": 2000}
     new_model = partial(small_vit, 28, 7, names)
     return biased_pictures(
-        "fashion-random", train, test, sizes, "colour", paint, names, fashion_processor(), new_model, rng, dict(REMOVAL), 1, 0.0
+        "fashion-random", train, test, sizes, "colour", paint, names, fashion_processor(), new_model, rng, dict(REMOVAL),
+        bias_aligned_fraction=0.0,
     )  # fmt: skip
