@@ -42,6 +42,10 @@ class AuditArguments:
     example_column: str | None = field(
         default=None, metadata={"help": "Test rows that share its value differ in the attribute alone."}
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
+    )
     deep: bool = field(
         default=False, metadata={"help": "Also probes, relearning and compression; says first how long it takes."}
     )
