@@ -39,11 +39,11 @@ def dumps(value: Any, **settings) -> str:
 
 
 def is_marked(path: str) -> bool:
-    """Whether hf_uib wrote a figure or a report: its PNG and JSON files say so inside."""
+    """Whether hf_uib wrote a figure or a report: its PNG, JSON and HTML files say so inside."""
     try:
         if not path.endswith(".png"):
             with open(path, encoding="utf-8") as file:
-                return MARK in json.load(file)
+                return MARK in (json.load(file) if path.endswith(".json") else file.read())
         from PIL import Image
 
         with Image.open(path) as picture:

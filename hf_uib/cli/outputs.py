@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import tempfile
 import time
 import warnings
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .. import __version__
 from ..audit.figures import draw_bias, draw_layers
@@ -120,20 +119,22 @@ def save_adapter(trainer: UIBTrainer) -> None:
     if trainer.is_world_process_zero():
         for name in EARLIER:
             path = os.path.join(folder, name)
-            if is_marked(path) or name == REPORT_NAME and os.path.isfile(path):
+            if is_marked(path):
                 os.remove(path)
-        if _is_merged(os.path.join(folder, MERGED)):
-            shutil.rmtree(os.path.join(folder, MERGED))
+        _remove_merged(os.path.join(folder, MERGED))
     trainer.save_model(_internal_call=True)
 
 
-def _is_merged(folder: str) -> bool:
-    """Whether it is a merged model of ours, whose config names its requests."""
+def _remove_merged(folder: str) -> None:
+    """Config and weights of a merged model of ours, whose config names its requests; other files of the folder stay."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            return "unlearning" in json.load(file)
+        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
+            ours = "unlearning" in json.load(file)
     except (OSError, ValueError):
-        return False
+        return
+    for name in os.listdir(folder) if ours else ():
+        if name == CONFIG_NAME or ".safetensors" in name:
+            os.remove(os.path.join(folder, name))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import io
 import json
 import linecache
 import os
@@ -147,7 +148,7 @@ def one_line_errors(function: Callable[[], object], debug: bool = False) -> None
     Args:
         debug: show the traceback instead; as does the environment variable HF_UIB_TRACEBACK=1.
     """
-    stdin, sys.stdin = sys.stdin, open(os.devnull, encoding="utf-8")  # a library that asks gets no answer
+    stdin, sys.stdin = sys.stdin, io.StringIO()  # a library that asks gets no answer
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
@@ -158,7 +159,6 @@ def one_line_errors(function: Callable[[], object], debug: bool = False) -> None
             raise
         sys.exit(f"error: {in_one_line(error)}")
     finally:
-        sys.stdin.close()
         sys.stdin = stdin
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_available() and distributed.is_initialized():
