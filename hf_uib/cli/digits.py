@@ -32,7 +32,7 @@ class Task:
     """One unlearning problem.
 
     Attributes:
-        name: as in docs/benchmark.md.
+        name: as in docs/benchmark.
         sets: encoded datasets: ``pretrain`` (attribute at random; may be absent), ``forget``, ``retain``, ``calibration``
             (never shown to the checkpoint), ``validation`` (for choosing settings) and ``test``.
         new_model: an untrained (or only pre-trained elsewhere) classifier, a function of the seed.
