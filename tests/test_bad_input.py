@@ -206,7 +206,10 @@ COMMAND_LINE = {
     "no such oracle": (dict(forget_where=["source=clinic_a"], retrained_model="no/such-oracle"), "no/such-oracle"),
     "damaged Parquet": (dict(dataset_name=damaged), "train.parquet"),
     "a picture that is none": (dict(dataset_name=not_a_picture), "cannot identify image"),
-    "a class the model lacks": (dict(dataset_name=unknown_class), "The label 'zebra' of retain_dataset is no class of the model"),
+    "a class the model lacks": (
+        dict(dataset_name=unknown_class),
+        "The label 'zebra' of retain_dataset is no class of the model",
+    ),
     "a file of another kind": (dict(dataset_name=__file__), "no CSV, JSON or Parquet file"),
 }
 
