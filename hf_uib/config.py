@@ -1,7 +1,10 @@
 """`UIBConfig`: TrainingArguments plus the settings of the bound."""
 
+import math
 import os
-from dataclasses import dataclass, field, fields
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 
 from transformers import TrainingArguments
 
@@ -131,6 +134,7 @@ class UIBConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.remove_unused_columns = False  # the collator leaves out what the model does not take
         for name, low, high in (
             ("beta", 0, None),
             ("prior_strength", 0, None),
@@ -159,6 +163,17 @@ class UIBConfig(TrainingArguments):
                 "adapter or both."
             )
 
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> "UIBConfig":
+        """The settings that were changed in a `TrainingArguments`; the others have the defaults of this class."""
+        changed = {}
+        for setting in fields(TrainingArguments):
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            value = getattr(args, setting.name)
+            if setting.init and value != default and value != getattr(_plain_arguments(), setting.name):
+                changed[setting.name] = value
+        return cls(**{"output_dir": args.output_dir} | changed)
+
     @property
     def channel(self) -> ChannelSettings:
         """`channel_settings`, with the defaults of what is not given."""
@@ -168,6 +183,12 @@ class UIBConfig(TrainingArguments):
     def influence(self) -> InfluenceSettings:
         """`influence_settings`, with the defaults of what is not given."""
         return _settings(InfluenceSettings, "influence_settings", self.influence_settings)
+
+
+@cache
+def _plain_arguments() -> TrainingArguments:
+    """With every default, as Transformers fills them in."""
+    return TrainingArguments()
 
 
 def _settings(kind: type, name: str, given: dict | str | None):
@@ -211,3 +232,30 @@ def refuse_unsupported(args: UIBConfig) -> None:
         raise ValueError(
             "UIBTrainer does not run under DeepSpeed ZeRO-3: prior and posterior need each layer's weight whole. Use ZeRO-2."
         )
+
+
+MIN_STEPS = 100  # of a run whose length nobody set
+USUAL_EPOCHS = 3.0  # Transformers' default
+
+
+def set_default_steps(args: UIBConfig, rows: int) -> str | None:
+    """Give a run whose length nobody set at least `MIN_STEPS` steps, and warn of one that was set too short to forget.
+
+    Args:
+        args: ``max_steps`` is set where the default number of epochs makes too few steps.
+        rows: of an epoch.
+
+    Returns:
+        What was said, if anything.
+    """
+    per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / per_step))
+    if args.max_steps <= 0 and args.num_train_epochs == USUAL_EPOCHS and steps < MIN_STEPS:
+        args.max_steps = MIN_STEPS
+        said = f"{rows} rows make {steps} steps in {USUAL_EPOCHS:.0f} epochs, too few to forget; {MIN_STEPS} steps are taken."
+    elif steps < args.prior_update_steps and args.max_steps <= 0:
+        said = f"{steps} steps are too few to forget anything; set max_steps to {MIN_STEPS} or more."
+    else:
+        return None
+    warnings.warn(said, stacklevel=3)
+    return said

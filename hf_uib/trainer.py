@@ -16,12 +16,14 @@ import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .callbacks import OverUnlearningCorrection, PriorRefresh
-from .config import UIBConfig, refuse_unsupported
+from .config import UIBConfig, refuse_unsupported, set_default_steps
+from .data.columns import Columns
 from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch, collator_for
+from .data.reading import Reader
 from .data.sets import UnlearningSets
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
@@ -43,7 +45,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     Args:
         model: Hub id or folder, `PreTrainedModel` or `PeftModel` with a trainable LoRA adapter.
-        args: [`UIBConfig`]; by default ``UIBConfig("<model>-UIB")``.
+        args: [`UIBConfig`]; by default ``UIBConfig("<model>-UIB")``. What was changed in plain `TrainingArguments` is taken over.
         forget_dataset: the examples to forget, with their labels.
         retain_dataset: examples to keep. Without it, the rest of the model's predictions on the forget set is kept.
         calibration_dataset: a few hundred examples the checkpoint never saw (not the test set); sets how far to forget.
@@ -53,6 +55,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             ``processing_class``.
         peft_config: a `LoraConfig`; by default LoRA on every linear layer.
         prior: a [`~hf_uib.priors.Prior`] of your own, instead of ``args.prior``.
+        columns: [`~hf_uib.data.columns.Columns`]: names of text, picture, label and bias columns that are not the usual ones.
 
     Raises:
         ValueError: a set is empty, both share rows, a label is outside the model's classes, the model has no linear layer, or
@@ -75,7 +78,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def __init__(
         self,
         model: Any,
-        args: UIBConfig | None = None,
+        args: TrainingArguments | None = None,
         forget_dataset=None,
         retain_dataset=None,
         calibration_dataset=None,
@@ -88,6 +91,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         preprocess_logits_for_metrics: Callable | None = None,
         peft_config: LoraConfig | None = None,
         prior: Prior | None = None,
+        columns: Columns = Columns(),  # noqa: B008
     ):
         # 1. Model and settings
         if isinstance(model, str):
@@ -95,19 +99,22 @@ class UIBTrainer(ResultsMixin, HubMixin):
         if args is None:
             name = (getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
             args = UIBConfig(f"{name}-UIB")
+        elif not isinstance(args, UIBConfig):
+            args = UIBConfig.from_training_arguments(args)
         refuse_unsupported(args)
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
 
         # 2. Data
+        self.reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
+        self._check_labels = partial(self.task.check_labels, model=model)
         sets = UnlearningSets.prepare(
             forget_dataset,
             retain_dataset,
             calibration_dataset,
             eval_dataset,
-            check_labels=partial(self.task.check_labels, model=model),
-            processing_class=processing_class,
-            main_input=getattr(model, "main_input_name", "input_ids"),
+            read=self.reader,
+            check_labels=self._check_labels,
         )
         self.sets, self.fingerprints, self.raw_eval_dataset = sets, sets.fingerprints, eval_dataset
         self.forget_dataset, self.retain_dataset = sets.forget, sets.retain
@@ -138,6 +145,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         retained = self.forget_dataset if self.retain_dataset is None else self.retain_dataset
         needs_forget = self.prior.needs_forget_batches and self.retain_dataset is not None
         length = max(len(retained), len(self.forget_dataset)) if needs_forget else len(retained)
+        self.steps_note = set_default_steps(args, length)
         self._hub = HfApi()  # one, so that its background uploads run one after the other
         self.push_in_progress = None  # Trainer sets it on the first process alone
         super().__init__(
@@ -307,6 +315,16 @@ class UIBTrainer(ResultsMixin, HubMixin):
         finally:
             if self._posterior is not None:
                 self._posterior.noise.silence()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in Trainer; raw sets are encoded."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self.reader(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As in Trainer; raw sets are encoded."""
+        return super().get_test_dataloader(self.reader(test_dataset, "test_dataset"))
 
     def _get_train_sampler(self, train_dataset=None) -> PairingSampler:
         args, paired = self.args, self.train_dataset

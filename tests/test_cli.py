@@ -24,7 +24,7 @@ from hf_uib.cli import main, parser
 from hf_uib.cli.audit import AuditArguments
 from hf_uib.cli.comparison import AppArguments
 from hf_uib.cli.unlearn import UnlearnArguments, unlearn
-from hf_uib.data import reading
+from hf_uib.data.sources import matching_rows
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
 COMMAND = [sys.executable, "-m", "hf_uib.cli"]
@@ -538,23 +538,10 @@ def test_conditions_are_compared_not_evaluated():
             }
         ),
     )  # fmt: skip
-    pick = lambda *conditions: reading.matching_rows(rows, list(conditions)).tolist()
+    pick = lambda *conditions: matching_rows(rows, list(conditions)).tolist()
     assert pick("kind=dog") == pick("kind=1") == [False, True, True]
     assert pick("kind=dog", "age=40", "ok=true") == [False, False, True]
     assert pick("weight=1") == [False, True, False] and pick("name=x=1") == [True, False, False]
     for wrong in ("kind=bird", "age=old", "ok=maybe", "age>3", "=3", "__import__('os')=1"):
         with pytest.raises(ValueError):
             pick(wrong)
-
-
-def test_labels_follow_the_model_s_names():
-    config = make_model().config
-    config.id2label, config.label2id = {0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2}
-    other_order = datasets.Dataset.from_dict(
-        {"label": [0, 1, 2]}, features=datasets.Features({"label": datasets.ClassLabel(names=["c", "b", "a"])})
-    )
-    assert reading.with_class_ids(other_order, config)["label"][:] == [2, 1, 0]
-    names = datasets.Dataset.from_dict({"label": ["b", "a"]})
-    assert reading.with_class_ids(names, config)["label"][:] == [1, 0]
-    with pytest.raises(ValueError, match="is no class of the model"):
-        reading.with_class_ids(datasets.Dataset.from_dict({"label": ["b", "d"]}), config)

@@ -49,7 +49,7 @@ def test_two_processes_compute_what_one_does(tmp_path, prior):
 
 
 def compared():
-    """Largest difference of each quantity between one process and two, by prior, and of two controls (benchmarks/suites/scale.py)."""
+    """Largest difference of each quantity between one process and two, by prior, and of two controls."""
     with tempfile.TemporaryDirectory() as folder:
         seen = {}
         for prior in ("calibrated", "saliency", "influence"):

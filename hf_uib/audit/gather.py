@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.data import Subset
 
 from ..data.checks import check_labels
+from ..data.columns import Columns
 from ..data.pairing import sample_indices
-from ..data.reading import encode
+from ..data.reading import Reader
 from ..inference import observe, processes
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import load_classifier
@@ -87,6 +88,7 @@ def gather(
     deep: bool = False,
     seed: int = 0,
     thresholds: AuditThresholds | None = None,
+    columns: Columns = Columns(),  # noqa: B008
 ) -> AuditContext:
     """What the checks look at: the encoded samples of the sets, and what each plain model says about them.
 
@@ -94,12 +96,15 @@ def gather(
         models: ``model``, ``reference`` and the ``oracles`` by name.
         datasets: ``forget``, ``test`` and, where there is one, ``retain``.
         deep: keep the features of every block, not of the last alone.
+        columns: names of columns that are not the usual ones.
 
     Raises:
         ValueError: no forget or test rows, or a column is missing.
     """
     thresholds = thresholds or AuditThresholds()
-    sets = _samples(models["model"], datasets, processing_class, example_column, seed, thresholds)
+    config = models["model"].config
+    read = Reader(config, getattr(models["model"], "main_input_name", "input_ids"), processing_class, columns)
+    sets = _samples(read, datasets, example_column, seed, thresholds)
     for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
         if name is not None and name not in _names(sets["test"]):
             raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
@@ -126,9 +131,8 @@ def gather(
 
 
 def _samples(
-    model: nn.Module,
+    read: Reader,
     datasets: dict[str, Any],
-    processing_class: Any,
     example_column: str | None,
     seed: int,
     thresholds: AuditThresholds,
@@ -141,8 +145,8 @@ def _samples(
             continue
         if rows is None or len(rows) == 0:
             raise ValueError(f"{part}_dataset has no examples; the audit needs some.")
-        encoded = encode(rows, processing_class, getattr(model, "main_input_name", "input_ids"))
-        check_labels(f"{part}_dataset", encoded, _num_labels(model))
+        encoded = read(rows, f"{part}_dataset")
+        check_labels(f"{part}_dataset", encoded, int(read.config.num_labels))
         examples = _column(encoded, example_column) if part == "test" else None
         if examples is None:
             chosen = sorted(sample_indices(len(encoded), wanted[part], seed))

@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import __version__
 from ..checkpointing import write_json
+from ..data.columns import Columns
 from ..metrics.table import title_of
 from .checks import Check, few_rows, run_checks
 from .context import AuditContext
@@ -32,6 +33,7 @@ def audit_model(
     deep: bool = False,
     seed: int = 0,
     thresholds: AuditThresholds | None = None,
+    columns: Columns = Columns(),  # noqa: B008
 ) -> "AuditReport":
     """Audit any classifier that is said to have unlearned something.
 
@@ -45,7 +47,8 @@ def audit_model(
         example_column: rows of the test set that share its value differ in the attribute alone (exact counterfactuals).
         deep: also probes of every block, relearning, robustness of the removal and per-example membership.
         seed: of every sample and resample.
-        thresholds: limits of the checks and sizes of the samples; [`AuditThresholds`]() by default.
+        thresholds: limits of the checks and sizes of the samples; `AuditThresholds()` by default.
+        columns: names of text, picture and label columns that are not the usual ones.
 
     Raises:
         ValueError: no forget or test rows, ``bias_column`` is not there, or the model's classes differ from the reference's.
@@ -61,6 +64,7 @@ def audit_model(
         deep=deep,
         seed=seed,
         thresholds=thresholds,
+        columns=columns,
     )
     if deep:
         from .deep import deep_audit

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 
-from ..data.reading import load_processor
+from ..data.sources import load_processor
 from ..hub.push import MERGED
 from ..models import fingerprint, forward_columns, load_classifier
 from ..provenance import STATE_NAME, requests_of, undo

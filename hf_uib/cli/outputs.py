@@ -18,7 +18,7 @@ from .. import __version__
 from ..audit.figures import draw_bias, draw_layers
 from ..audit.report import AuditReport
 from ..checkpointing import atomic_directory, write_json
-from ..data.reading import label_column
+from ..data.labels import labels_of
 from ..hub.card import FIGURES
 from ..hub.deletion_report import REPORT_NAME
 from ..hub.push import MERGED, published
@@ -66,13 +66,12 @@ def bias_attributes(forget, test, bias_column: str) -> tuple[np.ndarray, bool]:
         ``[n]`` integers. They are classes, and the flag is True, where each value stands for a class in the forget set (-1: for
         none); else they number the values.
     """
+    labels = labels_of(forget)
     forget, raw = forget.with_format(None), test.with_format(None)[bias_column]
     known = forget[bias_column]
     codes = {value: i for i, value in enumerate(sorted({*raw, *known}, key=str))}
     attributes = np.asarray([codes[value] for value in raw])
-    stands_for = attribute_classes(
-        np.asarray([codes[value] for value in known]), np.asarray(forget[label_column(forget)])
-    )
+    stands_for = attribute_classes(np.asarray([codes[value] for value in known]), labels)
     if stands_for is None:
         return attributes, False
     return np.asarray([stands_for.get(value, -1) for value in attributes]), True

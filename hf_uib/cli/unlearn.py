@@ -19,7 +19,16 @@ from typing import Any
 from datasets import Dataset
 
 from ..config import UIBConfig
-from ..data.reading import image_column, load_processor, load_splits, split_forget, split_of, with_class_ids
+from ..data.columns import Columns
+from ..data.reading import Reader
+from ..data.sources import (
+    condition_columns,
+    load_processor,
+    load_splits,
+    split_forget,
+    split_of,
+    without_rows_of,
+)
 from ..hub.card import hub_id
 from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
@@ -70,6 +79,15 @@ class UnlearnArguments:
     bias_column: str | None = field(
         default=None, metadata={"help": "Column with the attribute to report the bias by."}
     )
+    text_column: list[str] = field(
+        default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the label."})
+    drop_incomplete_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without a label or an input that can be read, and count them."},
+    )
     retrained_model: str | None = field(
         default=None, metadata={"help": "A model retrained without the forget set, to compare with."}
     )
@@ -102,7 +120,7 @@ def main(arguments: list[str]) -> None:
         arguments,
         UIBConfig,
         UnlearnArguments,
-        lists={"forget_where": "COLUMN=VALUE"},
+        lists={"forget_where": "COLUMN=VALUE", "text_column": "COLUMN"},
         **training_defaults(),
     )
     if job.model_name_or_path is None and job.dataset_name is None and job.request is None:
@@ -190,32 +208,66 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     name = str(job.model_name_or_path)
     model: Any = next_base(name)
     splits = load_splits(str(job.dataset_name), job.dataset_config_name)
-
-    def rows_of(split: str) -> Dataset:
-        return with_class_ids(split_of(splits, split), model.config)
-
-    train = rows_of(job.train_split)
+    train = split_of(splits, job.train_split)
     if job.bias_column and job.bias_column not in train.column_names:
         raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
-    forget, retain = split_forget(train, job.forget_where, job.train_split)
-    calibration = rows_of(job.calibration_split) if job.calibration_split else None
-    test_split = job.test_split or ("test" if "test" in splits else None)
-    test = rows_of(test_split) if test_split else None
-    processor = load_processor(name, picture=image_column(train) is not None)
+    columns = columns_of(job)
+    main_input = getattr(model, "main_input_name", "input_ids")
+    processor = load_processor(name, picture=main_input == "pixel_values")
     if job.max_length is not None:
         processor.model_max_length = job.max_length  # what a tokenizer truncates to
+    read = Reader(model.config, main_input, processor, columns)
+
+    def rows_of(split: str) -> Dataset:
+        return complete(split_of(splits, split), read, split) if job.drop_incomplete_rows else split_of(splits, split)
+
+    forget, retain = split_forget(rows_of(job.train_split), job.forget_where, job.train_split)
+    test_split = job.test_split or ("test" if "test" in splits else None)
+    sets = {"forgotten": forget, "retained": retain}
+    for kind, split in (("calibration", job.calibration_split), ("test", test_split)):
+        if split:
+            sets[kind] = rows_of(split)
+    sets = without_shared_rows(sets)
     trainer = UIBTrainer(
         model,
         args=args,
-        forget_dataset=forget,
-        retain_dataset=retain if len(retain) else None,
-        calibration_dataset=calibration,
-        eval_dataset=test,
+        forget_dataset=sets["forgotten"],
+        retain_dataset=sets["retained"] if len(sets["retained"]) else None,
+        calibration_dataset=sets.get("calibration"),
+        eval_dataset=sets.get("test"),
         processing_class=processor,
+        columns=columns,
     )
     trainer.request = job.what or f"{len(forget)} rows, chosen by {_columns_of(job.forget_where)}"
     trainer.dataset_name = hub_id(job.dataset_name)
     return trainer
+
+
+def columns_of(job: Any) -> Columns:
+    """The columns that a job's flags name; those of its conditions are never the input."""
+    text = tuple(job.text_column) or None
+    return Columns(text, job.image_column, job.label_column, job.bias_column, condition_columns(job.forget_where))
+
+
+def complete(dataset: Dataset, read: Reader, split: str) -> Dataset:
+    """The rows with a label and an input that can be read; the others are counted aloud."""
+    faults = read.incomplete_rows(dataset)
+    if not faults:
+        return dataset
+    print(f"{len(faults)} of {len(dataset)} rows of split '{split}' are left out; row {next(iter(faults.items()))[0]}, say, has "
+          f"{next(iter(faults.values()))}.")  # fmt: skip
+    return dataset.select([i for i in range(len(dataset)) if i not in faults])
+
+
+def without_shared_rows(sets: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Each set without the rows of those before it, which are more important; what is left out is counted aloud."""
+    kept: dict[str, Dataset] = {}
+    for name, dataset in sets.items():
+        rest = without_rows_of(dataset, list(kept.values()))
+        if len(rest) < len(dataset):
+            print(f"{len(dataset) - len(rest)} {name} rows are in a more important set too, and are left out here.")
+        kept[name] = rest
+    return kept
 
 
 def audit_command(job: UnlearnArguments) -> str:
