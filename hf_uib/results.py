@@ -7,6 +7,7 @@ from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -149,12 +150,13 @@ class ResultsMixin(AtomicCheckpoints):
         return output
 
     @property
-    def adapter_is_unmoved(self) -> bool:
-        """Whether the adapter is still the one that it was before training: zero, or the checkpoint's own."""
+    def unlearned_nothing(self) -> bool:
+        """Whether the adapter is where it began: B is zero in every layer, or as the checkpoint's own adapter had it."""
         if self.adapter_before is None:
             return is_fresh(self.layers, self.adapter_name)
         now = get_peft_model_state_dict(self.adapted_model, adapter_name=self.adapter_name)
-        return all((now[name].cpu() == before.cpu()).all() for name, before in self.adapter_before.items())
+        factors = [name for name in now if ".lora_" in name]
+        return all(torch.equal(now[name].cpu(), self.adapter_before[name].cpu()) for name in factors)
 
     @property
     def run_warnings(self) -> list[str]:
@@ -164,7 +166,7 @@ class ResultsMixin(AtomicCheckpoints):
         found, steps, every = [], self.state.global_step, self.args.prior_update_steps
         if not self._trained:
             found.append(f"Training had not ended when this was written: step {steps} of {self.state.max_steps}.")
-        if self.adapter_is_unmoved:
+        if self.unlearned_nothing:
             found.append(
                 "Nothing was unlearned: training left the adapter as it was. Raise learning_rate, and leave optimizers out."
             )
@@ -186,7 +188,7 @@ class ResultsMixin(AtomicCheckpoints):
         Raises:
             ValueError: training left the adapter as it was.
         """
-        if self._posterior is not None and self.adapter_is_unmoved:
+        if self._posterior is not None and self.unlearned_nothing:
             raise ValueError(
                 "Nothing was unlearned: training left the adapter as it was, so there is no unlearned model to merge or to push. "
                 "Raise learning_rate or max_steps, and leave optimizers out."

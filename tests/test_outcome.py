@@ -75,7 +75,7 @@ def test_fewer_steps_than_a_refresh(tmp_path):
 
 def test_an_adapter_at_zero_is_never_published_as_an_unlearned_model(tmp_path):
     trainer = trained(tmp_path, learning_rate=0.0, forget_target=50.0)
-    assert trainer.adapter_is_unmoved
+    assert trainer.unlearned_nothing
     (text,) = trainer.run_warnings
     assert text.startswith("Nothing was unlearned")
     assert text in card_of(trainer).text.split("## ")[0]
@@ -83,7 +83,7 @@ def test_an_adapter_at_zero_is_never_published_as_an_unlearned_model(tmp_path):
         with pytest.raises(ValueError, match="Nothing was unlearned"):
             publish()
     assert not (tmp_path / "merged").exists()
-    assert not trained(tmp_path, forget_target=50.0).adapter_is_unmoved
+    assert not trained(tmp_path, forget_target=50.0).unlearned_nothing
 
 
 def test_a_trained_adapter_that_did_not_move(tmp_path):
@@ -91,7 +91,7 @@ def test_a_trained_adapter_that_did_not_move(tmp_path):
     first = trained(tmp_path, forget_target=50.0).model
     for rate in (0.0, 0.01):
         trainer = trained(tmp_path, model=first, learning_rate=rate, forget_target=50.0)
-        assert trainer.adapter_before is not None and trainer.adapter_is_unmoved == (rate == 0.0)
+        assert trainer.adapter_before is not None and trainer.unlearned_nothing == (rate == 0.0)
 
 
 def test_what_was_not_trained_says_so(tmp_path):

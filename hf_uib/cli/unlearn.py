@@ -206,14 +206,14 @@ def check_job(job: UnlearnArguments) -> None:
 def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     """The trainer of a job: model, sets and processor are read."""
     name = str(job.model_name_or_path)
-    model: Any = next_base(name)
+    model: Any = next_base(name, **remote_code(job))
     splits = load_splits(str(job.dataset_name), job.dataset_config_name)
     train = split_of(splits, job.train_split)
     if job.bias_column and job.bias_column not in train.column_names:
         raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
-    processor = load_processor(name, picture=main_input == "pixel_values")
+    processor = load_processor(name, picture=main_input == "pixel_values", **remote_code(job))
     if job.max_length is not None:
         processor.model_max_length = job.max_length  # what a tokenizer truncates to
     read = Reader(model.config, main_input, processor, columns)
@@ -308,10 +308,11 @@ def _retrained(job: UnlearnArguments) -> Any:
     """The retrained model that a job names, if it does."""
     if not job.retrained_model:
         return None
-    return load_classifier(job.retrained_model, **_remote_code(job))
+    return load_classifier(job.retrained_model, **remote_code(job))
 
 
-def _remote_code(job: UnlearnArguments) -> dict[str, bool]:
+def remote_code(job: Any) -> dict[str, bool]:
+    """The setting that lets a checkpoint's own code run; without it such a checkpoint is refused, and nobody is asked."""
     return {"trust_remote_code": True} if job.trust_remote_code else {}
 
 

@@ -89,8 +89,12 @@ def split_of(splits: DatasetDict, name: str) -> Dataset:
     return splits[name]
 
 
-def load_processor(name: str | os.PathLike, picture: bool):
+def load_processor(name: str | os.PathLike, picture: bool, trust_remote_code: bool = False):
     """Image processor (the PIL one: torchvision is not needed) or tokenizer of a checkpoint.
+
+    Args:
+        picture: the image processor.
+        trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
         ValueError: the checkpoint has none.
@@ -98,8 +102,8 @@ def load_processor(name: str | os.PathLike, picture: bool):
     kind = "image processor" if picture else "tokenizer"
     try:
         if picture:
-            return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-        processor = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust_remote_code)
+        processor = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a library says about a folder's files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
