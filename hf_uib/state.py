@@ -68,8 +68,12 @@ class UIBState:
             raise ValueError(f"{folder} has no {STATE_NAME}; resume from a checkpoint that UIBTrainer wrote.")
         with safe_open(path, "pt") as file:
             identity = json.loads(file.metadata()["uib"])
-        # Cloned: a mapped file's tensors lie where its header ends, and vector units round by where they lie
-        tensors = {name: value.clone().to(device) for name, value in load_file(path).items()}
+        # Cloned: a mapped file's tensors lie where its header ends, and vector units round by where they lie.
+        # What is wide is counted on the CPU, and some devices have no such numbers (MPS).
+        tensors = {
+            name: value.clone() if value.dtype == torch.float64 else value.clone().to(device)
+            for name, value in load_file(path).items()
+        }
         if "posterior.noise_to_signal" not in tensors:
             raise ValueError(f"{folder} was written by hf_uib 0.1, whose runs cannot be resumed; start the run again.")
 
