@@ -33,7 +33,7 @@ def base_of(module: Any) -> Any:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer (GPT-2's too), or a convolution that is one on patches, as in a ViT's embedding: its windows do not overlap."""
+    """A linear layer (GPT-2's too), or a convolution on patches that do not overlap, as in a ViT's embedding."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == module.stride and module.groups == 1 and module.padding == (0, 0)
     return isinstance(module, (nn.Linear, Conv1D))

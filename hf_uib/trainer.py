@@ -111,7 +111,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         refuse_unsupported(args)
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
-        if by_name and not isinstance(model, PeftModel) and getattr(model, "name_or_path", ""):
+        if by_name and not isinstance(model, PeftModel) and model.config._name_or_path:
             self._base_is_named = True
 
         # 2. Data
