@@ -169,7 +169,7 @@ def require_one_adapter(model: PeftModel) -> None:
     Raises:
         ValueError: with what to do.
     """
-    active = [model.active_adapter] if isinstance(model.active_adapter, str) else list(model.active_adapter)
+    active = model.active_adapters
     if len(active) > 1:
         raise ValueError(f"{len(active)} adapters are active ({', '.join(active)}); merge them, or set_adapter one.")
     require_additive(model.peft_config[active[0]])

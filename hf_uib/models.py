@@ -6,7 +6,8 @@ import inspect
 import json
 import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,9 +58,20 @@ def load_classifier(name_or_path: Name, *, trust_remote_code: bool = False, **kw
         ValueError: there is no such checkpoint, it cannot be read, or it is no image or sequence classifier.
     """
     name: str = name_of(name_or_path)
-    settings = kwargs | {"trust_remote_code": trust_remote_code}
+    with _in_one_line(name, kwargs):
+        model = _load_classifier(name, kwargs | {"trust_remote_code": trust_remote_code})
+    if not isinstance(model, PeftModel) and not os.path.isdir(name):
+        cached = try_to_load_from_cache(name, CONFIG_NAME, revision=kwargs.get("revision"))
+        if isinstance(cached, str):  # .../snapshots/<commit>/config.json
+            model.config._commit_hash = os.path.basename(os.path.dirname(cached))
+    return model
+
+
+@contextmanager
+def _in_one_line(name: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Whatever loading raises becomes one line that names the checkpoint."""
     try:
-        model = _load_classifier(name, settings)
+        yield
     except SafetensorError as error:
         raise ValueError(
             f"The weights (model.safetensors) of {name} cannot be read ({error}); save or download them again."
@@ -67,7 +79,7 @@ def load_classifier(name_or_path: Name, *, trust_remote_code: bool = False, **kw
     except ImportError as error:
         raise ValueError(f"{name} needs a package that is not installed here. ({first_line(error)})") from error
     except OSError as error:
-        if _is_pickled(name, kwargs):
+        if _is_pickled(name, settings):
             raise ValueError(
                 f"{name} has pickled weights alone, which run code when they are read; convert them where you trust them: "
                 "from_pretrained(..., use_safetensors=False), then save_pretrained."
@@ -75,11 +87,6 @@ def load_classifier(name_or_path: Name, *, trust_remote_code: bool = False, **kw
         raise ValueError(f"No checkpoint {name} here or on the Hub; check the name. ({first_line(error)})") from error
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} cannot be loaded as a classifier. ({first_line(error)})") from error
-    if not isinstance(model, PeftModel) and not os.path.isdir(name):
-        cached = try_to_load_from_cache(name, CONFIG_NAME, revision=kwargs.get("revision"))
-        if isinstance(cached, str):  # .../snapshots/<commit>/config.json
-            model.config._commit_hash = os.path.basename(os.path.dirname(cached))
-    return model
 
 
 def _where(settings: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +109,24 @@ def _load_classifier(name: str, settings: dict[str, Any]) -> Any:
             f"{name} holds {architecture or 'no named architecture'}, which is no image or sequence classifier; "
             "give a fine-tuned classification checkpoint."
         )
-    return kind.from_pretrained(name, use_safetensors=True, **settings)
+    return _with_all_weights(name, kind, settings)
+
+
+def _with_all_weights(name: str, kind: Any, settings: dict[str, Any], brought: Collection[str] = ()) -> Any:
+    """`from_pretrained`, where no weight is left to be drawn at random: each is in the file, or ``brought`` by an adapter.
+
+    Raises:
+        ValueError: with the first name.
+    """
+    model, info = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **settings)
+    drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - set(brought)
+    asked_for = {"num_labels", "ignore_mismatched_sizes", "config"} & set(settings)  # then a new head was wanted
+    if drawn and (brought or not asked_for):
+        raise ValueError(
+            f"{name} lacks {len(drawn)} weights of {type(model).__name__} ({min(drawn)}), which would be drawn at random; give a "
+            "checkpoint of a trained classifier."
+        )
+    return model
 
 
 def _config_of(name: str, settings: dict[str, Any]) -> Any:
@@ -152,7 +176,8 @@ def _load_adapter(name: str, adapter: PeftConfig, settings: dict[str, Any]) -> P
         )
     base_settings = {key: value for key, value in settings.items() if key not in ("revision", "subfolder")}
     base, beside = _base_of(name, adapter, base_settings)
-    config = _config_of(base, base_settings)
+    with _in_one_line(base, base_settings):
+        config = _config_of(base, base_settings)
     kind = _class_of(config)
     auto = kind or _classifier_for(config, adapter.task_type)
     if auto is None:
@@ -169,8 +194,8 @@ def _load_adapter(name: str, adapter: PeftConfig, settings: dict[str, Any]) -> P
     new_head = bool(head) and (kind is None or classes != {config.num_labels})
     if new_head:
         base_settings |= _class_names(name, config, max(classes), where) | {"ignore_mismatched_sizes": True}
-    with _quiet_about_heads() if new_head else nullcontext():
-        model = auto.from_pretrained(base, use_safetensors=True, **base_settings)
+    with _in_one_line(base, base_settings), _quiet_about_heads() if new_head else nullcontext():
+        model = _with_all_weights(base, auto, base_settings, brought=saved)
     if new_head:
         # The adapter replaces this head, so it is no drawn one that lies below
         model.load_state_dict({key: saved[key] for key in model.state_dict() if key in saved}, strict=False)

@@ -44,7 +44,7 @@ from hf_uib.provenance import detached, requests_of
 # A saved adapter, by the class of its headless base: name, architecture, task type, targets, modules_to_save
 HEADLESS = {
     "ViTModel": ("vit", None, ["q_proj", "v_proj"], ["classifier"]),
-    "Dinov2Model": ("dinov2", None, ["query", "value"], ["classifier"]),
+    "Dinov2Model": ("dinov2", None, ["q_proj", "v_proj"], ["classifier"]),
     "Swinv2Model": ("swinv2", None, "all-linear", ["classifier"]),
     "BertForMaskedLM": ("bert", "SEQ_CLS", ["query", "value"], None),
     "BertModel": ("bert", "SEQ_CLS", ["query", "value"], ["pooler"]),
@@ -63,7 +63,7 @@ def gpt2(seed=0):
     model = GPT2ForSequenceClassification(GPT2Config(**GPT2, num_labels=3))
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            parameter.data.mul_(4.0)
+            parameter.data.mul_(2.0)
     return model
 
 
@@ -96,13 +96,20 @@ def trainer_on(model, path, architecture="vit", **settings):
     )  # fmt: skip
 
 
-def saved_peft_classifier(path, kind, classes=4, **more):
+def saved_peft_classifier(path, kind, classes=4, bare=False, **more):
     """A headless base in ``path/base-model`` and, in ``path/adapter``, the classifier a PEFT tutorial trains on it."""
     architecture, task, targets, modules = HEADLESS[kind]
     torch.manual_seed(0)
     settings = GPT2 if architecture == "gpt2" else ARCHITECTURES[architecture]
+    pooled = architecture in ("bert", "albert") and kind.endswith("ForMaskedLM")
+    # The public checkpoints of BertForMaskedLM hold the pooler too
+    kind = kind.replace("ForMaskedLM", "ForPreTraining") if pooled and not bare else kind
     base = getattr(transformers, kind)(AutoConfig.for_model(architecture, **settings))
     base.save_pretrained(path / "base-model")
+    if pooled:
+        saved = json.loads((path / "base-model" / "config.json").read_text())
+        saved["architectures"] = [saved["architectures"][0].replace("ForPreTraining", "ForMaskedLM")]
+        (path / "base-model" / "config.json").write_text(json.dumps(saved))
     auto = AutoModelForSequenceClassification if task else AutoModelForImageClassification
     if kind == "ElectraForPreTraining":
         auto = AutoModelForSequenceClassification
@@ -216,6 +223,20 @@ def test_an_adapter_without_a_head_on_a_base_without_one(tmp_path):
     get_peft_model(transformers.ViTModel.from_pretrained(tmp_path / "base-model"), settings).save_pretrained(adapter)
     with pytest.raises(ValueError, match="has no classification head, and the adapter brings none"):
         load_classifier(adapter)
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_weights_that_would_be_drawn_at_random(tmp_path):
+    """A pooler that neither base nor adapter has: another model at every load."""
+    adapter, _, _ = saved_peft_classifier(tmp_path, "BertForMaskedLM", bare=True)
+    with pytest.raises(ValueError, match="lacks 2 weights of BertForSequenceClassification .bert.pooler"):
+        load_classifier(adapter)
+    model = make_model("bert")
+    weights = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
+    model.save_pretrained(tmp_path / "model", state_dict=weights)
+    with pytest.raises(ValueError, match="lacks 2 weights .* .classifier.bias"):
+        load_classifier(tmp_path / "model")
+    assert load_classifier(tmp_path / "model", num_labels=7).config.num_labels == 7  # a new head was asked for
 
 
 # ---- 2. The base beside the adapter ----
@@ -333,7 +354,7 @@ def test_paths_everywhere(tmp_path):
         audit_model(kind(tmp_path / "merged"), reference_model=kind(tmp_path / "model"), retrained_model=[kind(tmp_path / "model")], **sets)
         for kind in (Path, str)
     )  # fmt: skip
-    assert for_paths.to_dict() == for_strings.to_dict()
+    assert str(for_paths) == str(for_strings)
     assert torch.equal(logits_of(loaded(tmp_path / "model")), logits_of(make_model()))
     args = transformers.TrainingArguments(str(tmp_path / "t"), max_steps=1, use_cpu=True, report_to="none")
     retrain(tmp_path / "model", make_rows(n=16, seed=2), args, cache_dir=tmp_path / "cache")
@@ -437,7 +458,8 @@ def test_every_field_of_lora_config(name):
     """Allowed by name, or refused by name: whatever a later PEFT adds is refused."""
     settings = LoraConfig(r=4, target_modules=["q_proj"])
     require_additive(settings)
-    object.__setattr__(settings, name, another_value(name, getattr(settings, name)))
+    other = "loftq" if name == "init_lora_weights" else another_value(name, getattr(settings, name))
+    object.__setattr__(settings, name, other)
     if name in ADDITIVE_FIELDS - {"peft_type"}:
         require_additive(settings)
     else:
@@ -512,8 +534,6 @@ class Linear8bit(nn.Linear):
 
 class Codes(torch.Tensor):
     """As torchao's: a tensor that says it is float32, and holds something else."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 def quantised(change):
@@ -602,7 +622,8 @@ def test_gpt2_is_the_same_model_with_linear_layers(tmp_path):
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4)
     ours, theirs = (t.layer_report() for t in runs)
     for one, other in zip(ours, theirs, strict=True):
-        assert one == pytest.approx(other, rel=1e-2, abs=1e-5)
+        assert one["contrast"] == pytest.approx(other["contrast"], rel=1e-4)
+        assert one["nats"] == pytest.approx(other["nats"], rel=1e-2, abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -663,7 +684,6 @@ def with_seed(make):
 CHECKPOINTED = {
     "vit": make_model,
     "swinv2": lambda: make_model("swinv2"),
-    "convnext": lambda: make_model("convnext"),
     "dinov2": lambda: make_model("dinov2"),
     "hiera": lambda: with_seed(lambda: transformers.HieraForImageClassification(transformers.HieraConfig(**HIERA))),
     "siglip": siglip,
@@ -699,9 +719,10 @@ def resnet(seed=0):
     return model
 
 
-def test_a_model_without_gradient_checkpointing(tmp_path):
-    with pytest.raises(ValueError, match="has no gradient checkpointing; leave"):
-        trainer_on(resnet(), tmp_path, gradient_checkpointing=True)
+def test_models_without_gradient_checkpointing(tmp_path):
+    for model in (resnet(), make_model("convnext")):
+        with pytest.raises(ValueError, match="has no gradient checkpointing; leave"):
+            trainer_on(model, tmp_path, gradient_checkpointing=True)
 
 
 # ---- 9. Layers that no gradient reaches ----
