@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, SMALL, make_model, make_rows
-from launching import command_for
+from hub_server import HubServer
+from launching import HERE, command_for
 from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_trainer import adapter_weights, config, losses, same
 from torch import nn
 from transformers import (
@@ -54,7 +57,17 @@ HEADLESS = {
     "AlbertForMaskedLM": ("albert", "SEQ_CLS", ["query"], None),
     "GPT2LMHeadModel": ("gpt2", "SEQ_CLS", ["c_attn"], None),
 }
-GPT2 = dict(vocab_size=60, n_positions=40, n_embd=16, n_layer=2, n_head=2, n_inner=24, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+GPT2 = dict(
+    vocab_size=60,
+    n_positions=40,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    n_inner=24,
+    pad_token_id=1,
+    bos_token_id=0,
+    eos_token_id=2,
+)
 QUIET = "ignore:.*(fan_in_fan_out|not initialized|Could not find a config).*"
 
 
@@ -166,6 +179,42 @@ def test_a_peft_classifier_unlearns(kind, tmp_path):
     assert same(adapter_weights(resumed), adapter_weights(again))
 
 
+@pytest.mark.filterwarnings(QUIET)
+def test_an_adapter_from_before_transformers_renamed_its_layers(tmp_path):
+    """PEFT's tutorial on image classification, as it was published: ``target_modules=["query", "value"]``."""
+    adapter, original, _ = saved_peft_classifier(tmp_path, "ViTModel")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["query", "value"]}))
+    old = {
+        key.replace(".layers.", ".encoder.layer.").replace("q_proj", "attention.query").replace("v_proj", "attention.value"): value
+        for key, value in load_file(adapter / "adapter_model.safetensors").items()
+    }  # fmt: skip
+    assert "base_model.model.vit.encoder.layer.0.attention.attention.query.lora_A.weight" in old
+    save_file(old, adapter / "adapter_model.safetensors")
+    model = load_classifier(adapter)
+    assert torch.equal(logits_of(model), logits_of(original))
+    trainer = trainer_on(model, tmp_path / "out")
+    trainer.train()
+    trainer.save_model()
+    assert torch.equal(logits_of(load_classifier(tmp_path / "out")), logits_of(trainer.model))
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_an_adapter_of_another_architecture(tmp_path):
+    adapter, _, _ = saved_peft_classifier(tmp_path, "ViTModel")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {key: value for key, value in weights.items() if "layers.1" not in key}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match="does not fit its base") as caught:
+        load_classifier(adapter)
+    assert "\n" not in str(caught.value)
+    make_model(hidden_size=32).save_pretrained(tmp_path / "base-model")
+    with pytest.raises(ValueError, match="cannot be loaded as a classifier") as caught:
+        load_classifier(adapter)
+    assert "\n" not in str(caught.value)
+
+
 def test_class_names_come_from_beside_the_adapter(tmp_path):
     adapter, original, _ = saved_peft_classifier(tmp_path, "ViTModel")
     assert load_classifier(adapter).config.id2label == {i: f"LABEL_{i}" for i in range(4)}
@@ -268,9 +317,7 @@ def test_adapter_of_a_second_request(tmp_path):
     first.train()
     first.save_model()
     assert not (tmp_path / "one" / BASE).exists()
-    second = UIBTrainer(
-        tmp_path / "one", config(tmp_path / "two"), make_rows(n=24, seed=11), make_rows(n=16, seed=2)
-    )
+    second = UIBTrainer(tmp_path / "one", config(tmp_path / "two"), make_rows(n=24, seed=11), make_rows(n=16, seed=2))
     second.train()
     second.save_model()
     model = load_classifier(tmp_path / "two")
@@ -492,7 +539,9 @@ def test_a_field_of_a_later_version_is_refused():
 def test_more_than_a_product(more, tmp_path):
     with pytest.raises(ValueError, match=f"has {next(iter(more))}="):
         settings = LoraConfig(r=4, target_modules=["query"], **more)
-        UIBTrainer(make_model("bert"), config(tmp_path), make_rows("bert"), make_rows("bert", seed=2), peft_config=settings)
+        UIBTrainer(
+            make_model("bert"), config(tmp_path), make_rows("bert"), make_rows("bert", seed=2), peft_config=settings
+        )
     assert not os.listdir(tmp_path)
 
 
@@ -654,7 +703,9 @@ def test_adapters_on_the_head_alone(tmp_path):
     with pytest.raises(ValueError, match="only classifier"):
         attach_adapter(make_model("bert"), settings, 4)
     # blocks of nothing but convolutions
-    small = dict(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    small = dict(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
     resnet = transformers.ResNetForImageClassification(transformers.ResNetConfig(**small))
     with pytest.raises(ValueError, match=r"they hold no linear layer \(BatchNorm2d, Conv2d"):
         attach_adapter(resnet, None, 4)
@@ -839,7 +890,9 @@ def test_code_of_a_checkpoint_is_run_only_where_asked_for(tmp_path, monkeypatch)
 
 
 def test_a_package_that_is_not_there(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {}})
+    )
     with pytest.raises(ValueError, match="timm") as caught:
         load_classifier(tmp_path)
     assert "\n" not in str(caught.value)
@@ -888,18 +941,48 @@ def test_weights_of_another_shape(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
+def test_by_hub_id(tmp_path):
+    """With nothing on stdin, as in a job."""
+    with HubServer({"hf_tester": "tester"}) as hub:
+        environment = os.environ | {
+            "PYTHONPATH": f"{HERE}{os.pathsep}{os.path.join(HERE, '..')}", "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_tester", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        command = [sys.executable, os.path.join(HERE, "checkpoints_on_the_hub.py"), str(tmp_path)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        )
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert "failed" not in seen, (seen, done.stderr[-2000:])
+    assert seen["names"] == ["kind 0", "kind 1", "kind 2", "kind 3"] and seen["same"] and seen["reloaded"]
+    assert not seen["base beside"] and 0 <= seen["audited"] <= 1
+    assert "tester/pickled has pickled weights alone" in seen["pickled"]
+    assert "tester/pickled-adapter has no adapter_model.safetensors" in seen["pickled adapter"]
+    assert "tester/own-code comes with code of its own" in seen["own code"]
+    assert seen["trusted"] == "OurForImageClassification"
+    assert seen["here"] and seen["there"] == []
+    assert "names no base model" in seen["nameless"]
+    assert not any("\n" in value for value in seen.values() if isinstance(value, str))
+
+
 # ---- 12. Hooks leave with the adapter ----
 
 
 def hooks_of(model):
-    return [hook for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
+    return [
+        hook for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()
+    ]
 
 
 def test_a_merged_resnet_trains_its_running_statistics_again(tmp_path):
     trainer = trainer_on(resnet(), tmp_path)
     before = {n: b.clone() for n, b in trainer.model.named_buffers() if "running" in n}
     trainer.train()
-    assert all(torch.equal(b, before[n]) for n, b in trainer.model.named_buffers() if n in before)  # not while it unlearns
+    assert all(
+        torch.equal(b, before[n]) for n, b in trainer.model.named_buffers() if n in before
+    )  # not while it unlearns
     direct = copy.deepcopy(trainer.model).merge_and_unload()  # PEFT's own
     for plain in (trainer.merge_and_unload(), trainer.detach(), direct):
         assert hooks_of(plain) == []
@@ -922,7 +1005,12 @@ def test_what_is_merged_can_be_trained_copied_and_pickled(settings, tmp_path):
         assert frozen == ["vit.embeddings.position_embeddings"]
         torch.save(plain, tmp_path / "model.pt")
         args = transformers.TrainingArguments(
-            str(tmp_path / "further"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+            str(tmp_path / "further"),
+            max_steps=1,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
         )
         columns = make_rows(n=16, seed=2).remove_columns("source")
         was = plain.classifier.weight.detach().clone()
