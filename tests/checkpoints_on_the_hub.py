@@ -26,7 +26,7 @@ def no_prompt(*words):
 def publish(folder, name: str) -> str:
     """A folder as a repository of the tester's."""
     API.create_repo(f"tester/{name}", exist_ok=True)
-    API.upload_folder(repo_id=f"tester/{name}", folder_path=folder)
+    API.upload_folder(repo_id=f"tester/{name}", folder_path=folder, ignore_patterns="README.md")
     return f"tester/{name}"
 
 

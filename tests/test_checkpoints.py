@@ -16,7 +16,7 @@ import transformers
 from conftest import ARCHITECTURES, SMALL, make_model, make_rows
 from hub_server import HubServer
 from launching import HERE, command_for
-from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer import adapter_weights, config, losses, same
 from torch import nn
@@ -133,7 +133,7 @@ def saved_peft_classifier(path, kind, classes=4, bare=False, **more):
     )  # fmt: skip
     settings = LoraConfig(r=2, target_modules=targets, modules_to_save=modules, task_type=task, **more)
     model = get_peft_model(model, settings)
-    for name, weight in model.named_parameters():  # as if trained
+    for weight in model.parameters():  # as if trained
         if weight.requires_grad:
             weight.data += 0.3 * torch.randn(weight.shape)
     model.save_pretrained(path / "adapter")
@@ -398,7 +398,9 @@ def test_paths_everywhere(tmp_path):
     torch.testing.assert_close(logits_of(before), logits_of(make_model()), rtol=1e-4, atol=1e-4)
     sets = dict(forget_dataset=make_rows(n=24, seed=1), test_dataset=make_rows(n=30, seed=4))
     for_paths, for_strings = (
-        audit_model(kind(tmp_path / "merged"), reference_model=kind(tmp_path / "model"), retrained_model=[kind(tmp_path / "model")], **sets)
+        audit_model(
+            kind(tmp_path / "merged"), reference_model=kind(tmp_path / "model"), retrained_model=[kind(tmp_path / "model")], **sets
+        )
         for kind in (Path, str)
     )  # fmt: skip
     assert str(for_paths) == str(for_strings)
