@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .checkpointing import AtomicCheckpoints
 from .hub.card import results_of
-from .lora import AdaptedLayer, is_fresh
+from .lora import AdaptedLayer, copy_without_hooks, is_fresh
 from .measurements import Measurements
 from .models import fingerprint
 from .posterior import ChannelPosterior
@@ -214,7 +214,7 @@ class ResultsMixin(AtomicCheckpoints):
         """The model as it was before, to the bit (where it came with a trained adapter: with that merged). The trainer's stays."""
         if self.adapter_before is None:
             return detached(self.adapted_model)
-        before = copy.deepcopy(self.adapted_model)
+        before = copy_without_hooks(self.adapted_model)
         set_peft_model_state_dict(before, self.adapter_before, adapter_name=self.adapter_name)
         return before.merge_and_unload()
 
@@ -225,7 +225,8 @@ class ResultsMixin(AtomicCheckpoints):
         """
         inputs = next(self.measurements.inference.batches(self.forget_dataset, self.measurements.probe_rows()[:32]))
         inputs.pop("labels")
-        requests = requests_of(self.model) if self._posterior is None else self.provenance
+        nothing = self._posterior is None or self.unlearned_nothing  # no request is then merged
+        requests = requests_of(self.model) if nothing else self.provenance
         return merged(self.adapted_model, inputs, requests)
 
     def layer_report(self) -> list[dict]:

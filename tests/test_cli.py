@@ -499,16 +499,18 @@ def with_code(pictures, tmp_path):
     """The checkpoint of `pictures`, as one that comes with code of its own; the code says that it ran."""
     shutil.copytree(pictures / "model", tmp_path / "own")
     content = json.loads((tmp_path / "own" / "config.json").read_text())
-    content |= {"architectures": ["OwnViT"], "auto_map": {"AutoModelForImageClassification": "modeling_own.OwnViT"}}
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForImageClassification": "modeling_own.OwnViT"}
+    content |= {"architectures": ["OwnViT"], "model_type": "own_vit", "auto_map": code}
     (tmp_path / "own" / "config.json").write_text(json.dumps(content))
     (tmp_path / "own" / "modeling_own.py").write_text(
-        "from transformers import ViTForImageClassification\n\n\nclass OwnViT(ViTForImageClassification):\n"
-        f"    open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import ViTConfig, ViTForImageClassification\n\n\n"
+        "class OwnConfig(ViTConfig):\n    model_type = 'own_vit'\n\n\n"
+        "class OwnViT(ViTForImageClassification):\n    config_class = OwnConfig\n\n"
+        f"    def __init__(self, config):\n        super().__init__(config)\n        open({str(tmp_path / 'ran')!r}, 'w').close()\n"
     )
     return tmp_path / "own"
 
 
-@pytest.mark.xfail(strict=False, reason="load_classifier takes trust_remote_code from branch door-b on")
 def test_code_of_a_checkpoint_runs_only_where_it_is_asked_for(pictures, with_code, tmp_path, monkeypatch):
     """In unlearn and audit; nobody is asked, though the terminal would say yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))

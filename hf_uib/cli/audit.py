@@ -10,6 +10,7 @@ whether the audit is passed or not: `passed` and `flags` are in the report.
 import os
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
 from ..data.sources import load_processor, load_splits, split_forget, split_of
@@ -74,7 +75,7 @@ def audit(job: AuditArguments) -> AuditReport:
         ValueError: in one line, what is wrong with the job.
     """
     quiet()
-    load = partial(loaded, **remote_code(job))
+    load: Any = partial(loaded, **remote_code(job))
     model = load(job.model)
     reference = load(job.reference) if job.reference else None
     retrained = [load(name) for name in job.retrained]

@@ -311,7 +311,7 @@ def _retrained(job: UnlearnArguments) -> Any:
     return load_classifier(job.retrained_model, **remote_code(job))
 
 
-def remote_code(job: Any) -> dict[str, bool]:
+def remote_code(job: Any) -> dict[str, Any]:
     """The setting that lets a checkpoint's own code run; without it such a checkpoint is refused, and nobody is asked."""
     return {"trust_remote_code": True} if job.trust_remote_code else {}
 
