@@ -29,6 +29,8 @@ FAULTS = {  # what goes wrong, as code in the process of the run
     # of texts the table fails, as there is no test set to audit on
     "error": "import hf_uib.cli.outputs as outputs\noutputs.draw_layers = lambda *a: fail()\nimport hf_uib.audit.report as report\n"
     "def fail(*a, **k): raise RuntimeError('the audit failed')\nreport.gather = fail",
+    "push": "from hf_uib.hub.mixin import HubMixin\n"
+    "def fail(*a, **k): raise ConnectionError('the Hub is down')\nHubMixin._upload = fail",
     "ctrl-c": "from transformers import Trainer\nstep = Trainer.training_step\n"
     "def stop(self, *a, **k):\n if self.state.global_step == 3: raise KeyboardInterrupt\n return step(self, *a, **k)\n"
     "Trainer.training_step = stop",
@@ -160,7 +162,7 @@ def found(root, needles, there, done):
 
 @slow
 @pytest.mark.parametrize("kind", ["texts", "pictures"])
-@pytest.mark.parametrize("ending", FAULTS)
+@pytest.mark.parametrize("ending", ["success", "error", "ctrl-c"])
 def test_nothing_is_left_behind(kind, ending, tmp_path):
     done, needles, there = run(tmp_path, kind, ending)
     assert done.returncode == (ending != "success"), done.stderr[-2000:]
@@ -173,13 +175,43 @@ def test_nothing_is_left_behind(kind, ending, tmp_path):
     assert not [path for path in written if path.startswith(("tmp/", "cwd/"))]
 
 
+def environment_of(hub) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+
+
+@slow
+def test_the_command_after_a_push_that_failed_uploads_what_the_push_would_have(tmp_path):
+    """And no other file of the folders, which hold some."""
+    with HubServer({TOKEN: "tester"}) as hub:
+        environment = environment_of(hub)
+        for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
+            folder.mkdir()
+            (folder / "train.csv").write_text("mine")
+        flags = ("--push_to_hub", "--hub_model_id", "tester/pushed", "--hub_artifact", "both")
+        done, *_ = run(tmp_path, "texts", "push", *flags, **environment)
+        line = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and line.startswith("error: the Hub is down. Adapter and state are saved in ")
+        command = line.partition("go on with: ")[2]
+        path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+        settings = os.environ | environment | {"PATH": path, "HF_HOME": str(tmp_path / "home" / "hf")}
+        subprocess.run(["sh", "-c", command], env=settings, check=True, capture_output=True, timeout=120)
+        files = {name: set(repo.branches["main"][-1].files) for (_, name), repo in hub.repos.items()}
+    figures = {"bias.png", "layers.png"}
+    assert (
+        files["tester/pushed"]
+        >= {"adapter_model.safetensors", "uib_state.safetensors", "README.md", "report.json"} | figures
+    )
+    assert files["tester/pushed-merged"] >= {"config.json", "model.safetensors", "tokenizer.json"} | figures
+    assert not [names for names in files.values() if names & {"train.csv", "deletion_report.html"}]
+
+
 @slow
 def test_nothing_is_pushed(tmp_path):
     with HubServer({TOKEN: "tester"}) as hub:
-        environment = {
-            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
+        environment = environment_of(hub)
         flags = (
             "--push_to_hub",
             "--hub_model_id",

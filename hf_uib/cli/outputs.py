@@ -151,8 +151,8 @@ def nothing_lost(trainer: UIBTrainer, next_command: Callable[[], str]) -> Iterat
     except (Exception, KeyboardInterrupt) as error:
         if not (saved := what_is_saved(trainer, next_command)):
             raise
-        what = "interrupted." if isinstance(error, KeyboardInterrupt) else in_one_line(error)
-        raise ValueError(f"{what} {saved}") from error
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else in_one_line(error).rstrip(".")
+        raise ValueError(f"{what}. {saved}") from error
 
 
 def what_is_saved(trainer: UIBTrainer, next_command: Callable[[], str]) -> str | None:
@@ -169,9 +169,18 @@ def what_is_saved(trainer: UIBTrainer, next_command: Callable[[], str]) -> str |
 
 def upload_command(trainer: UIBTrainer) -> str:
     """Uploads what a push that failed should have uploaded."""
-    folder = str(trainer.args.output_dir)
-    files = published(folder, trainer.written[os.path.abspath(folder)])
-    return shlex.join(["hf", "upload", str(trainer.hub_model_id), folder, ".", "--include", *files])
+    args, repository = trainer.args, str(trainer.hub_model_id)
+    merged = os.path.join(str(args.output_dir), MERGED)
+    parts = {} if args.hub_artifact == "merged" else {repository: str(args.output_dir)}
+    if args.hub_artifact != "adapter" and os.path.abspath(merged) in trainer.written:
+        parts[repository if args.hub_artifact == "merged" else f"{repository}-merged"] = merged
+    commands = []
+    for target, folder in parts.items():
+        words = ["hf", "upload", target, folder, "."]
+        for name in published(folder, trainer.written[os.path.abspath(folder)]):
+            words += ["--include", name]
+        commands.append(shlex.join([*words, *(["--revision", args.hub_revision] if args.hub_revision else [])]))
+    return " && ".join(commands)
 
 
 def save_results(

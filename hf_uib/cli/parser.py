@@ -138,7 +138,7 @@ def _read_yaml(path: str) -> tuple[dict, dict]:
 
 
 INTERRUPTED = "interrupted; what was written is whole. With --save_strategy steps a run can be resumed."
-LONGEST = 600  # characters of a message
+LONGEST = 600  # characters of a library's message
 OUT_OF_MEMORY = "out of memory; lower --per_device_train_batch_size and --per_device_eval_batch_size, or free some."
 
 
@@ -174,9 +174,11 @@ def in_one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         return OUT_OF_MEMORY
     text = " ".join(str(error).split())
+    if _said_by_us(error):
+        return text
     if len(text) > LONGEST:
         text = f"{text[: LONGEST - 4]} ..."
-    if isinstance(error, OSError) and text or _said_by_us(error):
+    if isinstance(error, OSError) and text:
         return text
     module = _raised_in(error)
     return f"{text or 'no message'} ({kind}{f' in {module}' if module else ''}; --debug shows more)"
