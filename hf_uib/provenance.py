@@ -130,7 +130,7 @@ def next_base(name: str) -> Any:
         return model
     try:
         record = _state_of(name)["record"]
-    except ValueError:  # somebody's fine-tuning, to be gone on with
+    except ValueError:  # somebody's fine-tuning, to be trained further
         return model
     done = requests_of(model)
     return without_origin(_adapted(detached(model), name, record).merge_and_unload(), [*done, record])

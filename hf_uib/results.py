@@ -36,6 +36,7 @@ class ResultsMixin(AtomicCheckpoints):
     raw_eval_dataset: Any
     results: dict[str, dict]
     audit_report: "AuditReport | None"
+    results_from_audit: bool
     _base_fingerprint: str | None
 
     @property
@@ -157,5 +158,6 @@ class ResultsMixin(AtomicCheckpoints):
         )
         self.raw_eval_dataset = test_dataset
         self.fingerprints.pop("eval_dataset", None)
-        self.results = self.results or results_of(self.audit_report)
+        if not self.results or self.results_from_audit:
+            self.results, self.results_from_audit = results_of(self.audit_report), True
         return self.audit_report

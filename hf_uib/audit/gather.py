@@ -117,7 +117,7 @@ def gather(
     attribute = None
     if bias_column is not None:
         labels = outputs["reference"]["forget"].labels
-        attribute = _bias_attribute(sets, bias_column, labels, thresholds.label_information)
+        attribute = _bias_attribute(sets, bias_column, labels, thresholds.attribute_association)
     ids = _column(sets["test"], example_column)
     examples = None if ids is None else np.unique([str(e) for e in ids], return_inverse=True)[1]
     resamplers = {
@@ -161,7 +161,7 @@ def _samples(
 
 
 def _bias_attribute(
-    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, label_information: float
+    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, attribute_association: float
 ) -> BiasAttribute:
     """The attribute of the test rows, coded by class where it carries the label on the forget set."""
     raw, on_forget = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
@@ -173,7 +173,7 @@ def _bias_attribute(
         there = np.asarray([value is not None for value in on_forget], dtype=bool)
         known, labels = np.asarray([str(value) for value in on_forget])[there], forget_labels[there]
         stands_for = attribute_classes(known, labels) if len(known) else None
-        if stands_for is not None and not cramers_v(known, labels) >= label_information:
+        if stands_for is not None and not cramers_v(known, labels) >= attribute_association:
             stands_for = None
     if stands_for is None:
         codes = np.unique(values, return_inverse=True)[1]

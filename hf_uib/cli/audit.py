@@ -30,7 +30,7 @@ class AuditArguments:
         default=None, metadata={"help": "The model before unlearning; by default the base of an adapter."}
     )
     retrained: list[str] = field(
-        default_factory=list, metadata={"help": "One or more models trained without the forget set: the oracle."}
+        default_factory=list, metadata={"help": "One or more models trained without the forget set, to compare with."}
     )
     forget_where: list[str] = field(
         default_factory=list,
