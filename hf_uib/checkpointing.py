@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -13,7 +13,9 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .lora import freeze_factors
+from .lora import adapter_name
+from .models import BASE, base_is_named
+from .provenance import detached
 from .state import UIBState
 
 if TYPE_CHECKING:
@@ -23,9 +25,9 @@ STAGING = "_unfinished"  # no name in `_` is ever uploaded
 
 
 @contextmanager
-def atomic_directory(folder: str) -> Iterator[str]:
+def atomic_directory(folder: str, staging: str = STAGING) -> Iterator[str]:
     """A folder to write to, whose entries take their places in ``folder`` when the block ends; after an error none of them does."""
-    unfinished = os.path.join(folder, STAGING)
+    unfinished = os.path.join(folder, staging)
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
     try:
@@ -63,6 +65,9 @@ class AtomicCheckpoints(Trainer):
     model: PeftModel
 
     _staging = False  # while a checkpoint is being written
+    _base_is_named: bool | None = None  # not known yet
+    _base_folders: frozenset[str] = frozenset()  # that hold it
+    base_name: str | None
 
     def create_model_card(self, *, folder: str | None = None, **settings) -> None:  # type: ignore[override]
         """Write the card to ``folder``."""
@@ -72,10 +77,16 @@ class AtomicCheckpoints(Trainer):
         """What is written beside the adapter, if anything."""
         raise NotImplementedError
 
+    def set_trainable(self) -> None:
+        """Set which weights are trained; loading an adapter sets all of its free."""
+        raise NotImplementedError
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         target = str(output_dir if output_dir is not None else self.args.output_dir)
+        # Beside the checkpoint, which is written to run/_unfinished/checkpoint-N
+        self._save_base(os.path.dirname(os.path.dirname(target)) if self._staging else target)
         with atomic_directory(target) as folder:
             super()._save(folder, state_dict)
             for name in (TRAINING_ARGS_NAME, "README.md"):  # PEFT's card: ours needs the run's figures beside it
@@ -85,13 +96,33 @@ class AtomicCheckpoints(Trainer):
                 state.save(folder)
         self.create_model_card(folder=target)
 
+    def _save_base(self, folder: str) -> None:
+        """Write the model below the adapter to ``folder/base``, once, where no name leads to it.
+
+        The adapter's config then names no base, unless the named checkpoint is not here to be compared.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        adapter = model.peft_config[adapter_name(model)]
+        if self._base_is_named is None:
+            base: Any = model.get_base_model()
+            same = base_is_named(model, adapter.base_model_name_or_path or getattr(base.config, "_name_or_path", None))
+            if same is False:  # the name is that of what it was fine-tuned from
+                adapter.base_model_name_or_path = self.base_name = None
+                base.name_or_path = base.config._name_or_path = ""
+            self._base_is_named = bool(same)
+        if self._base_is_named or folder in self._base_folders:
+            return
+        with atomic_directory(folder, f"{STAGING}_{BASE}") as unfinished:
+            detached(model).save_pretrained(os.path.join(unfinished, BASE))
+        self._base_folders |= {folder}
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        freeze_factors(self.model, self.args.trainable_factors)
+        self.set_trainable()
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        freeze_factors(self.model, self.args.trainable_factors)
+        self.set_trainable()
 
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's, in a folder of its own that takes the checkpoint's name once all is written: whole or not at all."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .channel_kl import wide_dtype
+from .lora import base_of, weight_matrix
 from .objective import margin
 
 PROBE_ROWS = 256  # of the forget sample, for the length of the pattern's code
@@ -29,6 +30,7 @@ class LayerStatistics:
         chunk: what the chunk of the samples in hand adds to it.
         direction: the contrast of the chunks before, of length 1: what this chunk's scores are taken along.
         inputs: ``[d_in]``, sum of the layer's inputs; outputs: sum of squares of W x; tokens: how many inputs.
+        reached: how many gradients came back to the layer.
         basis, range: in the second pass of a wide layer, an orthonormal basis ``[d_in, rows]`` of the sketched contrast's
             rows and ``C_l @ basis``, ``[d_out, rows]``.
     """
@@ -38,6 +40,7 @@ class LayerStatistics:
     inputs: Tensor
     outputs: Tensor
     tokens: Tensor
+    reached: Tensor
     d_out: int
     bias: Tensor | None = field(repr=False, default=None)
     sketch: Tensor | None = None
@@ -68,7 +71,7 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
     entries = sum(layer.weight.numel() for layer in layers.values())
     statistics = {}
     for index, (name, layer) in enumerate(layers.items()):
-        d_out, d_in = layer.weight.flatten(1).shape
+        d_out, d_in = weight_matrix(layer).shape
         device, rows, sketch = layer.weight.device, d_out, None
         if entries > DENSE_BUDGET and d_out > 4 * rank + 16:
             rows = 2 * rank + 8
@@ -80,6 +83,7 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
             inputs=torch.zeros(d_in, device=device, dtype=wide_dtype(device)),
             outputs=torch.zeros((), device=device, dtype=wide_dtype(device)),
             tokens=torch.zeros((), device=device, dtype=wide_dtype(device)),
+            reached=torch.zeros((), device=device),
             d_out=d_out,
             bias=layer.bias,
             sketch=sketch,
@@ -90,11 +94,6 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
 def in_double(tensor: Tensor) -> Tensor:
     """In float64, on the CPU where the device has none."""
     return (tensor if wide_dtype(tensor.device) == torch.float64 else tensor.cpu()).double()
-
-
-def base_of(module: Any) -> Any:
-    """The layer below an adapter, or the layer itself."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -130,6 +129,7 @@ def _recording(modules: dict[str, Any], statistics: dict[str, LayerStatistics], 
                 stats.tokens += len(x)
 
             def on_gradient(gradient):
+                stats.reached += 1
                 g = output_rows(module, gradient).float()
                 if stats.basis is not None:
                     stats.range += weight * (g.T @ (x @ stats.basis))
@@ -139,7 +139,8 @@ def _recording(modules: dict[str, Any], statistics: dict[str, LayerStatistics], 
                 if stats.direction is not None and len(inputs[0]) % len(scores) == 0:  # else what all examples share
                     scores.add_(((g @ stats.direction) * x).sum(1).view(len(scores), -1).sum(1))
 
-            output.register_hook(on_gradient)
+            if output.requires_grad:
+                output.register_hook(on_gradient)
 
         return hook
 
@@ -285,6 +286,7 @@ class ContrastStatistics:
         mean_inputs: ``[d_in]``.
         norms: ``|C_l|``, the length of the contrast, in nats of margin per unit of weight.
         pattern_z: see `pattern_z`; 0 where forget and retained rows were not compared.
+        unreached: layers to which no gradient came: never called, or their output is not used.
     """
 
     subspaces: dict[str, Tensor]
@@ -292,6 +294,7 @@ class ContrastStatistics:
     mean_inputs: dict[str, Tensor]
     norms: dict[str, float]
     pattern_z: float
+    unreached: list[str]
 
 
 def measure_contrast(
@@ -334,7 +337,9 @@ def measure_contrast(
         sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
         for layer in stats.values():
             layer.take_chunk()
-    sum_over_processes(t for layer in stats.values() for t in (layer.inputs, layer.outputs, layer.tokens))
+    sum_over_processes(
+        t for layer in stats.values() for t in (layer.inputs, layer.outputs, layer.tokens, layer.reached)
+    )
     if begin_second_pass(stats):
         accumulate(model, layers, stats, batches(None), margin)
         sum_over_processes(layer.range for layer in stats.values() if layer.range is not None)
@@ -358,6 +363,7 @@ def measure_contrast(
         mean_inputs={name: layer.mean_input().float() for name, layer in stats.items()},
         norms={name: layer.contrast.norm().item() for name, layer in stats.items()},
         pattern_z=pattern_z(torch.stack(moments[1:])) if compared else 0.0,
+        unreached=[name for name, layer in stats.items() if not layer.reached],
     )
 
 

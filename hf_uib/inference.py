@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .data.pairing import Subset, collator_for
-from .models import forward_columns
+from .models import blocks_of, forward_columns, num_labels_of
 
 
 def batcher(model: nn.Module, processing_class=None) -> Callable[[list[dict]], tuple[dict, torch.Tensor]]:
@@ -189,20 +189,11 @@ def head_of(model: Any) -> nn.Module:
     Raises:
         ValueError: there is none.
     """
-    count = model.config.num_labels
+    count = num_labels_of(model)
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == count]
     if not linear:
         raise ValueError(f"{type(model).__name__} has no linear layer with {count} outputs; the audit needs its head.")
     return linear[-1]
-
-
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of the encoder, first to last: the items of the longest list of modules (empty if there is none)."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    if not lists:
-        return {}
-    _, longest = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
-    return {f"block {i + 1}": block for i, block in enumerate(longest)}
 
 
 def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:

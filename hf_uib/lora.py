@@ -1,19 +1,75 @@
 """Which layers are adapted, and with what."""
 
+import copy
+import dataclasses
+import warnings
+from collections.abc import Collection
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .models import blocks_of
 
 AdaptedLayer = Any  # PEFT's LoRA layer around a linear one: an nn.Module and a LoraLayer
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Fields of LoraConfig under which the adapted weight is W + s B A. Whatever else differs from its default is refused, so that what
+# a later PEFT adds is too.
+ADDITIVE_FIELDS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "runtime_config",
+}  # fmt: skip
+FROZEN = "frozen_before_the_adapter"  # attribute of a PeftModel: names of weights
+ADDITIVE_INITS = (True, False, "gaussian", "orthogonal")  # these leave W as it is
+
+
+def base_of(module: Any) -> Any:
+    """The layer below an adapter, or the layer itself."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer, or a convolution that is one on patches: its windows do not overlap (a ViT's patch embedding)."""
+    """A linear layer (GPT-2's too), or a convolution on patches that do not overlap, as in a ViT's embedding."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == module.stride and module.groups == 1 and module.padding == (0, 0)
-    return isinstance(module, nn.Linear)
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def weight_matrix(module: Any) -> Tensor:
+    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``; a view of it."""
+    base = base_of(module)
+    return base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
+
+
+def require_plain_weights(model: nn.Module) -> None:
+    """Refuse weights that are no floating-point numbers to compute with: codes of a quantised base, or none at all.
+
+    Raises:
+        ValueError: with the layer's name, and what to do.
+    """
+    method = getattr(getattr(model, "config", None), "quantization_config", None)
+    found = "the model" if method or getattr(model, "is_quantized", False) else None
+    kind = getattr(method, "quant_method", None) or (method.get("quant_method") if isinstance(method, dict) else None)
+    kind = str(getattr(kind, "value", kind) or "quantised")
+    for name, module in model.named_modules():
+        if found is not None or not is_linear(module):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.is_meta:
+            raise ValueError(
+                f"{name} holds no weight yet (it is on `meta`): load the whole model, without offloading."
+            )
+        if type(weight) is not nn.Parameter or weight.dtype not in PLAIN:
+            found, kind = name, "computed" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
+    if found is not None:
+        raise ValueError(
+            f"The weights of {found} are {kind}, not floating-point numbers: load the checkpoint unquantised (say, "
+            "dtype=torch.bfloat16), unlearn, merge, and quantise the merged model."
+        )
 
 
 def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
@@ -47,9 +103,10 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
     with a trained adapter, whose weights are then the prior's first mean.
 
     Raises:
-        ValueError: the model has an adapter that cannot be trained or is not on linear layers, or ``peft_config`` was given for
-            a PeftModel.
+        ValueError: the weights are quantised; the model has an adapter that cannot be trained, is more than a product or is not on
+            linear layers inside its blocks; or ``peft_config`` was given for a PeftModel.
     """
+    require_plain_weights(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
@@ -60,46 +117,98 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
             raise ValueError(
                 "The PeftModel's active adapter is not LoRA; merge it (merge_and_unload) and pass the result."
             )
+        require_one_adapter(model)
         _only_linear(model)
+        _in_the_blocks(model)
         name = adapter_name(model)
-        _additive(model.peft_config[name])
         if not any(p.requires_grad for layer in layers.values() for p in layer.lora_B[name].parameters()):
             raise ValueError(
                 f"Adapter '{name}' was loaded as not trainable; load it with PeftModel.from_pretrained(..., "
                 "is_trainable=True), or merge it into the model (merge_and_unload) and pass the result."
             )
         return model
-    peft_config = peft_config or default_peft_config(model, rank)
-    _additive(peft_config)
-    model = get_peft_model(model, peft_config)
+    # A copy: PEFT writes to the one it is given
+    peft_config = copy.deepcopy(peft_config) if peft_config else default_peft_config(model, rank)
+    require_additive(peft_config)
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # PEFT sets it right for each layer, and says so
+        model = get_peft_model(model, peft_config)
+    model.__dict__[FROZEN] = frozen
     _only_linear(model)
+    _in_the_blocks(model)
     return model
 
 
-def _additive(config: PeftConfig) -> None:
-    """Refuse kinds of LoRA that are more than W + s B A: the base would not come back, and the bound not account for them."""
-    found = {
-        "bias": getattr(config, "bias", "none") != "none",
-        "use_dora": getattr(config, "use_dora", False),
-        "init_lora_weights": str(getattr(config, "init_lora_weights", True))
-        .lower()
-        .startswith(("pissa", "olora", "corda", "loftq")),
-    }
-    for name, there in found.items():
-        if there:
+def require_additive(config: PeftConfig) -> None:
+    """Refuse kinds of LoRA that are more than W + s B A: the base would not come back, and the bound not account for them.
+
+    Raises:
+        ValueError: with the field's name.
+    """
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(
+            f"The adapter is {config.peft_type}, not LoRA; give a LoraConfig, or a model with a LoRA adapter."
+        )
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name == "init_lora_weights":
+            default = value if value in ADDITIVE_INITS else default
+        if field.name not in ADDITIVE_FIELDS and value != default:
             raise ValueError(
-                f"The adapter has {name}={getattr(config, name)!r}, which changes more than W + s B A; leave it at its default, "
+                f"The adapter has {field.name}={value!r}, which changes more than W + s B A; leave it at its default, "
                 "or merge the adapter (merge_and_unload) and pass the result."
             )
 
 
+def require_one_adapter(model: PeftModel) -> None:
+    """Refuse what `require_additive` does of a model's adapter, several at once, and one that is merged in place.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    active = model.active_adapters
+    if len(active) > 1:
+        raise ValueError(f"{len(active)} adapters are active ({', '.join(active)}); merge them, or set_adapter one.")
+    require_additive(model.peft_config[active[0]])
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise ValueError("The adapter is merged in place; call unmerge_adapter() first, or merge_and_unload().")
+
+
+def _in_the_blocks(model: PeftModel) -> None:
+    """Refuse adapters on the head alone: the blocks would still know what was to be forgotten, and the model not show it."""
+    blocks = blocks_of(model.get_base_model())
+    layers = [module for block in blocks.values() for module in block.modules()]
+    if not blocks or any(isinstance(module, LoraLayer) for module in layers):
+        return
+    kinds = {type(m).__name__ for m in layers if m._parameters and not any(True for _ in m.children())}
+    linear = (
+        "and they hold linear layers: name those" if any(map(is_linear, layers)) else "and they hold no linear layer"
+    )
+    raise ValueError(
+        f"No layer inside the model's {len(blocks)} blocks has an adapter, only {', '.join(lora_layers(model))}; UIB needs some "
+        f"there, {linear} ({', '.join(sorted(kinds))})."
+    )
+
+
 def _only_linear(model: PeftModel) -> None:
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for weight in module._parameters.values():
+            owners[id(weight)] = owners.get(id(weight), 0) + 1
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and not is_linear(module.get_base_layer()):
             name, kind = name.removeprefix("base_model.model."), type(module.get_base_layer()).__name__
             raise ValueError(
                 f"The adapter is on {name}, a {kind}; UIB adapts linear layers (and convolutions whose windows do not overlap): "
                 "take it out of target_modules."
+            )
+        if isinstance(module, LoraLayer) and owners[id(module.get_base_layer().weight)] > 1:
+            name = name.removeprefix("base_model.model.")
+            raise ValueError(
+                f"{name} shares its weight with another layer, which would change too; leave it out of target_modules."
             )
 
 
@@ -123,20 +232,114 @@ def lora_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     }
 
 
-def freeze_factors(model: PeftModel, trainable_factors: str) -> None:
-    """Train B alone, or A and B. Loading an adapter as trainable sets both free, so this is called after every load."""
-    name = adapter_name(model)
-    for layer in lora_layers(model).values():
-        layer.lora_A[name].weight.requires_grad_(trainable_factors == "both")
-        layer.lora_B[name].weight.requires_grad_(True)
+def freeze_factors(model: PeftModel, trainable_factors: str, unreached: Collection[str] = ()) -> None:
+    """Train B alone, or A and B. Loading an adapter as trainable sets both free, so this is called after every load.
+
+    Args:
+        unreached: layers without gradient (never called, or their output is not used): left untrained, as processes would wait for
+            their gradients.
+    """
+    adapter = adapter_name(model)
+    for name, layer in lora_layers(model).items():
+        layer.lora_A[adapter].weight.requires_grad_(trainable_factors == "both" and name not in unreached)
+        layer.lora_B[adapter].weight.requires_grad_(name not in unreached)
 
 
-def freeze_running_statistics(model: nn.Module) -> None:
-    """Keep batch-norm layers of the base model in eval mode, so that training leaves their buffers alone."""
+def check_optimizers(model: PeftModel, optimizer: Any = None, scheduler: Any = None) -> None:
+    """Refuse an optimizer that was made before the model had its adapter, and a scheduler of another optimizer.
+
+    Raises:
+        ValueError: none of the optimizer's weights is trained.
+    """
+    if optimizer is not None:
+        trained = {id(weight) for weight in model.parameters() if weight.requires_grad}
+        if not any(id(weight) in trained for group in optimizer.param_groups for weight in group["params"]):
+            raise ValueError(
+                "The optimizer holds none of the weights that are trained: it was made before the model had its adapter. Leave "
+                "optimizers out, or make it from a PeftModel's parameters and give that model."
+            )
+    other = getattr(scheduler, "optimizer", None)
+    if other is not None and getattr(optimizer, "optimizer", optimizer) is not getattr(other, "optimizer", other):
+        raise ValueError(
+            "The scheduler is of another optimizer than the one in optimizers; give both, or leave both out."
+        )
+
+
+# ---- Hooks, which leave with the adapter ----
+
+
+def freeze_running_statistics(model: PeftModel) -> None:
+    """Keep the base's layers with running statistics in eval mode, so that training leaves their buffers alone.
+
+    The hook is on the PeftModel, not on the layers: a merged or detached model has none.
+    """
+
+    def running(module: nn.Module) -> list[nn.Module]:
+        return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
 
     def stay_in_eval_mode(module, inputs):
-        module.eval()
+        for layer in running(module):
+            layer.eval()
 
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(stay_in_eval_mode)
+    if running(model):
+        model.register_forward_pre_hook(stay_in_eval_mode)
+
+
+def let_gradients_in(model: PeftModel) -> None:
+    """Make what the embeddings give require grad: re-entrant gradient checkpointing sees gradients through its inputs alone.
+
+    Transformers' `enable_input_require_grads`, for embeddings that give several things too, and models without any.
+    """
+    found = []
+    for module in list[Any](model.get_base_model().modules()):
+        try:
+            embeddings = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+        except NotImplementedError:
+            continue
+        if isinstance(embeddings, nn.Module) and embeddings not in found:
+            found.append(embeddings)
+    for embeddings in found:
+        embeddings.register_forward_hook(require_gradients)
+    if not found:
+        model.register_forward_pre_hook(require_input_gradients, with_kwargs=True)
+
+
+def _floating(values: Any) -> list[Tensor]:
+    if isinstance(values, dict):
+        values = list(values.values())
+    values = values if isinstance(values, (list, tuple)) else [values]
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def require_gradients(module: nn.Module, inputs: Any, output: Any) -> None:
+    """Forward hook."""
+    if torch.is_grad_enabled():
+        for tensor in _floating(output):
+            tensor.requires_grad_(True)
+
+
+def require_input_gradients(module: nn.Module, inputs: tuple, named: dict) -> None:
+    """Forward pre-hook."""
+    if torch.is_grad_enabled():
+        for tensor in [*_floating(inputs), *_floating(named)]:
+            tensor.requires_grad_(True)
+
+
+def copy_without_hooks(model: PeftModel) -> PeftModel:
+    """A copy of the model for merging or detaching: our hooks stay behind, gradient checkpointing is off, and the weights may be
+    trained that could be before the adapter came (of a PeftModel: all)."""
+    model = copy.deepcopy(model)
+    for module in list[Any](model.modules()):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                del hooks[key]
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+    for name, weight in model.get_base_model().named_parameters():
+        plain = name.replace(".base_layer.", ".")
+        weight.requires_grad_(weight.is_floating_point() and plain not in model.__dict__.get(FROZEN, ()))
+    return model
+
+
+def _is_ours(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] == __package__

@@ -3,7 +3,7 @@
 Docs: docs/method.md, sections 2 and 3a.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .channel_kl import channel_kl, displacement, outside
 from .contrast import ContrastStatistics
-from .lora import AdaptedLayer, is_fresh
+from .lora import AdaptedLayer, is_fresh, weight_matrix
 from .schedule import noise_scale
 from .settings import ChannelSettings
 
@@ -51,11 +51,13 @@ class ChannelPosterior(nn.Module):
         a_spans_subspace: whether ``lora_A`` is a multiple of V_l, and frozen.
         settings: of the channel.
         seed: of the noise.
+        unreached: layers to which no gradient comes.
     """
 
     noise_to_signal: Tensor
     cumulative_kl: Tensor
     a_spans_subspace: Tensor
+    reached: Tensor
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class ChannelPosterior(nn.Module):
         a_spans_subspace: bool,
         settings: ChannelSettings,
         seed: int = 0,
+        unreached: Collection[str] = (),
     ):
         super().__init__()
         self.layers, self.adapter, self.settings, self.seed = layers, adapter, settings, seed
@@ -74,6 +77,7 @@ class ChannelPosterior(nn.Module):
         self.register_buffer("noise_to_signal", torch.tensor(0.0, dtype=torch.float64))  # kappa of the first step
         self.register_buffer("cumulative_kl", torch.zeros(len(layers), dtype=torch.float64))  # of the refreshes so far
         self.register_buffer("a_spans_subspace", torch.tensor(a_spans_subspace))
+        self.register_buffer("reached", torch.tensor([name not in unreached for name in layers]))
         self.scale = 0.0  # kappa of this step
         self._spans = a_spans_subspace
         self.gains = (
@@ -81,8 +85,7 @@ class ChannelPosterior(nn.Module):
         )
         # What each layer makes of the pattern before any adapter, W V' [d_out, k]
         self.base_projected_weight = {
-            name: layer.get_base_layer().weight.detach().flatten(1).float() @ self.subspaces[name].T
-            for name, layer in layers.items()
+            name: weight_matrix(layer).detach().float() @ self.subspaces[name].T for name, layer in layers.items()
         }
         self.ranks = torch.stack([v.square().sum().round() for _, v in self.subspaces.items()])
         self.floors = torch.stack([settings.floor * scale for _, scale in self.output_scales.items()])
@@ -115,7 +118,8 @@ class ChannelPosterior(nn.Module):
                     gain = code_gain(contrast.output_scales[name], settings)
                     factor.data.copy_((contrast.subspaces[name] * gain).view_as(factor))
         spans = fresh and not train_a and all(fits.values())
-        return cls(layers, adapter, contrast.subspaces, contrast.output_scales, spans, settings, seed)
+        scales = contrast.output_scales
+        return cls(layers, adapter, contrast.subspaces, scales, spans, settings, seed, contrast.unreached)
 
     @classmethod
     def from_state(
@@ -137,7 +141,14 @@ class ChannelPosterior(nn.Module):
         posterior.set_prior_mean({name: (means_a[name], means_b[name]) for name in layers})
         posterior.noise_to_signal.copy_(state["noise_to_signal"])
         posterior.cumulative_kl.copy_(state["cumulative_kl"])
+        if "reached" in state:
+            posterior.reached.copy_(state["reached"])
         return posterior
+
+    @property
+    def unreached(self) -> list[str]:
+        """Layers to which no gradient comes, and which are left untrained."""
+        return [name for name, reached in zip(self.layers, self.reached.tolist(), strict=True) if not reached]
 
     # ---- The mean ----
 

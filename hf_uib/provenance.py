@@ -16,8 +16,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from . import __version__
-from .lora import adapter_name, lora_layers
-from .models import load_classifier
+from .lora import adapter_name, copy_without_hooks, lora_layers, require_additive, require_plain_weights
+from .models import Name, load_classifier, name_of
 from .state import STATE_NAME
 
 MERGED_ERROR = 0.01  # of the largest logit
@@ -55,7 +55,7 @@ class RequestRecord:
 
 def detached(model: PeftModel) -> PreTrainedModel:
     """A copy of the model below the adapter, to the bit. (PEFT's `unload` alone leaves trained ``modules_to_save`` in.)"""
-    model = copy.deepcopy(model)
+    model = copy_without_hooks(model)
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for name in module.modules_to_save:
@@ -72,7 +72,7 @@ def merged(model: PeftModel, inputs: dict[str, torch.Tensor], requests: list[dic
         inputs: of some rows, to compare the logits on.
         requests: all that the merged model has unlearned.
     """
-    plain = copy.deepcopy(model).merge_and_unload()
+    plain: Any = copy_without_hooks(model).merge_and_unload()
     with torch.no_grad():
         before, after = (m.eval()(**inputs).logits.float() for m in (model, plain))
     difference = (before - after).abs().max()
@@ -90,7 +90,7 @@ def requests_of(model: Any) -> list[dict]:
     return list(getattr(model.config, "unlearning", None) or [])
 
 
-def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
+def undo(model: Name | PreTrainedModel, adapter: Name, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A copy of a merged model without one of its requests: W - s B A, the weights before it to rounding.
 
     Requests that came after it stay, as they were trained on top of it. What was forgotten is there again.
@@ -98,11 +98,16 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     Args:
         model: from `UIBTrainer.merge_and_unload`, as object, folder or Hub id.
         adapter: folder or Hub id of the request's adapter, as `UIBTrainer.save_model` wrote it.
+        trust_remote_code: see `load_classifier`.
 
     Raises:
-        ValueError: the adapter is none of the requests that are merged into the model, or it trained more than LoRA's factors.
+        ValueError: the adapter is none of the requests that are merged into the model, or it trained more than LoRA's factors, or
+            the model's weights are quantised.
     """
-    merged: Any = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
+    given, adapter = name_of(model), str(name_of(adapter))
+    named = isinstance(given, str)
+    merged: Any = load_classifier(given, trust_remote_code=trust_remote_code) if named else copy.deepcopy(given)
+    require_plain_weights(merged)
     record = _state_of(adapter)["record"]
     if not record["from_zero"]:
         raise ValueError(
@@ -113,6 +118,7 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     if len(kept) == len(done):
         raise ValueError(f"The request of {adapter} is none of the {len(done)} that are merged into the model.")
     adapted = _adapted(merged, adapter, record)
+    require_additive(adapted.peft_config[adapter_name(adapted)])
     if getattr(adapted.peft_config[adapter_name(adapted)], "modules_to_save", None):
         raise ValueError(
             f"{adapter} replaced whole modules (modules_to_save); go back to the model before it instead."
@@ -123,9 +129,10 @@ def undo(model: str | PreTrainedModel, adapter: str) -> PreTrainedModel:
     return without_origin(before, kept)
 
 
-def next_base(name: str) -> Any:
+def next_base(name: Name, *, trust_remote_code: bool = False) -> Any:
     """What the next request is trained on: a checkpoint, or the merged model of an earlier request's adapter; folder or Hub id."""
-    model = load_classifier(name)
+    name = str(name_of(name))
+    model = load_classifier(name, trust_remote_code=trust_remote_code)
     if not isinstance(model, PeftModel):
         return model
     try:

@@ -1,15 +1,15 @@
 """What a trained `UIBTrainer` gives: plain models, the record of the request, the layer report, the audit."""
 
-import copy
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel, set_peft_model_state_dict
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpointing import AtomicCheckpoints
 from .hub.card import results_of
-from .lora import AdaptedLayer
+from .lora import AdaptedLayer, copy_without_hooks, is_fresh
 from .measurements import Measurements
 from .models import fingerprint
 from .posterior import ChannelPosterior
@@ -80,6 +80,15 @@ class ResultsMixin(AtomicCheckpoints):
         return self.accelerator.unwrap_model(self.model)
 
     @property
+    def unlearned_nothing(self) -> bool:
+        """Whether the adapter is where it began: B is zero in every layer, or as the checkpoint's own adapter had it."""
+        if self.adapter_before is None:
+            return is_fresh(self.layers, self.adapter_name)
+        now = get_peft_model_state_dict(self.adapted_model, adapter_name=self.adapter_name)
+        factors = [name for name in now if ".lora_" in name]
+        return all(torch.equal(now[name].cpu(), self.adapter_before[name].cpu()) for name in factors)
+
+    @property
     def measured_examples(self) -> int:
         """Forward passes of the statistics and the refreshes so far, in examples."""
         return self.measurements.inference.examples
@@ -102,7 +111,7 @@ class ResultsMixin(AtomicCheckpoints):
         """The model as it was before, to the bit (where it came with a trained adapter: with that merged). The trainer's stays."""
         if self.adapter_before is None:
             return detached(self.adapted_model)
-        before = copy.deepcopy(self.adapted_model)
+        before = copy_without_hooks(self.adapted_model)
         set_peft_model_state_dict(before, self.adapter_before, adapter_name=self.adapter_name)
         return before.merge_and_unload()
 
@@ -113,7 +122,8 @@ class ResultsMixin(AtomicCheckpoints):
         """
         inputs = next(self.measurements.inference.batches(self.forget_dataset, self.measurements.probe_rows()[:32]))
         inputs.pop("labels")
-        requests = requests_of(self.model) if self._posterior is None else self.provenance
+        nothing = self._posterior is None or self.unlearned_nothing  # no request is then merged
+        requests = requests_of(self.model) if nothing else self.provenance
         return merged(self.adapted_model, inputs, requests)
 
     def layer_report(self) -> list[dict]:

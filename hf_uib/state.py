@@ -101,3 +101,12 @@ class UIBState:
                     f"{folder} was made with {name} {was}, not {identity['settings'].get(name)}; resume with the settings it was "
                     "started with."
                 )
+
+
+def base_fingerprint_of(folder: str) -> str | None:
+    """Hash of the weights below the adapter that a folder holds; None where `STATE_NAME` is not there."""
+    path = os.path.join(folder, STATE_NAME)
+    if not os.path.isfile(path):
+        return None
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["uib"]).get("base")

@@ -6,7 +6,9 @@ Reads like the method's page (docs/method.md): `run_statistics_pass` measures th
 """
 
 import copy
+import inspect
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -28,9 +30,18 @@ from .data.sets import UnlearningSets
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
 from .inference import SharedInference
-from .lora import adapter_name, attach_adapter, freeze_factors, freeze_running_statistics, is_fresh, lora_layers
+from .lora import (
+    adapter_name,
+    attach_adapter,
+    check_optimizers,
+    freeze_factors,
+    freeze_running_statistics,
+    is_fresh,
+    let_gradients_in,
+    lora_layers,
+)
 from .measurements import Measurements
-from .models import forward_columns
+from .models import forward_columns, name_of
 from .posterior import ChannelPosterior
 from .priors import Prior, PriorContext, build_prior
 from .provenance import next_base
@@ -94,7 +105,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
         columns: Columns = Columns(),  # noqa: B008
     ):
         # 1. Model and settings
-        if isinstance(model, str):
+        model = name_of(model)
+        by_name: bool = isinstance(model, str)
+        if by_name:
             model = next_base(model)
         if args is None:
             name = (getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
@@ -104,6 +117,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         refuse_unsupported(args)
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
+        if by_name and not isinstance(model, PeftModel) and model.config._name_or_path:
+            self._base_is_named = True
 
         # 2. Data
         self.reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
@@ -126,13 +141,18 @@ class UIBTrainer(ResultsMixin, HubMixin):
         # What a checkpoint that comes with a trained adapter had learned in it
         self.adapter_before = None
         if not is_fresh(self.layers, self.adapter_name):
-            self.adapter_before = copy.deepcopy(get_peft_model_state_dict(model))
+            self.adapter_before = copy.deepcopy(get_peft_model_state_dict(model, adapter_name=self.adapter_name))
         freeze_factors(model, args.trainable_factors)
         freeze_running_statistics(model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(self._tag_names)
         if args.gradient_checkpointing:
-            model.enable_input_require_grads()
+            if not getattr(model.get_base_model(), "supports_gradient_checkpointing", True):
+                raise ValueError(
+                    f"{type(model.get_base_model()).__name__} has no gradient checkpointing; leave gradient_checkpointing out."
+                )
+            let_gradients_in(model)
+        check_optimizers(model, *optimizers)
 
         # 4. Prior and posterior
         self.prior = build_prior(prior, args, retained=sets.retain is not None)
@@ -161,6 +181,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        # DeiT with its teacher takes none: Trainer then looks for none, and the loss is ours
+        self._takes_labels = "labels" in inspect.signature(self.model.get_base_model().forward).parameters
+        self.label_names = self.label_names or ["labels"]
         self.inference = SharedInference(
             self.model,
             self.data_collator,
@@ -195,12 +218,15 @@ class UIBTrainer(ResultsMixin, HubMixin):
         if self._posterior is not None:
             self._posterior.noise.remove()
             self.prior = copy.deepcopy(self.untouched_prior)
+        self._posterior = None
+        self.set_trainable()
         self.measurements.statistics, self.results, self.audit_report = {}, {}, None
         contrast = self.measurements.contrast(self.model, self.layers)
         self.contrast_norms = contrast.norms
         posterior = self._posterior = ChannelPosterior.from_contrast(
             self.layers, self.adapter_name, contrast, args.trainable_factors == "both", args.channel, args.seed
         )
+        self.set_trainable()
         kappa = self._noise_to_signal(posterior)
         posterior.noise_to_signal.fill_(kappa)
         strength = self.prior.default_strength(kappa > 0) if args.prior_strength is None else args.prior_strength
@@ -258,8 +284,14 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """CE_r(theta ~ q) + beta / n_r * sum_l KL(q_l || Q_l) + gamma * forget loss, in nats per retained example."""
         if not isinstance(inputs, UnlearningBatch):  # evaluation
-            outputs = model(**inputs)
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
+            labels = inputs.get("labels")
+            if labels is not None and not self._takes_labels:  # DeiT with its teacher
+                outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+                loss = self.task.fit_loss(outputs.logits, labels)
+            else:
+                outputs = model(**inputs)
+                loss = outputs.loss
+            return (loss, outputs) if return_outputs else loss
 
         n, features = inputs.retained, dict(inputs.features)
         labels = features.pop("labels")
@@ -307,6 +339,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         """As in Trainer. A fresh run measures the contrast and sets the adapter to it first."""
         if self.is_deepspeed_enabled:  # which places the model itself, but later
             self.model.to(self.args.device)
+        resume_from_checkpoint = name_of(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str):
@@ -314,10 +347,22 @@ class UIBTrainer(ResultsMixin, HubMixin):
         elif not resume_from_checkpoint:
             self.run_statistics_pass()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._posterior is not None:
                 self._posterior.noise.silence()
+        if self.unlearned_nothing:
+            warnings.warn(
+                f"Nothing was unlearned: after {self.state.global_step} steps the adapter is where it began, so that this is the "
+                "model from before. Check optimizer, learning_rate and max_steps.",
+                stacklevel=2,
+            )
+        return result
+
+    def set_trainable(self) -> None:
+        """B alone or A and B, of the layers that gradients reach; called after whatever sets all weights of an adapter free."""
+        unreached = () if self._posterior is None else self._posterior.unreached
+        freeze_factors(self.model, self.args.trainable_factors, unreached)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in Trainer; raw sets are encoded."""

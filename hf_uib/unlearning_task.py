@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .data.checks import check_labels
+from .models import num_labels_of
 from .objective import label_information, margin, other_classes_kl
 
 TASK_TYPES: list[type["UnlearningTask"]] = []
@@ -78,7 +79,7 @@ class SingleLabel(UnlearningTask):
 
     def check_labels(self, name: str, dataset, model: PreTrainedModel) -> np.ndarray:
         """Class ids, ``[n]``."""
-        return check_labels(name, dataset, int(model.config.num_labels or 0))
+        return check_labels(name, dataset, num_labels_of(model))
 
     def fit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy."""

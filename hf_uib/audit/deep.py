@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from ..data.pairing import fetch
 from ..inference import batcher, observe, processes
+from ..lora import weight_matrix
 from .checks import plain_bias
 from .context import AuditContext
 
@@ -246,9 +248,9 @@ def compress(model: nn.Module, kind: str) -> nn.Module:
     """A copy with its linear weights rounded (symmetric, a scale per output) or the smallest 30% of each set to zero."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        if not isinstance(module, (nn.Linear, nn.Conv2d, Conv1D)):
             continue
-        weight = module.weight.flatten(1)
+        weight = weight_matrix(module)
         if kind.startswith("pruned"):
             threshold = weight.abs().flatten().float().kthvalue(max(int(0.3 * weight.numel()), 1)).values
             weight = weight * (weight.abs() > threshold)
@@ -256,7 +258,7 @@ def compress(model: nn.Module, kind: str) -> nn.Module:
             top = 127 if kind == "int8" else 7
             scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / top
             weight = (weight / scale).round() * scale
-        module.weight.copy_(weight.view_as(module.weight))
+        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight.view_as(module.weight))
     return model
 
 

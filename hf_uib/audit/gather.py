@@ -1,6 +1,5 @@
 """From models and data sets to the `AuditContext`."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,9 @@ from ..data.columns import Columns
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
 from ..inference import observe, processes
+from ..lora import copy_without_hooks, require_one_adapter
 from ..metrics.bias import attribute_classes, cramers_v
-from ..models import load_classifier
+from ..models import Name, load_classifier, name_of, num_labels_of
 from ..provenance import detached
 from .context import AuditContext, BiasAttribute
 from .statistics import Resampler
@@ -24,15 +24,18 @@ from .thresholds import AuditThresholds
 # ---- Models ----
 
 
-def loaded(model: str | nn.Module) -> nn.Module:
+def loaded(model: Name | nn.Module, trust_remote_code: bool = False) -> nn.Module:
     """A model by folder or Hub id, on this process's device; a model that is given stays where it is."""
-    return load_classifier(model).to(processes().device) if isinstance(model, str) else model
+    given: Any = name_of(model)
+    if not isinstance(given, str):
+        return given
+    return load_classifier(given, trust_remote_code=trust_remote_code).to(processes().device)
 
 
 def plain_models(
     model: nn.Module,
-    reference_model: str | nn.Module | None,
-    retrained_model: str | nn.Module | list | tuple | None,
+    reference_model: Name | nn.Module | None,
+    retrained_model: Name | nn.Module | list | tuple | None,
 ) -> tuple[dict[str, nn.Module], list[str]]:
     """Models without adapters by name, and the names of the oracles.
 
@@ -42,6 +45,7 @@ def plain_models(
     if reference_model is not None:
         models = {"model": _plain(model), "reference": _plain(reference_model)}
     elif isinstance(model, PeftModel):
+        require_one_adapter(model)  # else what lies below it is not the model before
         models = {"model": _plain(model), "reference": detached(model)}
     else:
         raise ValueError("Give reference_model: the model before unlearning.")
@@ -49,7 +53,7 @@ def plain_models(
     given = [m for m in retrained if m is not None]
     oracles = ["retrained" if len(given) == 1 else f"retrained {i + 1}" for i in range(len(given))]
     models |= {name: _plain(m) for name, m in zip(oracles, given, strict=True)}
-    classes = {_num_labels(m) for m in models.values()}
+    classes = {num_labels_of(m) for m in models.values()}
     if len(classes) > 1:
         raise ValueError(
             f"The models have different numbers of classes ({sorted(classes)}); audit models of one task."
@@ -57,15 +61,11 @@ def plain_models(
     return models, oracles
 
 
-def _num_labels(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(config.num_labels)
-
-
-def _plain(model: str | nn.Module) -> nn.Module:
+def _plain(model: Name | nn.Module) -> nn.Module:
     model = loaded(model)
     if isinstance(model, PeftModel):
-        return copy.deepcopy(model).merge_and_unload()
+        plain: Any = copy_without_hooks(model).merge_and_unload()
+        return plain
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "A model to audit has an adapter injected (PEFT changes the model it is given); load it anew, or leave "

@@ -16,7 +16,7 @@ from ..data.fingerprints import fingerprint
 from ..data.pairing import collator_for
 from ..data.reading import Reader
 from ..inference import processes
-from ..models import forward_columns, load_classifier
+from ..models import Name, forward_columns, load_classifier, name_of
 
 _MATTERS = (
     "seed", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -26,7 +26,7 @@ _MATTERS = (
 
 
 def retrain(
-    model: str | nn.Module,
+    model: Name | nn.Module,
     retain_dataset: Any,
     args: TrainingArguments,
     processing_class: Any = None,
@@ -48,6 +48,7 @@ def retrain(
     Returns:
         The trained model, in eval mode.
     """
+    model = name_of(model)
     trained: Any = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
     if isinstance(trained, PeftModel):
         trained = trained.merge_and_unload()

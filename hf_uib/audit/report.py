@@ -11,6 +11,7 @@ from .. import __version__
 from ..checkpointing import write_json
 from ..data.columns import Columns
 from ..metrics.table import title_of
+from ..models import Name
 from .checks import Check, few_rows, run_checks
 from .context import AuditContext
 from .gather import gather, loaded, plain_models
@@ -20,14 +21,14 @@ SCHEMA = 1
 
 
 def audit_model(
-    model: str | nn.Module,
+    model: Name | nn.Module,
     *,
-    reference_model: str | nn.Module | None = None,
+    reference_model: Name | nn.Module | None = None,
     forget_dataset: Any,
     retain_dataset: Any = None,
     test_dataset: Any,
     bias_column: str | None = None,
-    retrained_model: str | nn.Module | list | tuple | None = None,
+    retrained_model: Name | nn.Module | list | tuple | None = None,
     processing_class: Any = None,
     example_column: str | None = None,
     deep: bool = False,

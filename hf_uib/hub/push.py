@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from ..models import BASE
 from ..provenance import STATE_NAME
 from .card import hub_id
 from .deletion_report import REPORT_NAME
@@ -28,7 +29,7 @@ def upload_copy(api: HfApi, folder: str, **settings) -> Future:
         settings: of `HfApi.upload_folder`.
     """
     copied = tempfile.mkdtemp()
-    hidden = shutil.ignore_patterns("_*", f"{PREFIX_CHECKPOINT_DIR}-*", MERGED, TRAINING_ARGS_NAME, REPORT_NAME)
+    hidden = shutil.ignore_patterns("_*", f"{PREFIX_CHECKPOINT_DIR}-*", MERGED, BASE, TRAINING_ARGS_NAME, REPORT_NAME)
     shutil.copytree(folder, copied, ignore=hidden, dirs_exist_ok=True)
     _drop_paths(copied)
     job = api.upload_folder(folder_path=copied, run_as_future=True, **settings)
