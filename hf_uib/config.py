@@ -213,7 +213,7 @@ def _settings(kind: type, name: str, given: Any):
     if isinstance(given, kind):
         return given
     if not isinstance(given, (dict, type(None))):
-        raise ValueError(f'{name} is {given!r}; write it as JSON, {{"name": value}}.')
+        raise ValueError(f"{name} is {given!r}; give a dictionary, or JSON.")
     known = [f.name for f in fields(kind)]
     unknown = [key for key in given or {} if key not in known]
     if unknown:

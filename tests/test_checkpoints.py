@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import ARCHITECTURES, SMALL, make_model, make_rows
 from launching import command_for
-from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from test_trainer import adapter_weights, config, losses, same
 from torch import nn
 from transformers import (
@@ -54,7 +54,17 @@ HEADLESS = {
     "AlbertForMaskedLM": ("albert", "SEQ_CLS", ["query"], None),
     "GPT2LMHeadModel": ("gpt2", "SEQ_CLS", ["c_attn"], None),
 }
-GPT2 = dict(vocab_size=60, n_positions=40, n_embd=16, n_layer=2, n_head=2, n_inner=24, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+GPT2 = dict(
+    vocab_size=60,
+    n_positions=40,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    n_inner=24,
+    pad_token_id=1,
+    bos_token_id=0,
+    eos_token_id=2,
+)
 QUIET = "ignore:.*(fan_in_fan_out|not initialized|Could not find a config).*"
 
 
@@ -268,9 +278,7 @@ def test_adapter_of_a_second_request(tmp_path):
     first.train()
     first.save_model()
     assert not (tmp_path / "one" / BASE).exists()
-    second = UIBTrainer(
-        tmp_path / "one", config(tmp_path / "two"), make_rows(n=24, seed=11), make_rows(n=16, seed=2)
-    )
+    second = UIBTrainer(tmp_path / "one", config(tmp_path / "two"), make_rows(n=24, seed=11), make_rows(n=16, seed=2))
     second.train()
     second.save_model()
     model = load_classifier(tmp_path / "two")
@@ -492,7 +500,9 @@ def test_a_field_of_a_later_version_is_refused():
 def test_more_than_a_product(more, tmp_path):
     with pytest.raises(ValueError, match=f"has {next(iter(more))}="):
         settings = LoraConfig(r=4, target_modules=["query"], **more)
-        UIBTrainer(make_model("bert"), config(tmp_path), make_rows("bert"), make_rows("bert", seed=2), peft_config=settings)
+        UIBTrainer(
+            make_model("bert"), config(tmp_path), make_rows("bert"), make_rows("bert", seed=2), peft_config=settings
+        )
     assert not os.listdir(tmp_path)
 
 
@@ -654,7 +664,9 @@ def test_adapters_on_the_head_alone(tmp_path):
     with pytest.raises(ValueError, match="only classifier"):
         attach_adapter(make_model("bert"), settings, 4)
     # blocks of nothing but convolutions
-    small = dict(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    small = dict(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
     resnet = transformers.ResNetForImageClassification(transformers.ResNetConfig(**small))
     with pytest.raises(ValueError, match=r"they hold no linear layer \(BatchNorm2d, Conv2d"):
         attach_adapter(resnet, None, 4)
@@ -839,7 +851,9 @@ def test_code_of_a_checkpoint_is_run_only_where_asked_for(tmp_path, monkeypatch)
 
 
 def test_a_package_that_is_not_there(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {}})
+    )
     with pytest.raises(ValueError, match="timm") as caught:
         load_classifier(tmp_path)
     assert "\n" not in str(caught.value)
@@ -892,14 +906,18 @@ def test_weights_of_another_shape(tmp_path):
 
 
 def hooks_of(model):
-    return [hook for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()]
+    return [
+        hook for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for hook in hooks.values()
+    ]
 
 
 def test_a_merged_resnet_trains_its_running_statistics_again(tmp_path):
     trainer = trainer_on(resnet(), tmp_path)
     before = {n: b.clone() for n, b in trainer.model.named_buffers() if "running" in n}
     trainer.train()
-    assert all(torch.equal(b, before[n]) for n, b in trainer.model.named_buffers() if n in before)  # not while it unlearns
+    assert all(
+        torch.equal(b, before[n]) for n, b in trainer.model.named_buffers() if n in before
+    )  # not while it unlearns
     direct = copy.deepcopy(trainer.model).merge_and_unload()  # PEFT's own
     for plain in (trainer.merge_and_unload(), trainer.detach(), direct):
         assert hooks_of(plain) == []
@@ -922,7 +940,12 @@ def test_what_is_merged_can_be_trained_copied_and_pickled(settings, tmp_path):
         assert frozen == ["vit.embeddings.position_embeddings"]
         torch.save(plain, tmp_path / "model.pt")
         args = transformers.TrainingArguments(
-            str(tmp_path / "further"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+            str(tmp_path / "further"),
+            max_steps=1,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
         )
         columns = make_rows(n=16, seed=2).remove_columns("source")
         was = plain.classifier.weight.detach().clone()

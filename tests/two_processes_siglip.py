@@ -19,7 +19,11 @@ def main(path: str, beta: float) -> None:
     def trained(folder, resume=None):
         args = config(folder, beta=beta, save_strategy="steps", save_steps=3)
         trainer = UIBTrainer(
-            siglip(), args, make_rows(n=27, seed=1), make_rows(n=32, seed=2), calibration_dataset=make_rows(n=13, seed=3)
+            siglip(),
+            args,
+            make_rows(n=27, seed=1),
+            make_rows(n=32, seed=2),
+            calibration_dataset=make_rows(n=13, seed=3),
         )
         trainer.train(resume_from_checkpoint=resume)
         model = trainer.accelerator.unwrap_model(trainer.model)

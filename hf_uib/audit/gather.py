@@ -17,6 +17,7 @@ from ..lora import copy_without_hooks, require_one_adapter
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import Name, load_classifier, name_of, num_labels_of
 from ..provenance import detached
+from ..unlearning_task import SingleLabel, task_of
 from .context import AuditContext, BiasAttribute
 from .statistics import Resampler
 from .thresholds import AuditThresholds
@@ -102,6 +103,9 @@ def gather(
         ValueError: no forget or test rows, or a column is missing.
     """
     thresholds = thresholds or AuditThresholds()
+    task: Any = task_of(models["model"])
+    if not isinstance(task, SingleLabel):
+        raise ValueError(f"The audit reads single-label classifiers; the task of this model is {type(task).__name__}.")
     config = models["model"].config
     read = Reader(config, getattr(models["model"], "main_input_name", "input_ids"), processing_class, columns)
     sets = _samples(read, datasets, example_column, seed, thresholds)
