@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -199,7 +202,18 @@ def _load_adapter(name: str, adapter: PeftConfig, settings: dict[str, Any]) -> P
     if new_head:
         # The adapter replaces this head, so it is no drawn one that lies below
         model.load_state_dict({key: saved[key] for key in model.state_dict() if key in saved}, strict=False)
-    model = PeftModel.from_pretrained(model, name, is_trainable=True, **where)
+    renamed = _renamed_layers(model, weights)
+    if renamed:
+        adapter.target_modules = set(renamed.values())
+        where |= {"key_mapping": {rf"^{re.escape(old)}(?=\.lora_)": new for old, new in renamed.items()}}
+    adapter.inference_mode = False
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(model, name, is_trainable=True, config=adapter, **where)
+    for warning in told:
+        if "missing adapter keys" in str(warning.message):
+            raise ValueError(f"The adapter {name} does not fit its base {base}: it lacks layers that it should have.")
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if beside and "dtype" not in settings:
         expected = base_fingerprint_of(name)
         if expected is not None and fingerprint(model) != expected:
@@ -261,6 +275,18 @@ def _saved_modules(weights: str) -> dict[str, torch.Tensor]:
             for key in file.keys()  # noqa: SIM118
             if key.startswith("base_model.model.") and ".lora_" not in key and ".original_module." not in key
         }  # fmt: skip
+
+
+def _renamed_layers(model: nn.Module, weights: str) -> dict[str, str]:
+    """The adapter's layers with their present names, where Transformers has renamed some since it was saved (ViT's ``query``)."""
+    there = {name for name, _ in model.named_modules()}
+    with safe_open(weights, "pt") as file:
+        keys = list(file.keys())
+    layers = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in keys if ".lora_" in key}
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    now = {old: rename_source_key(f"{old}.weight", renamings, [])[0].removesuffix(".weight") for old in layers - there}
+    now = {old: new for old, new in now.items() if new in there}
+    return now | {name: name for name in layers & there} if now else {}
 
 
 def _head_weights(auto: Any, config: Any, trust_remote_code: bool) -> set[str]:

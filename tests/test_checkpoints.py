@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, SMALL, make_model, make_rows
-from launching import command_for
+from hub_server import HubServer
+from launching import HERE, command_for
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_trainer import adapter_weights, config, losses, same
 from torch import nn
 from transformers import (
@@ -130,7 +133,7 @@ def saved_peft_classifier(path, kind, classes=4, bare=False, **more):
     )  # fmt: skip
     settings = LoraConfig(r=2, target_modules=targets, modules_to_save=modules, task_type=task, **more)
     model = get_peft_model(model, settings)
-    for name, weight in model.named_parameters():  # as if trained
+    for weight in model.parameters():  # as if trained
         if weight.requires_grad:
             weight.data += 0.3 * torch.randn(weight.shape)
     model.save_pretrained(path / "adapter")
@@ -174,6 +177,42 @@ def test_a_peft_classifier_unlearns(kind, tmp_path):
     again = trainer_on(adapter, tmp_path / "out3", architecture)
     again.train(resume_from_checkpoint=tmp_path / "out2" / "checkpoint-3")
     assert same(adapter_weights(resumed), adapter_weights(again))
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_an_adapter_from_before_transformers_renamed_its_layers(tmp_path):
+    """PEFT's tutorial on image classification, as it was published: ``target_modules=["query", "value"]``."""
+    adapter, original, _ = saved_peft_classifier(tmp_path, "ViTModel")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["query", "value"]}))
+    old = {
+        key.replace(".layers.", ".encoder.layer.").replace("q_proj", "attention.query").replace("v_proj", "attention.value"): value
+        for key, value in load_file(adapter / "adapter_model.safetensors").items()
+    }  # fmt: skip
+    assert "base_model.model.vit.encoder.layer.0.attention.attention.query.lora_A.weight" in old
+    save_file(old, adapter / "adapter_model.safetensors")
+    model = load_classifier(adapter)
+    assert torch.equal(logits_of(model), logits_of(original))
+    trainer = trainer_on(model, tmp_path / "out")
+    trainer.train()
+    trainer.save_model()
+    assert torch.equal(logits_of(load_classifier(tmp_path / "out")), logits_of(trainer.model))
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_an_adapter_of_another_architecture(tmp_path):
+    adapter, _, _ = saved_peft_classifier(tmp_path, "ViTModel")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {key: value for key, value in weights.items() if "layers.1" not in key}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match="does not fit its base") as caught:
+        load_classifier(adapter)
+    assert "\n" not in str(caught.value)
+    make_model(hidden_size=32).save_pretrained(tmp_path / "base-model")
+    with pytest.raises(ValueError, match="cannot be loaded as a classifier") as caught:
+        load_classifier(adapter)
+    assert "\n" not in str(caught.value)
 
 
 def test_class_names_come_from_beside_the_adapter(tmp_path):
@@ -359,7 +398,9 @@ def test_paths_everywhere(tmp_path):
     torch.testing.assert_close(logits_of(before), logits_of(make_model()), rtol=1e-4, atol=1e-4)
     sets = dict(forget_dataset=make_rows(n=24, seed=1), test_dataset=make_rows(n=30, seed=4))
     for_paths, for_strings = (
-        audit_model(kind(tmp_path / "merged"), reference_model=kind(tmp_path / "model"), retrained_model=[kind(tmp_path / "model")], **sets)
+        audit_model(
+            kind(tmp_path / "merged"), reference_model=kind(tmp_path / "model"), retrained_model=[kind(tmp_path / "model")], **sets
+        )
         for kind in (Path, str)
     )  # fmt: skip
     assert str(for_paths) == str(for_strings)
@@ -900,6 +941,32 @@ def test_weights_of_another_shape(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded as a classifier") as caught:
         load_classifier(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_by_hub_id(tmp_path):
+    """With nothing on stdin, as in a job."""
+    with HubServer({"hf_tester": "tester"}) as hub:
+        environment = os.environ | {
+            "PYTHONPATH": f"{HERE}{os.pathsep}{os.path.join(HERE, '..')}", "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_tester", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        command = [sys.executable, os.path.join(HERE, "checkpoints_on_the_hub.py"), str(tmp_path)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        )
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert "failed" not in seen, (seen, done.stderr[-2000:])
+    assert seen["names"] == ["kind 0", "kind 1", "kind 2", "kind 3"] and seen["same"] and seen["reloaded"]
+    assert not seen["base beside"] and 0 <= seen["audited"] <= 1
+    assert "tester/pickled has pickled weights alone" in seen["pickled"]
+    assert "tester/pickled-adapter has no adapter_model.safetensors" in seen["pickled adapter"]
+    assert "tester/own-code comes with code of its own" in seen["own code"]
+    assert seen["trusted"] == "OurForImageClassification"
+    assert seen["here"] and seen["there"] == []
+    assert "names no base model" in seen["nameless"]
+    assert not any("\n" in value for value in seen.values() if isinstance(value, str))
 
 
 # ---- 12. Hooks leave with the adapter ----

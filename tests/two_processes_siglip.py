@@ -1,4 +1,4 @@
-"""Started by test_checkpoints.py under two processes: SigLIP, whose pooling layers no gradient reaches, with and without the bound."""
+"""Started by test_checkpoints.py under two processes: SigLIP, whose pooling layers no gradient reaches."""
 
 import gc
 import json

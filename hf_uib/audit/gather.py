@@ -103,7 +103,8 @@ def gather(
         ValueError: no forget or test rows, or a column is missing.
     """
     thresholds = thresholds or AuditThresholds()
-    task: Any = task_of(models["model"])
+    model: Any = models["model"]
+    task = task_of(model)
     if not isinstance(task, SingleLabel):
         raise ValueError(f"The audit reads single-label classifiers; the task of this model is {type(task).__name__}.")
     config = models["model"].config
