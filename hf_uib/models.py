@@ -204,7 +204,7 @@ def _load_adapter(name: str, adapter: PeftConfig, settings: dict[str, Any]) -> P
         model.load_state_dict({key: saved[key] for key in model.state_dict() if key in saved}, strict=False)
     renamed = _renamed_layers(model, weights)
     if renamed:
-        adapter.target_modules = set(renamed.values())
+        adapter.target_modules = set(renamed.values())  # type: ignore[attr-defined]
         where |= {"key_mapping": {rf"^{re.escape(old)}(?=\.lora_)": new for old, new in renamed.items()}}
     adapter.inference_mode = False
     with warnings.catch_warnings(record=True) as told:
@@ -277,7 +277,7 @@ def _saved_modules(weights: str) -> dict[str, torch.Tensor]:
         }  # fmt: skip
 
 
-def _renamed_layers(model: nn.Module, weights: str) -> dict[str, str]:
+def _renamed_layers(model: Any, weights: str) -> dict[str, str]:
     """The adapter's layers with their present names, where Transformers has renamed some since it was saved (ViT's ``query``)."""
     there = {name for name, _ in model.named_modules()}
     with safe_open(weights, "pt") as file:

@@ -8,7 +8,6 @@ Reads like the method's page (docs/method.md): `run_statistics_pass` measures th
 import copy
 import inspect
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -347,17 +346,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         elif not resume_from_checkpoint:
             self.run_statistics_pass()
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._posterior is not None:
                 self._posterior.noise.silence()
-        if self.unlearned_nothing:
-            warnings.warn(
-                f"Nothing was unlearned: after {self.state.global_step} steps the adapter is where it began, so that this is the "
-                "model from before. Check optimizer, learning_rate and max_steps.",
-                stacklevel=2,
-            )
-        return result
 
     def set_trainable(self) -> None:
         """B alone or A and B, of the layers that gradients reach; called after whatever sets all weights of an adapter free."""

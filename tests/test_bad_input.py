@@ -205,7 +205,10 @@ COMMAND_LINE = {
     "unknown calibration split": (dict(forget_where=["source=clinic_a"], calibration_split="dev"), "No split 'dev'"),
     "no such oracle": (dict(forget_where=["source=clinic_a"], retrained_model="no/such-oracle"), "no/such-oracle"),
     "damaged Parquet": (dict(dataset_name=damaged), "train.parquet"),
-    "a picture that is none": (dict(dataset_name=not_a_picture), "cannot identify image"),
+    "a picture that is none": (
+        dict(dataset_name=not_a_picture),
+        "has a picture that cannot be read (UnidentifiedImageError)",
+    ),
     "a class the model lacks": (
         dict(dataset_name=unknown_class),
         "The label 'zebra' of retain_dataset is no class of the model",

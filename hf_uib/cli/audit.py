@@ -9,13 +9,15 @@ whether the audit is passed or not: `passed` and `flags` are in the report.
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
 from ..data.sources import load_processor, load_splits, split_forget, split_of
 from ..inference import processes
 from .outputs import quiet
 from .parser import parse
-from .unlearn import columns_of
+from .unlearn import columns_of, remote_code
 
 
 @dataclass
@@ -48,6 +50,10 @@ class AuditArguments:
     example_column: str | None = field(
         default=None, metadata={"help": "Test rows that share its value differ in the attribute alone."}
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
+    )
     deep: bool = field(
         default=False, metadata={"help": "Also probes, relearning and compression; says first how long it takes."}
     )
@@ -69,8 +75,10 @@ def audit(job: AuditArguments) -> AuditReport:
         ValueError: in one line, what is wrong with the job.
     """
     quiet()
-    model = loaded(job.model)
-    reference = loaded(job.reference) if job.reference else None
+    load = partial(loaded, trust_remote_code=job.trust_remote_code)
+    model: Any = load(job.model)
+    reference = load(job.reference) if job.reference else None
+    retrained = [load(name) for name in job.retrained]
     splits = load_splits(job.dataset_name, job.dataset_config_name)
     train = split_of(splits, job.train_split)
     test = split_of(splits, job.test_split)
@@ -84,8 +92,10 @@ def audit(job: AuditArguments) -> AuditReport:
         retain_dataset=retain if len(retain) else None,
         test_dataset=test,
         bias_column=job.bias_column,
-        retrained_model=list(job.retrained),
-        processing_class=load_processor(job.reference or job.model, picture=model.main_input_name == "pixel_values"),
+        retrained_model=retrained,
+        processing_class=load_processor(
+            job.reference or job.model, picture=model.main_input_name == "pixel_values", **remote_code(job)
+        ),
         example_column=job.example_column,
         deep=job.deep,
         seed=job.seed,

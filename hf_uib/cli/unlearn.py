@@ -8,6 +8,7 @@
 Without model, data and request: the demo (`hf-uib demo`).
 """
 
+import dataclasses
 import datetime
 import os
 import re
@@ -36,7 +37,18 @@ from ..models import load_classifier
 from ..provenance import next_base
 from ..trainer import UIBTrainer
 from .demo import demo
-from .outputs import bias_attributes, quiet, results_row, save_results, timed, training_defaults
+from .outputs import (
+    bias_attributes,
+    check_writable,
+    nothing_lost,
+    quiet,
+    results_row,
+    save_adapter,
+    save_results,
+    timed,
+    training_defaults,
+    upload_command,
+)
 from .parser import parse
 
 MOST_ROWS = 2000  # of forget and retained set, that the table is measured on
@@ -80,6 +92,10 @@ class UnlearnArguments:
         default=None, metadata={"help": "A model retrained without the forget set, to compare with."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Truncation length of texts, in tokens."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
+    )
     save_merged: bool = field(default=False, metadata={"help": f"Also write the merged model to output_dir/{MERGED}."})
     request: str | None = field(
         default=None,
@@ -124,30 +140,40 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
     """
     quiet()
     check_job(job)
+    check_writable(str(args.output_dir))
+    oracle = _retrained(job)  # before the model, whose training would else begin with other random numbers
     trainer = trainer_for(args, job)
+    if oracle is not None and oracle.config.num_labels != trainer.model.config.num_labels:
+        raise ValueError(
+            f"{job.retrained_model} has {oracle.config.num_labels} classes, the model {trainer.model.config.num_labels}; give a "
+            "model of the same task as --retrained_model."
+        )
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
-    results = {"original": _measured(trainer, trainer.model, shown, job.bias_column)}
-    seconds = timed(lambda: trainer.train(resume_from_checkpoint=_last_or_named(args.resume_from_checkpoint)))
-    results["UIB"] = _measured(trainer, trainer.model, shown, job.bias_column) | {"seconds": seconds}
-    oracle = load_classifier(job.retrained_model) if job.retrained_model else None
-    if oracle is not None:
-        results["retrained"] = _measured(trainer, oracle, shown, job.bias_column)
-    audit = None
-    test: Any = trainer.eval_dataset
-    if test is not None:
-        bias_column = job.bias_column if job.bias_column in test.column_names else None
-        audit = trainer.audit(test, bias_column, retrained_model=oracle)
-    if trainer.is_world_process_zero():
-        source = {
-            "model": _base_name(job.model_name_or_path),
-            "forget_columns": _columns_of(job.forget_where),  # a value may be somebody's name
-        }
-        save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
-        if job.request:
-            path = write_deletion_report(_deletion_request(job), trainer.card_data(), str(args.output_dir))
-            print(f"Deletion report for the auditor: {path}")
+    measured = lambda model: _measured(trainer, model, shown, job.bias_column)
+    results = {"original": measured(trainer.model)}
+    last = {} if oracle is None else {"retrained": measured(oracle)}
+    with nothing_lost(trainer, lambda: next_audit(args, job, trainer.eval_dataset)):
+        seconds = timed(lambda: trainer.train(resume_from_checkpoint=_last_or_named(args.resume_from_checkpoint)))
+        save_adapter(trainer)  # whatever goes wrong from here on, the run is not lost
+        results |= {"UIB": measured(trainer.model) | {"seconds": seconds}} | last
+        audit = None
+        test: Any = trainer.eval_dataset
+        if test is not None:
+            bias_column = job.bias_column if job.bias_column in test.column_names else None
+            audit = trainer.audit(test, bias_column, retrained_model=oracle)
+        if trainer.is_world_process_zero():
+            source = {
+                "model": _base_name(job.model_name_or_path),
+                "forget_columns": _columns_of(job.forget_where),  # a value may be somebody's name
+            }
+            save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
+            if job.request:
+                folder, files = str(args.output_dir), trainer.published_files()
+                path = write_deletion_report(_deletion_request(job), trainer.card_data(), folder, files)
+                print(f"Deletion report for the auditor: {path}")
     if args.push_to_hub:
-        trainer.push_to_hub()
+        with nothing_lost(trainer, lambda: upload_command(trainer)):
+            trainer.push_to_hub()
     return results
 
 
@@ -180,14 +206,14 @@ def check_job(job: UnlearnArguments) -> None:
 def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     """The trainer of a job: model, sets and processor are read."""
     name = str(job.model_name_or_path)
-    model: Any = next_base(name)
+    model: Any = next_base(name, **remote_code(job))
     splits = load_splits(str(job.dataset_name), job.dataset_config_name)
     train = split_of(splits, job.train_split)
     if job.bias_column and job.bias_column not in train.column_names:
         raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
-    processor = load_processor(name, picture=main_input == "pixel_values")
+    processor = load_processor(name, picture=main_input == "pixel_values", **remote_code(job))
     if job.max_length is not None:
         processor.model_max_length = job.max_length  # what a tokenizer truncates to
     read = Reader(model.config, main_input, processor, columns)
@@ -252,6 +278,42 @@ def audit_command(job: UnlearnArguments) -> str:
         if value := getattr(job, flag):
             words += [f"--{flag}", shlex.quote(value)]
     return " ".join(words + (["--retrained", "RETRAINED"] if job.retrained_model else []))
+
+
+def next_audit(args: UIBConfig, job: UnlearnArguments, test: Any) -> str:
+    """Audits what a run has saved, where it ended before its own audit.
+
+    Args:
+        test: the test rows, if there are any.
+    """
+    from .audit import AuditArguments
+
+    words = ["hf-uib", "audit", "--model", str(args.output_dir), "--dataset_name", str(job.dataset_name)]
+    if job.retrained_model:
+        words += ["--retrained", job.retrained_model]
+    if test is None:
+        words += ["--test_split", "TEST_SPLIT"]
+    for setting in dataclasses.fields(AuditArguments):
+        value = getattr(job, setting.name, None)
+        if setting.name in ("dataset_name", "reference") or not value or value == setting.default:
+            continue  # a request's `reference` is a file number
+        if setting.name == "bias_column" and value not in getattr(test, "column_names", ()):
+            continue
+        words.append(f"--{setting.name}")
+        words += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
+    return shlex.join(words)
+
+
+def _retrained(job: UnlearnArguments) -> Any:
+    """The retrained model that a job names, if it does."""
+    if not job.retrained_model:
+        return None
+    return load_classifier(job.retrained_model, **remote_code(job))
+
+
+def remote_code(job: Any) -> dict[str, bool]:
+    """The setting that lets a checkpoint's own code run; without it such a checkpoint is refused, and nobody is asked."""
+    return {"trust_remote_code": True} if job.trust_remote_code else {}
 
 
 def _deletion_request(job: UnlearnArguments) -> DeletionRequest:

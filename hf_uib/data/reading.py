@@ -109,7 +109,11 @@ def fault_of(picture: dict | None) -> str | None:
             )  # of a JPEG: all of the file, fewer pixels
             opened.load()
     except Exception as error:  # whatever PIL and its decoders say of a file
-        return f"a picture that cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        said = str(getattr(error, "strerror", None) or error).partition("\n")[0]
+        file = "image file" in said or bool(picture["path"]) and picture["path"] in said
+        return (
+            f"a picture that cannot be read ({said if said and not file else type(error).__name__})"  # no file's name
+        )
     return None
 
 

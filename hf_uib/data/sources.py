@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from .fingerprints import row_hashes
 
 KINDS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+CACHES: list[tempfile.TemporaryDirectory] = []  # of this process
 
 
 def load_splits(name: str | os.PathLike, config: str | None = None) -> DatasetDict:
@@ -26,9 +28,8 @@ def load_splits(name: str | os.PathLike, config: str | None = None) -> DatasetDi
         if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(name)
             return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-        return DatasetDict(
-            {split: with_folder_labels(rows) for split, rows in datasets.load_dataset(name, config).items()}
-        )
+        splits = datasets.load_dataset(name, config, cache_dir=_cache() if os.path.exists(name) else None)
+        return DatasetDict({split: with_folder_labels(rows) for split, rows in splits.items()})
     except Exception as error:  # whatever datasets, pyarrow, fsspec or a file system say about a data set
         raise ValueError(_reason(name, error)) from error
 
@@ -38,7 +39,16 @@ def _load_file(name: str) -> DatasetDict:
     if kind is None:
         raise ValueError(f"{name} is no CSV, JSON or Parquet file; give one, a folder, or a Hub id.")
     separator = {"sep": "\t"} if name.lower().endswith(".tsv") else {}
-    return datasets.load_dataset(kind, data_files={"train": name}, **separator)
+    return datasets.load_dataset(kind, data_files={"train": name}, cache_dir=_cache(), **separator)
+
+
+def _cache() -> str:
+    """A folder for what `datasets` makes of files, on the disk of its own cache; it goes with the process: no copy of rows that
+    are to be forgotten stays behind."""
+    folder = str(datasets.config.HF_DATASETS_CACHE)
+    os.makedirs(folder, exist_ok=True)
+    CACHES.append(tempfile.TemporaryDirectory(prefix="hf_uib_", dir=folder, ignore_cleanup_errors=True))
+    return CACHES[-1].name
 
 
 def _reason(name: str, error: Exception) -> str:
@@ -89,8 +99,12 @@ def split_of(splits: DatasetDict, name: str) -> Dataset:
     return splits[name]
 
 
-def load_processor(name: str | os.PathLike, picture: bool):
+def load_processor(name: str | os.PathLike, picture: bool, trust_remote_code: bool = False):
     """Image processor (the PIL one: torchvision is not needed) or tokenizer of a checkpoint.
+
+    Args:
+        picture: the image processor.
+        trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
         ValueError: the checkpoint has none.
@@ -98,8 +112,8 @@ def load_processor(name: str | os.PathLike, picture: bool):
     kind = "image processor" if picture else "tokenizer"
     try:
         if picture:
-            return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-        processor = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust_remote_code)
+        processor = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a library says about a folder's files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
