@@ -439,8 +439,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     def _identity(self) -> dict:
         """What a resumed run has to share with the one it goes on with."""
-        settings = {"prior": type(self.prior).__name__} | self.prior_identity
-        settings |= {name: getattr(self.args, name) for name in SHARED_SETTINGS}
+        settings = {"prior": type(self.prior).__name__} | {name: getattr(self.args, name) for name in SHARED_SETTINGS}
+        settings |= self.prior_identity
         return {"forget": self.forget_fingerprint, "base": self.base_fingerprint, "settings": settings}
 
     def floating_point_ops(self, inputs) -> int:

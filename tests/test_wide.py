@@ -69,7 +69,7 @@ def test_a_run_makes_no_float64_on_the_device(tmp_path, no_wide_dtype_on_the_dev
 def test_over_unlearning_makes_no_float64_on_the_device(tmp_path, no_wide_dtype_on_the_device):
     trainer = crude(tmp_path, channel_settings={"over_unlearning_z": 100.0})
     trainer.train()
-    assert trainer.statistics["share_kept"] < 1
+    assert trainer.statistics["kept_fraction"] < 1
 
 
 def test_a_state_is_read_without_float64_on_the_device(tmp_path):
