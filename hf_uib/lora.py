@@ -135,6 +135,11 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
         warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # PEFT sets it right for each layer, and says so
         model = get_peft_model(model, peft_config)
     model.__dict__[FROZEN] = frozen
+    for layer in lora_layers(
+        model
+    ).values():  # some models ask their layers (MobileNet pads by a convolution's stride)
+        settings = {k: v for k, v in vars(base_of(layer)).items() if k[0] != "_" and isinstance(v, (int, str, tuple))}
+        layer.__dict__ |= {name: value for name, value in settings.items() if not hasattr(layer, name)}
     _only_linear(model)
     _in_the_blocks(model)
     return model

@@ -368,6 +368,17 @@ def test_a_base_of_another_run_is_told(tmp_path):
         load_classifier(tmp_path / "out")
 
 
+def test_an_adapter_of_another_name(tmp_path):
+    """PEFT keeps it in a folder of that name."""
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
+    trainer = trainer_on(model, tmp_path / "out")
+    trainer.train()
+    trainer.save_model()
+    assert torch.equal(logits_of(load_classifier(tmp_path / "out")), logits_of(trainer.model))
+    audit_model(tmp_path / "out", forget_dataset=make_rows(n=24, seed=1), test_dataset=make_rows(seed=4))
+    trainer_on(tmp_path / "out", tmp_path / "next")
+
+
 def test_an_interrupted_base_is_not_half_there(tmp_path, monkeypatch):
     trainer = trainer_on(make_model(), tmp_path / "out")
 
@@ -713,6 +724,16 @@ def test_adapters_on_the_head_alone(tmp_path):
         attach_adapter(resnet, None, 4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_asks_its_layers(tmp_path):
+    torch.manual_seed(0)
+    small = transformers.MobileNetV2Config(num_channels=1, image_size=8, depth_multiplier=0.25, num_labels=3)
+    trainer = trainer_on(transformers.MobileNetV2ForImageClassification(small), tmp_path)
+    trainer.train()
+    after = logits_of(trainer.model)
+    torch.testing.assert_close(logits_of(trainer.merge_and_unload()), after, rtol=1e-4, atol=1e-4)
+
+
 def test_a_weight_that_two_layers_share():
     model = make_model("bert")
     model.bert.encoder.layer[1].intermediate.dense.weight = model.bert.encoder.layer[0].intermediate.dense.weight
@@ -932,6 +953,21 @@ def test_pickled_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pickled weights alone.*save_pretrained") as caught:
         load_classifier(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_adapter_is_not_resumed_nor_undone(tmp_path):
+    trainer = trainer_on(make_model(), tmp_path, save_strategy="steps", save_steps=3)
+    trainer.train()
+    for folder, call in (
+        (
+            tmp_path / "checkpoint-3",
+            lambda path: trainer_on(make_model(), tmp_path / "b").train(resume_from_checkpoint=path),
+        ),
+        (tmp_path / "checkpoint-6", lambda path: undo(trainer.merge_and_unload(), path)),
+    ):
+        os.rename(folder / "adapter_model.safetensors", folder / "adapter_model.bin")
+        with pytest.raises(ValueError, match="pickled weights run code"):
+            call(folder)
 
 
 def test_weights_of_another_shape(tmp_path):
