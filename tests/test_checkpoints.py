@@ -16,7 +16,7 @@ import transformers
 from conftest import ARCHITECTURES, SMALL, make_model, make_rows
 from hub_server import HubServer
 from launching import HERE, command_for
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer import adapter_weights, config, losses, same
 from torch import nn
@@ -573,6 +573,10 @@ def test_models_that_come_with_more_than_a_product(tmp_path):
     merged = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]))
     merged.merge_adapter()
     refused(merged, "merged in place")
+    with pytest.raises(ValueError, match="merged in place"):
+        audit_model(merged, forget_dataset=make_rows(), test_dataset=make_rows(seed=3))
+    other = get_peft_model(make_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    audit_model(other, forget_dataset=make_rows(), test_dataset=make_rows(seed=3))  # comes off whole
     # An audit would take what lies below it for the model before
     biased = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"], bias="all"))
     with pytest.raises(ValueError, match="has bias='all'"):
