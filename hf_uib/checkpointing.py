@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .lora import adapter_name
-from .models import BASE, base_is_named
+from .models import BASE, adapter_weights, base_is_named
 from .provenance import detached
 from .serialization import dumps, plain
 from .state import UIBState
@@ -145,6 +145,8 @@ class AtomicCheckpoints(Trainer):
         super().save_metrics(split, plain(metrics), combined)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        name = adapter_name(self.accelerator.unwrap_model(self.model))
+        adapter_weights(resume_from_checkpoint, **({} if name == "default" else {"subfolder": name}))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.set_trainable()
 

@@ -104,6 +104,7 @@ def test_every_conversion_is_one_of_the_known():
     assert {name: sorted(uses) for name, uses in found.items()} == {
         "channel_kl.py": ["torch.float64"],  # wide_dtype
         "contrast.py": ["moments.double", "torch.float64", "torch.float64", "torch.float64"],  # in_double; counts on the CPU
+        "lora.py": ["torch.float64"],  # kinds of weights that are numbers
         "objective.py": ["(first[:, None] == second).double", "(first[:, None] > second).double"],  # both on the CPU
         "posterior.py": ["torch.float64", "torch.float64"],  # counts on the CPU
         "state.py": ["torch.float64", "torch.float64"],  # files, and what stays on the CPU when they are read

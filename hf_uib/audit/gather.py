@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import Subset
@@ -13,7 +14,7 @@ from ..data.columns import Columns
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
 from ..inference import observe, processes
-from ..lora import copy_without_hooks, require_one_adapter
+from ..lora import copy_without_hooks, require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import Name, load_classifier, name_of, num_labels_of
 from ..provenance import detached
@@ -46,7 +47,8 @@ def plain_models(
     if reference_model is not None:
         models = {"model": _plain(model), "reference": _plain(reference_model)}
     elif isinstance(model, PeftModel):
-        require_one_adapter(model)  # else what lies below it is not the model before
+        if any(isinstance(module, LoraLayer) for module in model.modules()):
+            require_base_below(model)  # else what lies there is not the model before
         models = {"model": _plain(model), "reference": detached(model)}
     else:
         raise ValueError("Give reference_model: the model before unlearning.")
