@@ -23,7 +23,7 @@ from hf_uib import UIBConfig
 from hf_uib.cli import main, parser
 from hf_uib.cli.audit import AuditArguments
 from hf_uib.cli.comparison import AppArguments
-from hf_uib.cli.unlearn import UnlearnArguments, unlearn
+from hf_uib.cli.unlearn import UnlearnArguments, next_audit, unlearn
 from hf_uib.data.sources import matching_rows
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
@@ -492,6 +492,49 @@ def test_nothing_is_asked_on_the_terminal(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         parser.one_line_errors(lambda: input("Run this code? [y/N] "))
     assert "EOF" in ended.value.code and sys.stdin.read() == "y\n"
+
+
+@pytest.fixture
+def with_code(pictures, tmp_path):
+    """The checkpoint of `pictures`, as one that comes with code of its own; the code says that it ran."""
+    shutil.copytree(pictures / "model", tmp_path / "own")
+    content = json.loads((tmp_path / "own" / "config.json").read_text())
+    content |= {"architectures": ["OwnViT"], "auto_map": {"AutoModelForImageClassification": "modeling_own.OwnViT"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(content))
+    (tmp_path / "own" / "modeling_own.py").write_text(
+        "from transformers import ViTForImageClassification\n\n\nclass OwnViT(ViTForImageClassification):\n"
+        f"    open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    )
+    return tmp_path / "own"
+
+
+@pytest.mark.xfail(strict=False, reason="load_classifier takes trust_remote_code from branch door-b on")
+def test_code_of_a_checkpoint_runs_only_where_it_is_asked_for(pictures, with_code, tmp_path, monkeypatch):
+    """In unlearn and audit; nobody is asked, though the terminal would say yes."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    job = picture_job(pictures, tmp_path / "out")
+    job[job.index(pictures / "model")] = with_code
+    line = ends(monkeypatch, *job)
+    assert "own" in line and not (tmp_path / "ran").exists() and sys.stdin.read() == "y\ny\n"
+    call(*job, "--trust_remote_code")
+    assert (tmp_path / "ran").exists() and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    audit = [
+        "audit", "--model", with_code, "--reference", pictures / "model", "--dataset_name", pictures / "data",
+        "--forget_where", "source=clinic_a", "--output_dir", tmp_path / "audit",
+    ]  # fmt: skip
+    (tmp_path / "ran").unlink()
+    ends(monkeypatch, *audit)
+    assert not (tmp_path / "ran").exists()
+    call(*audit, "--trust_remote_code")
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert (tmp_path / "ran").exists() and "unchanged" in report["flags"]  # it is the same model
+    command = next_audit(
+        UIBConfig(str(tmp_path / "out"), use_cpu=True), UnlearnArguments("m", "d", trust_remote_code=True), None
+    )
+    assert (
+        command
+        == f"hf-uib audit --model {tmp_path / 'out'} --dataset_name d --test_split TEST_SPLIT --trust_remote_code True"
+    )
 
 
 @pytest.mark.slow
