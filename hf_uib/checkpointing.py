@@ -1,10 +1,11 @@
 """Writing whole or not at all."""
 
-import json
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
@@ -16,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from .lora import adapter_name
 from .models import BASE, adapter_weights, base_is_named
 from .provenance import detached
+from .serialization import dumps, plain
 from .state import UIBState
 
 if TYPE_CHECKING:
@@ -26,16 +28,18 @@ STAGING = "_unfinished"  # no name in `_` is ever uploaded
 
 @contextmanager
 def atomic_directory(folder: str, staging: str = STAGING) -> Iterator[str]:
-    """A folder to write to, whose entries take their places in ``folder`` when the block ends; after an error none of them does."""
+    """A folder to write to, whose files take their places in ``folder`` when the block ends; after an error none of them does.
+
+    What else lies in ``folder`` stays.
+    """
     unfinished = os.path.join(folder, staging)
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
     try:
         yield unfinished
-        for name in os.listdir(unfinished):
+        for name in files_in(unfinished):
             target = os.path.join(folder, name)
-            if os.path.isdir(target):
-                shutil.rmtree(target)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
             os.replace(os.path.join(unfinished, name), target)
     except SafetensorError as error:
         raise OSError(
@@ -45,14 +49,19 @@ def atomic_directory(folder: str, staging: str = STAGING) -> Iterator[str]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_json(content: dict, path: str) -> None:
+def write_json(content: dict, path: str, sort_keys: bool = False) -> None:
     """Write whole or not at all; NaN and infinities become null."""
-    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    text = dumps(content, indent=2, sort_keys=sort_keys)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
+        file.write(f"{text}\n")
     os.replace(temporary, path)
+
+
+def files_in(folder: str) -> list[str]:
+    """Every file below a folder, as paths relative to it."""
+    found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(os.path.relpath(path, folder) for path in found)
 
 
 class AtomicCheckpoints(Trainer):
@@ -68,6 +77,11 @@ class AtomicCheckpoints(Trainer):
     _base_is_named: bool | None = None  # not known yet
     _base_folders: frozenset[str] = frozenset()  # that hold it
     base_name: str | None
+
+    @cached_property
+    def written(self) -> dict[str, list[str]]:
+        """Relative paths of adapter, state, processor and card, by the folder that this trainer wrote them to."""
+        return {}
 
     def create_model_card(self, *, folder: str | None = None, **settings) -> None:  # type: ignore[override]
         """Write the card to ``folder``."""
@@ -94,6 +108,8 @@ class AtomicCheckpoints(Trainer):
                     os.remove(os.path.join(folder, name))
             if (state := self.state_to_save()) is not None:
                 state.save(folder)
+            names = files_in(folder)
+        self.written[os.path.abspath(target)] = [*names, "README.md"]
         self.create_model_card(folder=target)
 
     def _save_base(self, folder: str) -> None:
@@ -115,6 +131,18 @@ class AtomicCheckpoints(Trainer):
         with atomic_directory(folder, f"{STAGING}_{BASE}") as unfinished:
             detached(model).save_pretrained(os.path.join(unfinished, BASE))
         self._base_folders |= {folder}
+
+    def save_state(self) -> None:
+        """As in Trainer; NaN becomes null."""
+        if self.is_world_process_zero():
+            self._write_state(str(self.args.output_dir))
+
+    def _write_state(self, folder: str) -> None:
+        write_json(dataclasses.asdict(self.state), os.path.join(folder, TRAINER_STATE_NAME), sort_keys=True)
+
+    def save_metrics(self, split, metrics, combined=True) -> None:
+        """As in Trainer; NaN becomes null."""
+        super().save_metrics(split, plain(metrics), combined)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         name = adapter_name(self.accelerator.unwrap_model(self.model))
@@ -145,9 +173,10 @@ class AtomicCheckpoints(Trainer):
             if best == final or os.path.isdir(best):
                 self.state.best_model_checkpoint = best
         if self.args.should_save:
-            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            self._write_state(written)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(written, final)
+            self.written[os.path.abspath(final)] = self.written.pop(os.path.abspath(written))
             os.rmdir(unfinished)
             rotate_checkpoints(
                 run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True

@@ -73,6 +73,10 @@ def forward(
         with context():
             logits.append(model(**inputs).logits.float())
     model.train(training)
+    if not logits:  # no row is this process's
+        device, config = next(model.parameters()).device, getattr(model, "config", None)
+        classes = getattr(config, "num_labels", 1)
+        return torch.zeros(0, classes, device=device), torch.zeros(0, dtype=torch.long, device=device)
     return torch.cat(logits), torch.cat(labels)
 
 

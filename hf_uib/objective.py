@@ -26,7 +26,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 def other_classes_kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
     """Fit term without retained data: KL(reference || model) over the classes other than ``labels``.
 
-    What the reference says about the example's own class is the evidence to forget, so that class is taken out of both
+    What the reference says about the example's own class is what is to be forgotten, so that class is taken out of both
     distributions and the rest is renormalised.
 
     Returns:
@@ -55,5 +55,6 @@ def label_information(logits: Tensor, labels: Tensor) -> Tensor:
 def rank_z(first: Tensor, second: Tensor) -> float:
     """z-value of Mann and Whitney's count of pairs in which ``first [n]`` exceeds ``second [m]``; negative where it lies lower."""
     n, m = len(first), len(second)
+    first, second = first.cpu(), second.cpu()  # where every device has float64
     above = (first[:, None] > second).double() + 0.5 * (first[:, None] == second).double()
     return ((above.mean() - 0.5) / ((n + m + 1) / (12 * n * m)) ** 0.5).item()

@@ -137,7 +137,7 @@ def next_base(name: Name, *, trust_remote_code: bool = False) -> Any:
         return model
     try:
         record = _state_of(name)["record"]
-    except ValueError:  # somebody's fine-tuning, to be gone on with
+    except ValueError:  # somebody's fine-tuning, to be trained further
         return model
     done = requests_of(model)
     return without_origin(_adapted(detached(model), name, record).merge_and_unload(), [*done, record])

@@ -1,5 +1,10 @@
 """What a trained `UIBTrainer` gives: plain models, the record of the request, the layer report, the audit."""
 
+import copy
+import math
+import warnings
+from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +18,17 @@ from .lora import AdaptedLayer, copy_without_hooks, is_fresh
 from .measurements import Measurements
 from .models import fingerprint
 from .posterior import ChannelPosterior
+from .priors import Prior
+from .priors.calibrated import quantiles
 from .provenance import RequestRecord, detached, merged, requests_of
 
 if TYPE_CHECKING:
     from .audit.report import AuditReport
+
+
+# What `evaluate` returns besides metrics
+NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+LEVEL_REACHED = 0.5  # nats that the forget margins may lie above their level, on average, at the end of a run
 
 
 class ResultsMixin(AtomicCheckpoints):
@@ -25,6 +37,7 @@ class ResultsMixin(AtomicCheckpoints):
     model: PeftModel
     adapter_name: str
     adapter_before: dict[str, Tensor] | None
+    prior: Prior
     forget_dataset: Any
     retain_dataset: Any
     fingerprints: dict[str, str]
@@ -36,6 +49,7 @@ class ResultsMixin(AtomicCheckpoints):
     raw_eval_dataset: Any
     results: dict[str, dict]
     audit_report: "AuditReport | None"
+    results_from_audit: bool
     _base_fingerprint: str | None
 
     @property
@@ -106,6 +120,97 @@ class ResultsMixin(AtomicCheckpoints):
         )
         return [*requests_of(self.model), record.to_dict()]
 
+    # ---- What was measured ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def evaluated(self) -> dict[str, dict[str, float]]:
+        """What `evaluate` returned last of the trained model, by set and metric, without timings; the card takes it up."""
+        return {}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As in Trainer; the card's model-index carries what it returned after training."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(given, dict) and not self.is_in_train:  # of several sets, each one comes here by itself
+            found = {
+                name.removeprefix(f"{metric_key_prefix}_"): float(value)
+                for name, value in metrics.items()
+                if name.startswith(f"{metric_key_prefix}_") and isinstance(value, Real) and math.isfinite(value)
+            }
+            name = metric_key_prefix.removeprefix("eval_")
+            self.evaluated[name] = {
+                key: value for key, value in found.items() if key not in NO_METRICS and not key.startswith("mem_")
+            }
+        return metrics
+
+    # ---- Whether it can have unlearned ------------------------------------------------------------------------------
+
+    _excess: float | None = None  # of the forget margins over the prior's level, in nats, after training
+    _trained = False  # to the end
+
+    def train(self, *args, **kwargs):
+        """As in Trainer; at the end it warns of what speaks against the run, see `run_warnings`."""
+        self._trained, self._excess = False, None
+        self.evaluated.clear()
+        output = super().train(*args, **kwargs)
+        self._trained, self._excess = True, self._level_excess()
+        if self.is_world_process_zero():
+            for text in self.run_warnings:
+                warnings.warn(text, stacklevel=3)
+        return output
+
+    @property
+    def run_warnings(self) -> list[str]:
+        """Why the run cannot have unlearned, or not enough: one sentence each. Card, report and log carry them."""
+        if self._posterior is None:
+            return ["The adapter was not trained: the model is the one before unlearning."]
+        found, steps, every = [], self.state.global_step, self.args.prior_update_steps
+        if not self._trained:
+            found.append(f"Training had not ended when this was written: step {steps} of {self.state.max_steps}.")
+        if self.unlearned_nothing:
+            found.append(
+                "Nothing was unlearned: training left the adapter as it was. Raise learning_rate, and leave optimizers out."
+            )
+        elif self._trained and steps < every:
+            found.append(
+                f"{steps} steps are fewer than one refresh of the prior ({every}): hardly anything can have been unlearned. "
+                "Raise max_steps."
+            )
+        if self._excess is not None and self._excess > LEVEL_REACHED:
+            found.append(
+                f"The level to forget to was not reached: the forget set's margins still lie {self._excess:.1f} nats above it on "
+                "average. Raise max_steps, prior_strength or learning_rate."
+            )
+        return found
+
+    def refuse_unmoved(self) -> None:
+        """A model that is the one before unlearning is not published as one that unlearned.
+
+        Raises:
+            ValueError: training left the adapter as it was.
+        """
+        if self._posterior is not None and self.unlearned_nothing:
+            raise ValueError(
+                "Nothing was unlearned: training left the adapter as it was, so there is no unlearned model to merge or to push. "
+                "Raise learning_rate or max_steps, and leave optimizers out."
+            )
+
+    def _level_excess(self) -> float | None:
+        """Mean of what the forget margins lie above the prior's level now, in nats; None where the prior has no such level."""
+        level = getattr(self.prior, "level", None)
+        if level is None or not hasattr(self.prior, "level_of") or not level.isfinite().all():
+            return None
+        examples = self.measurements.inference.examples
+        margins = self.measurements.forget_margins()
+        self.measurements.inference.examples = examples  # which count what unlearning cost
+        prior: Any = copy.copy(self.prior)
+        if getattr(prior, "ranks", None) is not None:
+            prior.ranks = quantiles(margins.cpu().double())  # as they are now
+        excess = (margins - prior.level_of(margins)).clamp_min(0).mean().item()
+        return excess if math.isfinite(excess) else None
+
+    # ---- Models -----------------------------------------------------------------------------------------------------
+
     def detach(self) -> PreTrainedModel:
         """The model as it was before, to the bit (where it came with a trained adapter: with that merged). The trainer's stays."""
         if self.adapter_before is None:
@@ -167,5 +272,6 @@ class ResultsMixin(AtomicCheckpoints):
         )
         self.raw_eval_dataset = test_dataset
         self.fingerprints.pop("eval_dataset", None)
-        self.results = self.results or results_of(self.audit_report)
+        if not self.results or self.results_from_audit:
+            self.results, self.results_from_audit = results_of(self.audit_report), True
         return self.audit_report

@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .serialization import dumps, plain
+
 STATE_NAME = "uib_state.safetensors"
 # Settings that a resumed run shares with the one it goes on with
 SHARED_SETTINGS = (
@@ -52,7 +54,7 @@ class UIBState:
             for name, value in values.items()
         }
         # One entry: safetensors writes several in any order
-        save_file(tensors, os.path.join(folder, STATE_NAME), metadata={"uib": json.dumps(self.identity)})
+        save_file(tensors, os.path.join(folder, STATE_NAME), metadata={"uib": dumps(_with_names(self.identity))})
 
     @classmethod
     def load(cls, folder: str, device: torch.device | str = "cpu") -> "UIBState":
@@ -66,8 +68,12 @@ class UIBState:
             raise ValueError(f"{folder} has no {STATE_NAME}; resume from a checkpoint that UIBTrainer wrote.")
         with safe_open(path, "pt") as file:
             identity = json.loads(file.metadata()["uib"])
-        # Cloned: a mapped file's tensors lie where its header ends, and vector units round by where they lie
-        tensors = {name: value.clone().to(device) for name, value in load_file(path).items()}
+        # Cloned: a mapped file's tensors lie where its header ends, and vector units round by where they lie.
+        # What is wide is counted on the CPU, and some devices have no such numbers (MPS).
+        tensors = {
+            name: value.clone() if value.dtype == torch.float64 else value.clone().to(device)
+            for name, value in load_file(path).items()
+        }
         if "posterior.noise_to_signal" not in tensors:
             raise ValueError(f"{folder} was written by hf_uib 0.1, whose runs cannot be resumed; start the run again.")
 
@@ -95,11 +101,11 @@ class UIBState:
         for key, what in (("forget", "forget set"), ("base", "model")):
             if self.identity[key] != identity[key]:
                 raise ValueError(f"{folder} belongs to another {what}; resume with the one it was started with.")
-        for name, was in self.identity["settings"].items():
-            if identity["settings"].get(name) != was:
+        now = _with_names(identity["settings"])
+        for name, was in _with_names(self.identity["settings"]).items():
+            if now.get(name) != was:
                 raise ValueError(
-                    f"{folder} was made with {name} {was}, not {identity['settings'].get(name)}; resume with the settings it was "
-                    "started with."
+                    f"{folder} was made with {name} {was}, not {now.get(name)}; resume with the settings it was started with."
                 )
 
 
@@ -110,3 +116,8 @@ def identity_of(folder: str) -> dict:
         return {}
     with safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {}).get("uib", "{}"))
+
+
+def _with_names(value: dict) -> dict:
+    """With words for infinities, which a setting may be and JSON has not."""
+    return plain(value, not_finite=str)

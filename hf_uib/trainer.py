@@ -8,7 +8,6 @@ Reads like the method's page (docs/method.md): `run_statistics_pass` measures th
 import copy
 import inspect
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -18,12 +17,14 @@ import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from .callbacks import OverUnlearningCorrection, PriorRefresh
-from .config import UIBConfig, refuse_unsupported
+from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
+from .config import UIBConfig, refuse_unsupported, set_default_steps
+from .data.columns import Columns
 from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch, collator_for
+from .data.reading import Reader
 from .data.sets import UnlearningSets
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
@@ -54,7 +55,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     Args:
         model: Hub id or folder, `PreTrainedModel` or `PeftModel` with a trainable LoRA adapter.
-        args: [`UIBConfig`]; by default ``UIBConfig("<model>-UIB")``.
+        args: [`UIBConfig`]; by default ``UIBConfig("<model>-UIB")``. What was changed in plain `TrainingArguments` is taken over.
         forget_dataset: the examples to forget, with their labels.
         retain_dataset: examples to keep. Without it, the rest of the model's predictions on the forget set is kept.
         calibration_dataset: a few hundred examples the checkpoint never saw (not the test set); sets how far to forget.
@@ -64,6 +65,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             ``processing_class``.
         peft_config: a `LoraConfig`; by default LoRA on every linear layer.
         prior: a [`~hf_uib.priors.Prior`] of your own, instead of ``args.prior``.
+        columns: [`~hf_uib.data.columns.Columns`]: names of text, picture, label and bias columns that are not the usual ones.
 
     Raises:
         ValueError: a set is empty, both share rows, a label is outside the model's classes, the model has no linear layer, or
@@ -86,7 +88,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def __init__(
         self,
         model: Any,
-        args: UIBConfig | None = None,
+        args: TrainingArguments | None = None,
         forget_dataset=None,
         retain_dataset=None,
         calibration_dataset=None,
@@ -99,6 +101,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         preprocess_logits_for_metrics: Callable | None = None,
         peft_config: LoraConfig | None = None,
         prior: Prior | None = None,
+        columns: Columns = Columns(),  # noqa: B008
     ):
         # 1. Model and settings
         model = name_of(model)
@@ -108,6 +111,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         if args is None:
             name = (getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
             args = UIBConfig(f"{name}-UIB")
+        elif not isinstance(args, UIBConfig):
+            args = UIBConfig.from_training_arguments(args)
         refuse_unsupported(args)
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
@@ -115,14 +120,15 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self._base_is_named = True
 
         # 2. Data
+        self.reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
+        self._check_labels = partial(self.task.check_labels, model=model)
         sets = UnlearningSets.prepare(
             forget_dataset,
             retain_dataset,
             calibration_dataset,
             eval_dataset,
-            check_labels=partial(self.task.check_labels, model=model),
-            processing_class=processing_class,
-            main_input=getattr(model, "main_input_name", "input_ids"),
+            read=self.reader,
+            check_labels=self._check_labels,
         )
         self.sets, self.fingerprints, self.raw_eval_dataset = sets, sets.fingerprints, eval_dataset
         self.forget_dataset, self.retain_dataset = sets.forget, sets.retain
@@ -149,6 +155,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
         # 4. Prior and posterior
         self.prior = build_prior(prior, args, retained=sets.retain is not None)
+        self.untouched_prior, self.prior_identity = copy.deepcopy(self.prior), self.prior.identity()
         wanted = self.prior.needs_calibration_margins and sets.calibration is None
         self.held_out = sets.hold_out(args.calibration_fraction, args.seed) if wanted else set()
         self.contrast_norms: dict[str, float] = {}  # |C_l| by layer
@@ -158,6 +165,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         retained = self.forget_dataset if self.retain_dataset is None else self.retain_dataset
         needs_forget = self.prior.needs_forget_batches and self.retain_dataset is not None
         length = max(len(retained), len(self.forget_dataset)) if needs_forget else len(retained)
+        self.steps_note = set_default_steps(args, length)
         self._hub = HfApi()  # one, so that its background uploads run one after the other
         self.push_in_progress = None  # Trainer sets it on the first process alone
         super().__init__(
@@ -168,7 +176,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             eval_dataset=sets.evaluation,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[PriorRefresh(self), OverUnlearningCorrection(self), *(callbacks or [])],
+            callbacks=[PriorRefresh(self), NoiseDraw(self), OverUnlearningCorrection(self), *(callbacks or [])],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
@@ -195,6 +203,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.card_settings: dict = {}
         self._base_fingerprint: str | None = None
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
+        self.results_from_audit = False
         self.audit_report = None
 
     # ---- Before the first step --------------------------------------------------------------------------------------
@@ -207,9 +216,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         args = self.args
         if self._posterior is not None:
             self._posterior.noise.remove()
+            self.prior = copy.deepcopy(self.untouched_prior)
         self._posterior = None
         self.set_trainable()
-        self.measurements.statistics = {}
+        self.measurements.statistics, self.results, self.audit_report = {}, {}, None
         contrast = self.measurements.contrast(self.model, self.layers)
         self.contrast_norms = contrast.norms
         posterior = self._posterior = ChannelPosterior.from_contrast(
@@ -336,22 +346,25 @@ class UIBTrainer(ResultsMixin, HubMixin):
         elif not resume_from_checkpoint:
             self.run_statistics_pass()
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._posterior is not None:
                 self._posterior.noise.silence()
-        if self.unlearned_nothing:
-            warnings.warn(
-                f"Nothing was unlearned: after {self.state.global_step} steps the adapter is where it began, so that this is the "
-                "model from before. Check optimizer, learning_rate and max_steps.",
-                stacklevel=2,
-            )
-        return result
 
     def set_trainable(self) -> None:
         """B alone or A and B, of the layers that gradients reach; called after whatever sets all weights of an adapter free."""
         unreached = () if self._posterior is None else self._posterior.unreached
         freeze_factors(self.model, self.args.trainable_factors, unreached)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in Trainer; raw sets are encoded."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self.reader(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As in Trainer; raw sets are encoded."""
+        return super().get_test_dataloader(self.reader(test_dataset, "test_dataset"))
 
     def _get_train_sampler(self, train_dataset=None) -> PairingSampler:
         args, paired = self.args, self.train_dataset
@@ -427,6 +440,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def _identity(self) -> dict:
         """What a resumed run has to share with the one it goes on with."""
         settings = {"prior": type(self.prior).__name__} | {name: getattr(self.args, name) for name in SHARED_SETTINGS}
+        settings |= self.prior_identity
         return {"forget": self.forget_fingerprint, "base": self.base_fingerprint, "settings": settings}
 
     def floating_point_ops(self, inputs) -> int:

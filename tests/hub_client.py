@@ -14,7 +14,7 @@ import torch
 from conftest import make_model, make_rows
 from datasets import Dataset, load_dataset
 from huggingface_hub import HfApi, ModelCard, get_session, get_token, hf_hub_download, snapshot_download
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -30,11 +30,18 @@ FOLDER, STRANGER = Path(sys.argv[1]), sys.argv[2]
 BASE = "tester/vit-biased"
 FORGET, RETAIN, CALIBRATION, TEST = (make_rows(n=n, seed=seed) for seed, n in enumerate((24, 16, 12, 20), start=1))
 API = HfApi()
+SECRET = b"a secret that must stay here"
+LITTER = (
+    "train.csv", "request.yaml", ".env", "runs/events.out.1", "deletion_report.html", "analysis.ipynb", "report.json", "audit.png",
+    "model.safetensors", "config.json", "vocab.txt", "checkpoint-old/optimizer.pt", "merged/train.csv", "merged/bias.png",
+    "last.pt", "training_args.bin", "_private.txt",
+)  # fmt: skip
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 
 def trainer_for(name: str, model=BASE, **settings) -> UIBTrainer:
     """A trainer that pushes to tester/``name``."""
+    litter(FOLDER / name)
     defaults = dict(
         max_steps=4, per_device_train_batch_size=4, subspace_rank=4, learning_rate=0.02, use_cpu=True, save_strategy="no",
         disable_tqdm=True, prior_update_steps=2, noise_to_signal=0.5, report_to="none", hub_model_id=f"tester/{name}",
@@ -50,6 +57,14 @@ def trainer_for(name: str, model=BASE, **settings) -> UIBTrainer:
     )
 
 
+def litter(folder: Path) -> None:
+    """What people also have in an output folder; each file holds `SECRET`."""
+    for name in LITTER:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(SECRET)
+
+
 def trained(name: str, **settings) -> UIBTrainer:
     trainer = trainer_for(name, **settings)
     trainer.train()
@@ -60,6 +75,16 @@ def trained(name: str, **settings) -> UIBTrainer:
 def shared() -> UIBTrainer:
     """Trained once, for every scenario that only pushes."""
     return trained("vit-uib")
+
+
+class OddProcessor(ViTImageProcessorPil):
+    """Saves files of names that nobody can guess."""
+
+    def save_pretrained(self, folder, **kwargs):
+        super().save_pretrained(folder, **kwargs)
+        (Path(folder) / "odd").mkdir(exist_ok=True)
+        for name in ("words.model", "odd/more.dat"):
+            (Path(folder) / name).write_bytes(b"of the processor")
 
 
 def on_the_way_to(name: str, hub_artifact: str = "adapter") -> UIBTrainer:
@@ -134,6 +159,25 @@ def adapter_by_id() -> dict:
     loaded = load_classifier("tester/vit-uib")
     trainable = any(parameter.requires_grad for parameter in loaded.parameters())
     return {"apart": apart(shared().model, loaded), "trainable": trainable}
+
+
+def named_adapter() -> dict:
+    """An adapter of another name, a processor of its own kind, and figures and reports of ours."""
+    model = get_peft_model(
+        base(), LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"]), adapter_name="clinic"
+    )
+    trainer = trainer_for("vit-named", model=model)
+    trainer.processing_class = OddProcessor(size={"height": 8, "width": 8})
+    trainer.train()
+    report = trainer.audit(TEST)
+    report.to_json(str(FOLDER / "vit-named" / "audit.json"))
+    report.plot(str(FOLDER / "vit-named"))
+    trainer.args.hub_artifact = "both"
+    trainer.push_to_hub()
+    return {
+        "apart": apart(trainer.model, PeftModel.from_pretrained(base(), "tester/vit-named", subfolder="clinic")),
+        "left": sorted(str(path.relative_to(FOLDER / "vit-named")) for path in (FOLDER / "vit-named").rglob("*")),
+    }
 
 
 def push_twice() -> None:
@@ -330,8 +374,8 @@ SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
         push, adapter_by_id, push_twice, to_revision, merged, both, both_beside_private, both_to_revision, merged_over_adapter,
-        local_base, stock, results_table, refused_licence, bad_token, private, race, race_while_training, stale_parent,
-        connection_lost, answer_lost, order,
+        named_adapter, local_base, stock, results_table, refused_licence, bad_token, private, race, race_while_training,
+        stale_parent, connection_lost, answer_lost, order,
     )
 } | {strategy: partial(while_training, strategy) for strategy in STRATEGIES} | {"resumed": resumed}  # fmt: skip
 

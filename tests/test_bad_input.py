@@ -12,7 +12,7 @@ from test_trainer import config, make_trainer
 
 from hf_uib import UIBConfig, UIBTrainer, audit_model
 from hf_uib.cli.unlearn import UnlearnArguments, unlearn
-from hf_uib.data import reading
+from hf_uib.data.sources import load_processor
 from hf_uib.models import load_classifier
 
 
@@ -80,16 +80,16 @@ TRAINER = {
     "the same rows in both sets": (lambda p: train(p, retain=make_rows(n=24, seed=1)), "are in retain_dataset too"),
     "one row in both sets": (lambda p: train(p, retain=make_rows(n=24, seed=1).select([5])), "1 rows of forget_dataset"),
     "calibration rows that are to be forgotten": (
-        lambda p: train(p, calibration=make_rows(n=24, seed=1).select([3, 4])), "2 rows of calibration_dataset are in forget",
+        lambda p: train(p, calibration=make_rows(n=24, seed=1).select([3, 4])), "2 rows of forget_dataset are in calibration",
     ),
     "calibration rows that were trained on": (
-        lambda p: train(p, calibration=make_rows(n=16, seed=2).select([3])), "1 rows of calibration_dataset are in retain_dataset",
+        lambda p: train(p, calibration=make_rows(n=16, seed=2).select([3])), "1 rows of retain_dataset are in calibration_dataset",
     ),
     "label too large": (lambda p: train(p, forget=relabelled([0, 1, 7])), "has label 7, outside the model's 3 classes"),
     "negative label": (lambda p: train(p, retain=relabelled([0, -100, 1])), "has label -100"),
     "label too large in calibration": (lambda p: train(p, calibration=relabelled([0, 9])), "has label 9"),
     "labels that are no integers": (lambda p: train(p, forget=relabelled([0.5, 1.0])), "are not integers"),
-    "labels that are text": (lambda p: train(p, forget=relabelled(["a", "b"])), "are not integers"),
+    "labels that are text": (lambda p: train(p, forget=relabelled(["a", "b"])), "The label 'a' of forget_dataset is no class"),
     "no label column": (lambda p: train(p, forget=make_rows().remove_columns("labels")), "No column 'label'"),
     "NaN in forget pixels": (lambda p: train(p, forget=rows_with(pixels(float("nan")))), "not finite"),
     "NaN in retained pixels": (lambda p: train(p, retain=rows_with(pixels(float("nan")), 16, 2)), "not finite"),
@@ -139,7 +139,7 @@ TRAINER = {
         "no image or sequence classifier",
     ),
     "a text model without its tokenizer": (
-        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), reading.load_processor(str(p.parent / "bare"), False)),
+        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), load_processor(str(p.parent / "bare"), False)),
         "has no tokenizer",
     ),
     "a broken config": (lambda p: load_classifier(broken(p, "config.json")), "config.json"),
@@ -198,15 +198,21 @@ COMMAND_LINE = {
     "no equals sign": (dict(forget_where=["source"]), "write COLUMN=VALUE"),
     "unknown column": (dict(forget_where=["hue=3"]), "Column 'hue' is not in the dataset"),
     "unknown value": (dict(forget_where=["source=nowhere"]), "nothing to forget"),
-    "unknown class": (dict(forget_where=["label=zebra"]), "holds numbers"),
+    "unknown class": (dict(forget_where=["label=zebra"]), "No row of split 'train' meets label=zebra"),
     "a condition on pictures": (dict(forget_where=["image=x"]), "cannot be compared"),
     "unknown bias column": (dict(forget_where=["source=clinic_a"], bias_column="hue"), "bias_column 'hue'"),
     "unknown test split": (dict(forget_where=["source=clinic_a"], test_split="dev"), "No split 'dev'"),
     "unknown calibration split": (dict(forget_where=["source=clinic_a"], calibration_split="dev"), "No split 'dev'"),
     "no such oracle": (dict(forget_where=["source=clinic_a"], retrained_model="no/such-oracle"), "no/such-oracle"),
     "damaged Parquet": (dict(dataset_name=damaged), "train.parquet"),
-    "a picture that is none": (dict(dataset_name=not_a_picture), "cannot identify image"),
-    "a class the model lacks": (dict(dataset_name=unknown_class), "'zebra' is no class of the model"),
+    "a picture that is none": (
+        dict(dataset_name=not_a_picture),
+        "has a picture that cannot be read (UnidentifiedImageError)",
+    ),
+    "a class the model lacks": (
+        dict(dataset_name=unknown_class),
+        "The label 'zebra' of retain_dataset is no class of the model",
+    ),
     "a file of another kind": (dict(dataset_name=__file__), "no CSV, JSON or Parquet file"),
 }
 

@@ -477,7 +477,7 @@ def test_an_optimizer_of_the_adapter(tmp_path):
 
 def test_a_run_that_changed_nothing(tmp_path):
     trainer = trainer_on(make_model(), tmp_path, learning_rate=0.0)
-    with pytest.warns(UserWarning, match="Nothing was unlearned: after 6 steps"):
+    with pytest.warns(UserWarning, match="Nothing was unlearned: training left the adapter as it was"):
         trainer.train()
     assert trainer.unlearned_nothing
     assert requests_of(trainer.merge_and_unload()) == []  # it never becomes a model that unlearned

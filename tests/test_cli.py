@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -17,11 +20,11 @@ from transformers import AutoModelForImageClassification, BertTokenizerFast, ViT
 
 import hf_uib
 from hf_uib import UIBConfig
-from hf_uib.cli import main
+from hf_uib.cli import main, parser
 from hf_uib.cli.audit import AuditArguments
 from hf_uib.cli.comparison import AppArguments
 from hf_uib.cli.unlearn import UnlearnArguments, unlearn
-from hf_uib.data import reading
+from hf_uib.data.sources import matching_rows
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
 COMMAND = [sys.executable, "-m", "hf_uib.cli"]
@@ -291,6 +294,212 @@ def test_errors_are_one_line_but_for_debug(pictures, tmp_path, monkeypatch):
         main.main()
 
 
+# ---- Nothing is lost ------------------------------------------------------------------------------------------------
+
+
+def ends(monkeypatch, *arguments) -> str:
+    """The one line that `hf-uib ARGUMENTS` ends with, at exit status 1."""
+    monkeypatch.delenv("HF_UIB_TRACEBACK", raising=False)
+    monkeypatch.setattr("sys.argv", ["hf-uib", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    line = ended.value.code
+    assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line
+    return line
+
+
+def picture_job(pictures, out):
+    return [
+        "unlearn", "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data",
+        "--forget_where", "source=clinic_a", "--bias_column", "source", "--output_dir", out, *FAST,
+    ]  # fmt: skip
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+AFTER_TRAINING = {
+    "the audit": (
+        "hf_uib.audit.report.gather",
+        RuntimeError("shapes\ndiffer"),
+        "shapes differ (RuntimeError in test_cli; --debug",
+    ),
+    "a figure": ("hf_uib.cli.outputs.draw_layers", ImportError("no backend"), "no backend (ImportError"),
+    "the disk": ("hf_uib.cli.outputs.write_json", OSError(28, "No space left on device"), "No space left on device"),
+    "the card": ("hf_uib.hub.mixin.write_card", TypeError("cannot be shown"), "cannot be shown (TypeError"),
+    "the merged model": ("hf_uib.results.merged", MemoryError(), "out of memory"),
+    "Ctrl-C": ("hf_uib.audit.report.gather", KeyboardInterrupt(), "interrupted."),
+    "the table": ("hf_uib.cli.outputs.text_table", KeyError("accuracy"), "'accuracy' (KeyError"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, tmp_path_factory):
+    """A run that went well, for comparison."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    call(*picture_job(pictures, out))
+    return out
+
+
+@pytest.mark.parametrize("case", AFTER_TRAINING)
+def test_a_failure_after_training_loses_nothing(case, pictures, finished, tmp_path, monkeypatch):
+    """Adapter and state are those of the run that went well, and the command that the line names audits them."""
+    where, error, said = AFTER_TRAINING[case]
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "adapter_model.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, failing(error))
+        line = ends(patch, *picture_job(pictures, out), "--save_merged")
+    assert said in line and f"Adapter and state are saved in {out}; go on with: hf-uib audit " in line
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    if case not in ("the merged model", "the table"):  # nothing of the run before stands beside the new adapter
+        assert not [
+            path for path in out.iterdir() if path.suffix == ".png" or path.name in ("report.json", "audit.json")
+        ]
+    command = shlex.split(line.partition("go on with: ")[2])
+    monkeypatch.chdir(tmp_path)
+    call(*command[1:])
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    whole = json.loads((finished / "audit.json").read_text())
+    assert report["metrics"]["test"] == whole["metrics"]["test"] and report["flags"] == whole["flags"]
+
+
+def test_ctrl_c_in_training_names_the_checkpoint(pictures, finished, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    step, out = Trainer.training_step, tmp_path / "out"
+    seen = []
+
+    def interrupted(self, *args, **kwargs):
+        seen.append(self.state.global_step)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    job = [*picture_job(pictures, out), "--save_strategy", "steps", "--save_steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        line = ends(patch, *job)
+    assert line.startswith("error: interrupted. The last checkpoint is") and f"{out}/checkpoint-2" in line
+    call(*job, *shlex.split(line.partition("run again with ")[2]))
+    assert (out / "adapter_model.safetensors").read_bytes() == (finished / "adapter_model.safetensors").read_bytes()
+
+
+def test_ctrl_c_before_anything_is_saved(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_uib.trainer.UIBTrainer.run_statistics_pass", failing(KeyboardInterrupt()))
+    assert ends(monkeypatch, *picture_job(pictures, tmp_path / "out")) == f"error: {parser.INTERRUPTED}"
+
+
+def test_a_push_that_fails_says_how_to_upload_the_rest(pictures, tmp_path, monkeypatch):
+    from hf_uib.hub.mixin import HubMixin
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        "transformers.Trainer.init_hf_repo", lambda self, *args, **kwargs: setattr(self, "hub_model_id", "me/it")
+    )
+    monkeypatch.setattr(HubMixin, "push_to_hub", failing(ConnectionError("the Hub is down")))
+    out.mkdir()
+    (out / "train.csv").write_text("mine")
+    line = ends(monkeypatch, *picture_job(pictures, out), "--push_to_hub")
+    assert "the Hub is down" in line and f"Adapter and state are saved in {out}" in line
+    words = shlex.split(line.partition("go on with: ")[2])
+    assert words[:6] == ["hf", "upload", "me/it", str(out), ".", "--include"]
+    assert {"adapter_model.safetensors", "README.md", "report.json", "bias.png"} <= set(
+        words[6:]
+    ) and "train.csv" not in words
+    assert (out / "report.json").is_file() and (out / "train.csv").read_text() == "mine"
+
+
+def test_what_can_be_seen_before_the_first_step(pictures, tmp_path, monkeypatch):
+    """A retrained model of another task, and an output folder that cannot be written to."""
+    monkeypatch.setattr("hf_uib.trainer.UIBTrainer.train", failing(AssertionError("trained")))
+    other = make_model("vit", num_channels=3, num_labels=5)
+    other.save_pretrained(tmp_path / "other")
+    line = ends(monkeypatch, *picture_job(pictures, tmp_path / "out"), "--retrained_model", tmp_path / "other")
+    assert "has 5 classes, the model 3" in line and not (tmp_path / "out" / "adapter_config.json").exists()
+    (tmp_path / "file").touch()
+    line = ends(monkeypatch, *picture_job(pictures, tmp_path / "file" / "out"))
+    assert "cannot be written to" in line and "Not a directory" in line
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", failing(PermissionError(13, "Permission denied")))
+        line = ends(patch, *picture_job(pictures, tmp_path / "closed"))
+    assert f"--output_dir {tmp_path / 'closed'} cannot be written to (Permission denied)" in line
+    assert not (tmp_path / "closed").exists()
+
+
+def test_other_people_s_files_in_the_output_folder_stay(pictures, tmp_path):
+    """Also those with names that a run would use."""
+    out, kept = (
+        tmp_path / "out",
+        ("report.txt", "merged/notes.txt", "runs/events", "audit.csv", "deletion_report.html"),
+    )
+    for name in kept:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    for merged in (True, False):
+        call(*picture_job(pictures, out), *(["--save_merged"] if merged else []))
+        assert (out / "merged" / "model.safetensors").exists() == merged  # that of an adapter before is gone
+        assert all((out / name).read_text() == "mine" for name in kept)
+
+
+def test_the_warnings_of_a_run_are_in_the_report_and_printed(pictures, tmp_path, capsys):
+    call(*picture_job(pictures, tmp_path / "out"), "--learning_rate", "0")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["hf_uib"] == hf_uib.__version__
+    assert report["warnings"][0].startswith("Nothing was unlearned: training left the adapter as it was.")
+    assert f"Warning: {report['warnings'][0]}" in capsys.readouterr().out
+
+
+# ---- Errors ---------------------------------------------------------------------------------------------------------
+
+
+def raised(function):
+    with pytest.raises(BaseException) as caught:
+        function()
+    return caught.value
+
+
+def test_any_exception_is_one_line():
+    """Ours as they are; those of libraries, and bugs, with their type."""
+    ours = raised(lambda: hf_uib.UIBConfig("x", beta=-1.0, use_cpu=True))
+    assert parser.in_one_line(ours) == "beta is -1.0; it must be at least 0."
+    for error, line in (
+        (raised(lambda: np.zeros(2) + np.zeros(3)), "broadcast together with shapes (2,) (3,) (ValueError in test_cli;"),
+        (raised(lambda: json.loads("{")), "enclosed in double quotes: line 1 column 2 (char 1) (JSONDecodeError in json;"),
+        (raised(lambda: {}["a"]), "'a' (KeyError in test_cli;"),
+        (raised(lambda: b"\xff".decode()), "(UnicodeDecodeError in test_cli;"),
+        (raised(lambda: os.listdir("/nowhere/at/all")), "No such file or directory: '/nowhere/at/all'"),
+        (raised(failing(RuntimeError("several\n  lines"))), "several lines (RuntimeError in test_cli; --debug shows more)"),
+        (raised(failing(AssertionError())), "no message (AssertionError in test_cli; --debug shows more)"),
+        (raised(failing(IndexError("x" * 5000))), "xxx ... (IndexError"),
+        (raised(lambda: [1].append(1, 2)), "(TypeError in test_cli; --debug shows more)"),
+        (RecursionError("too deep"), "too deep (RecursionError; --debug shows more)"),
+        (OSError(), "no message (OSError; --debug shows more)"),
+    ):  # fmt: skip
+        said = parser.in_one_line(error)
+        assert line in said and "\n" not in said and len(said) < 700, said
+        assert error.__class__ is OSError or "--debug" in said or isinstance(error, OSError)
+
+
+def test_nothing_is_asked_on_the_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(SystemExit) as ended:
+        parser.one_line_errors(lambda: input("Run this code? [y/N] "))
+    assert "EOF" in ended.value.code and sys.stdin.read() == "y\n"
+
+
+@pytest.mark.slow
+def test_a_terminal_without_utf_8(pictures, tmp_path):
+    done = run(*picture_job(pictures, tmp_path / "out"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "Cram\\xe9r's V" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_by_the_name_of_a_config(pictures, tmp_path):
@@ -329,23 +538,10 @@ def test_conditions_are_compared_not_evaluated():
             }
         ),
     )  # fmt: skip
-    pick = lambda *conditions: reading.matching_rows(rows, list(conditions)).tolist()
+    pick = lambda *conditions: matching_rows(rows, list(conditions)).tolist()
     assert pick("kind=dog") == pick("kind=1") == [False, True, True]
     assert pick("kind=dog", "age=40", "ok=true") == [False, False, True]
     assert pick("weight=1") == [False, True, False] and pick("name=x=1") == [True, False, False]
     for wrong in ("kind=bird", "age=old", "ok=maybe", "age>3", "=3", "__import__('os')=1"):
         with pytest.raises(ValueError):
             pick(wrong)
-
-
-def test_labels_follow_the_model_s_names():
-    config = make_model().config
-    config.id2label, config.label2id = {0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2}
-    other_order = datasets.Dataset.from_dict(
-        {"label": [0, 1, 2]}, features=datasets.Features({"label": datasets.ClassLabel(names=["c", "b", "a"])})
-    )
-    assert reading.with_class_ids(other_order, config)["label"][:] == [2, 1, 0]
-    names = datasets.Dataset.from_dict({"label": ["b", "a"]})
-    assert reading.with_class_ids(names, config)["label"][:] == [1, 0]
-    with pytest.raises(ValueError, match="is no class of the model"):
-        reading.with_class_ids(datasets.Dataset.from_dict({"label": ["b", "d"]}), config)

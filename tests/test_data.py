@@ -61,7 +61,7 @@ def test_raw_pictures_and_texts_are_encoded(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad")
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
     texts = datasets.Dataset.from_dict({"text": ["good", "bad bad"], "label": [0, 1]})
-    assert "input_ids" in reading.encode(texts, tokenizer, "input_ids").column_names
+    assert [len(row) for row in reading.encode(texts, tokenizer, "input_ids")[:]["input_ids"]] == [3, 4]
     assert reading.encode(texts, None, "input_ids") is texts
 
 
@@ -73,11 +73,16 @@ def test_fingerprint_ignores_order_and_sees_content():
 
 
 def test_overlap_is_by_content_and_label():
-    rows, labels = make_rows(n=6), lambda name, dataset: checks.check_labels(name, dataset, 3)
+    rows = make_rows(n=6)
+    hashes = {"forget_dataset": rows.select([0, 1, 2]), "retain_dataset": rows.select([1, 2, 3])}
     with pytest.raises(ValueError, match="2 rows of forget_dataset are in retain_dataset too"):
-        checks.check_sets(rows.select([0, 1, 2]), rows.select([1, 2, 3]), labels)
+        checks.check_overlap({name: fingerprints.row_hashes(part) for name, part in hashes.items()})
     relabelled = rows.with_format(None).map(lambda row: {"labels": (row["labels"] + 1) % 3})
-    checks.check_sets(rows.with_format(None), relabelled, labels)  # outdated labels: same inputs, other labels
+    sets = {
+        "forget_dataset": rows.with_format(None),
+        "retain_dataset": relabelled,
+    }  # outdated labels: same inputs, other labels
+    checks.check_overlap({name: fingerprints.row_hashes(part) for name, part in sets.items()})
 
 
 def test_sample_indices():

@@ -14,7 +14,7 @@ from hf_uib.cli.demo import demo
 def meets_the_bars(row: dict, results: dict) -> bool:
     """As accurate where label and hue disagree as retraining, most of the bias that fine-tuning leaves gone, ahead of fine-tuning.
 
-    One seed may fall short of a bar that the mean over seeds meets: docs/benchmark.md has six.
+    One seed may fall short of a bar that the mean over seeds meets: docs/benchmark has six.
     """
     lora, full, oracle = (results[name] for name in ("fine-tuned LoRA", "fine-tuned, all weights", "retrained"))
     return (

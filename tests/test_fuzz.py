@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_uib import UIBConfig
 from hf_uib.cli.parser import parse
-from hf_uib.data import reading
+from hf_uib.data.sources import matching_rows
 
 ROWS = make_rows(n=6).with_format(None)
 ROWS = ROWS.cast_column("labels", datasets.ClassLabel(names=["a", "b", "c"])).add_column("text", list("uvwxyz"))
@@ -26,7 +26,7 @@ CONDITIONS = st.lists(
 @given(CONDITIONS)
 def test_conditions(conditions):
     try:
-        kept = reading.matching_rows(ROWS, conditions)
+        kept = matching_rows(ROWS, conditions)
     except ValueError as error:
         assert str(error) and "\n" not in str(error)
     else:

@@ -15,8 +15,8 @@ from torch.func import functional_call, jacrev
 
 from hf_uib import UIBTrainer, objective
 from hf_uib.data.checks import removed_classes
+from hf_uib.data.labels import labels_of
 from hf_uib.data.pairing import UnlearningBatch
-from hf_uib.data.reading import labels_of
 from hf_uib.priors import PRIORS, AscentPrior, InfluencePrior, PriorContext, RandomLabelPrior, influence
 from hf_uib.settings import InfluenceSettings
 

@@ -161,6 +161,28 @@ def test_no_token_and_no_pickled_arguments(played):
         assert "training_args" not in path and TOKEN.encode() not in content, (name, path)
 
 
+def test_nothing_that_only_lies_in_the_output_folder(played):
+    """Every strategy, artifact and branch: train.csv, request.yaml, .env, runs/, somebody's model and notebooks stay here."""
+    secret = b"a secret that must stay here"
+    found = [(name, path) for name, path, content in published(played) if secret in content]
+    assert not found
+    kept = [path for path in played.folder.rglob("*") if path.is_file() and path.read_bytes() == secret]
+    names = {path.relative_to(played.folder).parts[0] for path in kept}
+    assert {f"vit-{strategy}" for strategy in STRATEGIES} | {"vit-uib", "vit-named"} <= names
+    by_name = {path.name for path in kept if path.relative_to(played.folder).parts[0] == "vit-named"}
+    assert {"train.csv", "request.yaml", ".env", "model.safetensors", "optimizer.pt", "analysis.ipynb"} <= by_name
+
+
+def test_an_adapter_of_another_name_goes_up_whole(played):
+    """With the processor's files, whatever they are called, and our own figures and reports."""
+    inside = {"clinic/adapter_config.json", "clinic/adapter_model.safetensors", "words.model", "odd/more.dat"}
+    named = ADAPTER - {"adapter_config.json", "adapter_model.safetensors"} | inside
+    assert played.files("vit-named") == named | {"audit.json", "audit.png"}
+    assert played.files("vit-named-merged") == MERGED | {"words.model", "odd/more.dat", "audit.png"}
+    assert played["named_adapter"]["apart"] < SAME
+    assert {"train.csv", "merged/train.csv", "runs/events.out.1"} <= set(played["named_adapter"]["left"])
+
+
 def test_no_row_of_any_set(played):
     rows = [
         row["pixel_values"].numpy() for n, seed in ((24, 1), (16, 2), (12, 3)) for row in make_rows(n=n, seed=seed)

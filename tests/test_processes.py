@@ -1,6 +1,6 @@
 """One process and two compute the same: started through accelerate, sets that two does not divide.
 
-``python scripts/benchmark.py --scale`` writes down what is seen.
+``python -m benchmarks scale`` writes down what is seen.
 """
 
 import os
@@ -49,7 +49,7 @@ def test_two_processes_compute_what_one_does(tmp_path, prior):
 
 
 def compared():
-    """Largest difference of each quantity between one process and two, by prior, and of two controls (scripts/bench/scale.py)."""
+    """Largest difference of each quantity between one process and two, by prior, and of two controls."""
     with tempfile.TemporaryDirectory() as folder:
         seen = {}
         for prior in ("calibrated", "saliency", "influence"):

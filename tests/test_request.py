@@ -6,11 +6,11 @@ import html
 import io
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -159,22 +159,33 @@ def files(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("limit", [5000, 40000])
 @pytest.mark.parametrize("strategy", ["no", "steps"])
-def test_disk_full(pictures, tmp_path, strategy):  # noqa: F811
-    """No file may grow beyond 5 kB: writing a checkpoint, and writing the results, ends in one line with nothing half-written."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-    environment = ENVIRONMENT | {
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "HF_DATASETS_IN_MEMORY_MAX_SIZE": "1000000",
-    }
-    subprocess.run(
-        job(pictures, tmp_path / "good", "--max_steps", "1"), check=True, capture_output=True, env=environment
-    )
+def test_disk_full(pictures, tmp_path, strategy, limit):  # noqa: F811
+    """From the first step on no file may grow beyond 5 kB, or 40 kB: a checkpoint, or a figure, cannot be written. One line says
+    so, nothing is half-written, and what could be written is there."""
     command = job(pictures, tmp_path / "out", "--save_strategy", strategy, "--save_steps", "2")
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment)
+    code = (
+        f"import resource, sys\nsys.argv = {['hf-uib', *command[len(COMMAND) :]]!r}\n"
+        "from hf_uib.cli.main import main\nfrom hf_uib import UIBTrainer\ntrain = UIBTrainer.train\n"
+        "def full(self, *args, **kwargs):\n"
+        f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "    return train(self, *args, **kwargs)\n"
+        "UIBTrainer.train = full\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "too large" in done.stderr
-    assert not files(tmp_path / "out")
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "too large" in line
+    written = {str(path.relative_to(tmp_path / "out")) for path in files(tmp_path / "out")}
+    if limit == 5000:
+        assert not written
+        return
+    assert f"Adapter and state are saved in {tmp_path / 'out'}; go on with: hf-uib audit " in line
+    assert {"adapter_model.safetensors", "uib_state.safetensors", "README.md"} <= written
+    assert not [
+        name for name in written if name.endswith((".png", ".tmp")) or "_unfinished" in name or name == "report.json"
+    ]
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_uib.data.labels import labels_of
 from hf_uib.data.pairing import fetch
-from hf_uib.data.reading import labels_of
 from hf_uib.inference import batcher
 
 from ..registry import Budget, grid, register_method

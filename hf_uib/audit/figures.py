@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure  # without pyplot, whose backend is the user's
 
 from ..metrics.table import METRICS, title_of
+from ..serialization import MARK
 from .checks import Check
 
 INK, MUTED, OURS = "#222222", "#9aa5b1", "#2166ac"
@@ -137,5 +138,5 @@ def draw_deep(deep: dict, folder: str) -> str:
 
 def _save(figure: Figure, folder: str, name: str) -> str:
     path = os.path.join(folder, name)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Software": f"{MARK}, matplotlib"})
     return path

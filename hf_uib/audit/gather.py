@@ -10,13 +10,15 @@ from torch import nn
 from torch.utils.data import Subset
 
 from ..data.checks import check_labels
+from ..data.columns import Columns
 from ..data.pairing import sample_indices
-from ..data.reading import encode
+from ..data.reading import Reader
 from ..inference import observe, processes
 from ..lora import copy_without_hooks, require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import Name, load_classifier, name_of, num_labels_of
 from ..provenance import detached
+from ..unlearning_task import SingleLabel, task_of
 from .context import AuditContext, BiasAttribute
 from .statistics import Resampler
 from .thresholds import AuditThresholds
@@ -89,6 +91,7 @@ def gather(
     deep: bool = False,
     seed: int = 0,
     thresholds: AuditThresholds | None = None,
+    columns: Columns = Columns(),  # noqa: B008
 ) -> AuditContext:
     """What the checks look at: the encoded samples of the sets, and what each plain model says about them.
 
@@ -96,12 +99,19 @@ def gather(
         models: ``model``, ``reference`` and the ``oracles`` by name.
         datasets: ``forget``, ``test`` and, where there is one, ``retain``.
         deep: keep the features of every block, not of the last alone.
+        columns: names of columns that are not the usual ones.
 
     Raises:
         ValueError: no forget or test rows, or a column is missing.
     """
     thresholds = thresholds or AuditThresholds()
-    sets = _samples(models["model"], datasets, processing_class, example_column, seed, thresholds)
+    model: Any = models["model"]
+    task = task_of(model)
+    if not isinstance(task, SingleLabel):
+        raise ValueError(f"The audit reads single-label classifiers; the task of this model is {type(task).__name__}.")
+    config = models["model"].config
+    read = Reader(config, getattr(models["model"], "main_input_name", "input_ids"), processing_class, columns)
+    sets = _samples(read, datasets, example_column, seed, thresholds)
     for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
         if name is not None and name not in _names(sets["test"]):
             raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
@@ -114,7 +124,7 @@ def gather(
     attribute = None
     if bias_column is not None:
         labels = outputs["reference"]["forget"].labels
-        attribute = _bias_attribute(sets, bias_column, labels, thresholds.label_information)
+        attribute = _bias_attribute(sets, bias_column, labels, thresholds.attribute_association)
     ids = _column(sets["test"], example_column)
     examples = None if ids is None else np.unique([str(e) for e in ids], return_inverse=True)[1]
     resamplers = {
@@ -128,9 +138,8 @@ def gather(
 
 
 def _samples(
-    model: nn.Module,
+    read: Reader,
     datasets: dict[str, Any],
-    processing_class: Any,
     example_column: str | None,
     seed: int,
     thresholds: AuditThresholds,
@@ -143,8 +152,8 @@ def _samples(
             continue
         if rows is None or len(rows) == 0:
             raise ValueError(f"{part}_dataset has no examples; the audit needs some.")
-        encoded = encode(rows, processing_class, getattr(model, "main_input_name", "input_ids"))
-        check_labels(f"{part}_dataset", encoded, num_labels_of(model))
+        encoded = read(rows, f"{part}_dataset")
+        check_labels(f"{part}_dataset", encoded, int(read.config.num_labels))
         examples = _column(encoded, example_column) if part == "test" else None
         if examples is None:
             chosen = sorted(sample_indices(len(encoded), wanted[part], seed))
@@ -159,7 +168,7 @@ def _samples(
 
 
 def _bias_attribute(
-    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, label_information: float
+    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, attribute_association: float
 ) -> BiasAttribute:
     """The attribute of the test rows, coded by class where it carries the label on the forget set."""
     raw, on_forget = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
@@ -171,7 +180,7 @@ def _bias_attribute(
         there = np.asarray([value is not None for value in on_forget], dtype=bool)
         known, labels = np.asarray([str(value) for value in on_forget])[there], forget_labels[there]
         stands_for = attribute_classes(known, labels) if len(known) else None
-        if stands_for is not None and not cramers_v(known, labels) >= label_information:
+        if stands_for is not None and not cramers_v(known, labels) >= attribute_association:
             stands_for = None
     if stands_for is None:
         codes = np.unique(values, return_inverse=True)[1]

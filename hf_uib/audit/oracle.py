@@ -1,4 +1,4 @@
-"""The oracle: the same architecture trained without the forget set, made once for the same data and settings."""
+"""The retrained model: the same architecture trained without the forget set, made once for the same data and settings."""
 
 import copy
 import hashlib
@@ -11,9 +11,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
+from ..data.columns import Columns
 from ..data.fingerprints import fingerprint
 from ..data.pairing import collator_for
-from ..data.reading import encode
+from ..data.reading import Reader
 from ..inference import processes
 from ..models import Name, forward_columns, load_classifier, name_of
 
@@ -31,6 +32,7 @@ def retrain(
     processing_class: Any = None,
     cache_dir: str | None = None,
     from_scratch: bool = False,
+    columns: Columns = Columns(),  # noqa: B008
 ) -> nn.Module:
     """Train a copy of ``model`` on the retained data (or on data balanced in the bias attribute) with the user's arguments.
 
@@ -41,6 +43,7 @@ def retrain(
         processing_class: image processor or tokenizer.
         cache_dir: keeps the result under the fingerprint of data, weights and settings; the next call returns it.
         from_scratch: draw all weights anew with ``args.seed`` first.
+        columns: names of columns that are not the usual ones.
 
     Returns:
         The trained model, in eval mode.
@@ -52,7 +55,8 @@ def retrain(
     if from_scratch:
         set_seed(args.seed)
         trained = type(trained)(trained.config)
-    rows = encode(retain_dataset, processing_class, getattr(trained, "main_input_name", "input_ids"))
+    read = Reader(trained.config, getattr(trained, "main_input_name", "input_ids"), processing_class, columns)
+    rows = read(retain_dataset, "retain_dataset")
     folder = None
     if cache_dir is not None:
         folder = os.path.join(cache_dir, f"retrained-{_key(trained, rows, args)}")

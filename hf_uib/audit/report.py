@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import __version__
 from ..checkpointing import write_json
+from ..data.columns import Columns
 from ..metrics.table import title_of
 from ..models import Name
 from .checks import Check, few_rows, run_checks
@@ -33,6 +34,7 @@ def audit_model(
     deep: bool = False,
     seed: int = 0,
     thresholds: AuditThresholds | None = None,
+    columns: Columns = Columns(),  # noqa: B008
 ) -> "AuditReport":
     """Audit any classifier that is said to have unlearned something.
 
@@ -41,12 +43,13 @@ def audit_model(
         reference_model: the model before unlearning; None takes a PeftModel's base.
         forget_dataset, retain_dataset, test_dataset: raw or encoded rows with labels; the test set is unbiased.
         bias_column: the attribute that gave the label away on the forget set.
-        retrained_model: the oracle, trained without the forget set; several show how far retraining itself varies.
+        retrained_model: trained without the forget set, the target; several show how far retraining itself varies.
         processing_class: image processor or tokenizer.
         example_column: rows of the test set that share its value differ in the attribute alone (exact counterfactuals).
         deep: also probes of every block, relearning, robustness of the removal and per-example membership.
         seed: of every sample and resample.
-        thresholds: limits of the checks and sizes of the samples; [`AuditThresholds`]() by default.
+        thresholds: limits of the checks and sizes of the samples; `AuditThresholds()` by default.
+        columns: names of text, picture and label columns that are not the usual ones.
 
     Raises:
         ValueError: no forget or test rows, ``bias_column`` is not there, or the model's classes differ from the reference's.
@@ -62,6 +65,7 @@ def audit_model(
         deep=deep,
         seed=seed,
         thresholds=thresholds,
+        columns=columns,
     )
     if deep:
         from .deep import deep_audit
@@ -210,7 +214,7 @@ def _verdict(report: AuditReport, has_oracle: bool) -> str:
     else:
         text = f"Passed: none of {judged} checks fired."
         if has_oracle:
-            text += " In what was measured, the model cannot be told from one trained without the forget set."
+            text += " In what was measured, the model looks like one trained without the forget set."
     text += " This is evidence, not a proof of deletion."
     return text + (" Not measured: " + "; ".join(report.not_measured) + "." if report.not_measured else "")
 

@@ -9,12 +9,15 @@ whether the audit is passed or not: `passed` and `flags` are in the report.
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
-from ..data.reading import image_column, load_processor, load_splits, split_forget, split_of, with_class_ids
+from ..data.sources import load_processor, load_splits, split_forget, split_of
 from ..inference import processes
 from .outputs import quiet
 from .parser import parse
+from .unlearn import columns_of, remote_code
 
 
 @dataclass
@@ -29,7 +32,7 @@ class AuditArguments:
         default=None, metadata={"help": "The model before unlearning; by default the base of an adapter."}
     )
     retrained: list[str] = field(
-        default_factory=list, metadata={"help": "One or more models trained without the forget set: the oracle."}
+        default_factory=list, metadata={"help": "One or more models trained without the forget set, to compare with."}
     )
     forget_where: list[str] = field(
         default_factory=list,
@@ -39,8 +42,17 @@ class AuditArguments:
     train_split: str = field(default="train", metadata={"help": "Split that holds forget and retained rows."})
     test_split: str = field(default="test", metadata={"help": "Split of unbiased rows that no model was trained on."})
     bias_column: str | None = field(default=None, metadata={"help": "Column with the bias attribute."})
+    text_column: list[str] = field(
+        default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the label."})
     example_column: str | None = field(
         default=None, metadata={"help": "Test rows that share its value differ in the attribute alone."}
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
     )
     deep: bool = field(
         default=False, metadata={"help": "Also probes, relearning and compression; says first how long it takes."}
@@ -51,7 +63,7 @@ class AuditArguments:
 
 def main(arguments: list[str]) -> None:
     """`hf-uib audit ARGUMENTS`."""
-    lists = {"forget_where": "COLUMN=VALUE", "retrained": None}
+    lists = {"forget_where": "COLUMN=VALUE", "retrained": None, "text_column": "COLUMN"}
     (job,) = parse("audit", __doc__, arguments, AuditArguments, lists=lists)
     audit(job)
 
@@ -63,12 +75,13 @@ def audit(job: AuditArguments) -> AuditReport:
         ValueError: in one line, what is wrong with the job.
     """
     quiet()
-    model = loaded(job.model)
-    reference = loaded(job.reference) if job.reference else None
-    classes = (model if reference is None else reference).config
+    load = partial(loaded, trust_remote_code=job.trust_remote_code)
+    model: Any = load(job.model)
+    reference = load(job.reference) if job.reference else None
+    retrained = [load(name) for name in job.retrained]
     splits = load_splits(job.dataset_name, job.dataset_config_name)
-    train = with_class_ids(split_of(splits, job.train_split), classes)
-    test = with_class_ids(split_of(splits, job.test_split), classes)
+    train = split_of(splits, job.train_split)
+    test = split_of(splits, job.test_split)
     if not job.forget_where:
         raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
     forget, retain = split_forget(train, job.forget_where, job.train_split)
@@ -79,11 +92,14 @@ def audit(job: AuditArguments) -> AuditReport:
         retain_dataset=retain if len(retain) else None,
         test_dataset=test,
         bias_column=job.bias_column,
-        retrained_model=list(job.retrained),
-        processing_class=load_processor(job.reference or job.model, picture=image_column(train) is not None),
+        retrained_model=retrained,
+        processing_class=load_processor(
+            job.reference or job.model, picture=model.main_input_name == "pixel_values", **remote_code(job)
+        ),
         example_column=job.example_column,
         deep=job.deep,
         seed=job.seed,
+        columns=columns_of(job),
     )
     if processes().is_main_process:
         os.makedirs(job.output_dir, exist_ok=True)

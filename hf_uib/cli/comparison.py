@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from ..data.reading import load_processor
+from ..data.sources import load_processor
 from ..hub.push import MERGED
 from ..models import fingerprint, forward_columns, load_classifier
 from ..provenance import STATE_NAME, requests_of, undo
+from ..serialization import is_marked
 from .digits import digits_colour
+from .parser import in_one_line
 
 FOLDER = "unlearned"  # what `hf-uib demo` writes to
 HUES = 10
@@ -135,8 +137,9 @@ def _load_adapter(job: AppArguments) -> Comparison:
 def _attach(model, adapter: str, base: str) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError) as error:  # other sizes, or no such layers
-        raise ValueError(f"{adapter} does not fit {base}; give the base it was trained on.") from error
+    except Exception as error:  # other sizes, no such layers, or settings that this PEFT does not know
+        reason = in_one_line(error)
+        raise ValueError(f"{adapter} does not fit {base}; give the base it was trained on. ({reason})") from error
 
 
 def _recorded(adapter: str) -> dict:
@@ -147,32 +150,36 @@ def _recorded(adapter: str) -> dict:
             return json.loads(file.metadata()["uib"])
     except OSError:
         return {}
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{STATE_NAME} of {adapter} cannot be read ({in_one_line(error)}); save it again.") from error
 
 
 def _processor(model, *names: str):
     """Image processor or tokenizer of the first checkpoint that has one."""
     picture = model.main_input_name == "pixel_values"
+    reasons = []
     for name in names:
         try:
             processor = load_processor(name, picture)
-        except (OSError, ValueError):
+        except Exception as error:  # whatever a library says of its files
+            reasons.append(in_one_line(error))
             continue
         if not picture:
             longest = getattr(model.config, "max_position_embeddings", processor.model_max_length)
             processor.model_max_length = min(processor.model_max_length, longest)
         return processor
     kind = "image processor" if picture else "tokenizer"
-    raise ValueError(f"{' and '.join(names)} have no {kind}; save it there with save_pretrained.")
+    raise ValueError(f"{' and '.join(names)} have no {kind}; save it there with save_pretrained. ({reasons[-1]})")
 
 
 def _digits(adapter: str) -> list[list] | None:
     """The first ten test digits, each in another hue, if the adapter is that of the digits demo."""
     path = os.path.join(adapter, "report.json")
-    if not os.path.isfile(path):
+    if not is_marked(path):
         return None
     with open(path, encoding="utf-8") as file:
         report = json.load(file)
     if report.get("task") != "digits-colour":
         return None
-    test = digits_colour(report["seed"]).sets["test"].with_format(None)
+    test = digits_colour(int(report.get("seed", 0))).sets["test"].with_format(None)
     return [[test[i * HUES + i]["image"], i] for i in range(HUES)]

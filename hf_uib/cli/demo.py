@@ -19,7 +19,7 @@ from ..inference import predict
 from ..lora import default_peft_config
 from ..trainer import UIBTrainer
 from .digits import Task, digits_colour, fit, prepare_models
-from .outputs import bias_attributes, quiet, results_row, save_results, timed, training_defaults
+from .outputs import bias_attributes, quiet, results_row, save_adapter, save_results, timed, training_defaults
 from .parser import parse
 
 SHOWN = 8  # test pictures in the figure
@@ -51,6 +51,7 @@ def demo(args: UIBConfig) -> dict[str, dict]:
     prepared = prepare_models(task, args.seed, folder)
     original, start = prepared["original"], prepared["start"]
     trainer, seconds = _unlearned(args, task, original)
+    save_adapter(trainer)
     lora, full, oracle = _compared(args, task, start, original)
     models: Models = {
         "original": (original, None),

@@ -32,7 +32,7 @@ class Task:
     """One unlearning problem.
 
     Attributes:
-        name: as in docs/benchmark.md.
+        name: as in docs/benchmark.
         sets: encoded datasets: ``pretrain`` (attribute at random; may be absent), ``forget``, ``retain``, ``calibration``
             (never shown to the checkpoint), ``validation`` (for choosing settings) and ``test``.
         new_model: an untrained (or only pre-trained elsewhere) classifier, a function of the seed.
@@ -119,7 +119,7 @@ def biased_pictures(
 ) -> Task:
     """Split a pool of pictures and draw the attribute: the label on ``bias_aligned_fraction`` of the forget set, else at random.
 
-    ``balanced`` is forget and retained pictures together with the attribute at random: the oracle of bias removal learns from it.
+    ``balanced`` is forget and retained pictures together with the attribute at random: the target of bias removal learns from it.
 
     Each picture of test and validation comes with ``copies`` values of the attribute, and then has an ``example`` column.
     """

@@ -6,7 +6,7 @@ from importlib import import_module, resources
 from pathlib import Path
 
 from .. import __version__
-from .parser import one_line_errors
+from .parser import one_line_errors, refuse
 
 COMMANDS = {
     "unlearn": "make a fine-tuned classifier forget rows of its training data, or a pattern in them",
@@ -48,6 +48,7 @@ def dispatch(arguments: list[str]) -> None:
         return
     if given.command in LAUNCHED:
         launcher = argparse.ArgumentParser(prog=f"hf-uib {given.command}", add_help=False, allow_abbrev=False)
+        launcher.error = refuse  # type: ignore[method-assign]
         launcher.add_argument("--accelerate_config")
         launcher.add_argument("--num_processes", type=int)
         wanted, given.arguments = launcher.parse_known_args(given.arguments)
@@ -81,6 +82,7 @@ def config_path(name: str) -> str:
 def launch(config: str, num_processes: int | None, arguments: list[str]) -> None:
     """Start ``python -m hf_uib.cli ARGUMENTS`` in the processes of an accelerate config."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     words = ["--config_file", config, "--quiet"]
@@ -90,3 +92,5 @@ def launch(config: str, num_processes: int | None, arguments: list[str]) -> None
         launch_command(launch_command_parser().parse_args([*words, "--module", "hf_uib.cli", *arguments]))
     except ChildFailedError:  # which has said what went wrong
         sys.exit(1)
+    except SignalException:
+        raise KeyboardInterrupt from None

@@ -1,25 +1,31 @@
 """What `hf-uib unlearn` and `hf-uib demo` share: rows of the results table, and the files that a run leaves."""
 
+import json
 import os
-import shutil
+import shlex
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
+from .. import __version__
 from ..audit.figures import draw_bias, draw_layers
 from ..audit.report import AuditReport
 from ..checkpointing import atomic_directory, write_json
-from ..data.reading import label_column
+from ..data.labels import labels_of
 from ..hub.card import FIGURES
 from ..hub.deletion_report import REPORT_NAME
-from ..hub.push import MERGED
+from ..hub.push import MERGED, published
 from ..metrics import attribute_classes, bias_row, text_table
+from ..serialization import MARK, is_marked
 from ..trainer import UIBTrainer
+from .parser import in_one_line
 
 EARLIER = (*FIGURES, "audit.json", REPORT_NAME, "report.json")  # files of a run, which the next one replaces
 
@@ -60,13 +66,12 @@ def bias_attributes(forget, test, bias_column: str) -> tuple[np.ndarray, bool]:
         ``[n]`` integers. They are classes, and the flag is True, where each value stands for a class in the forget set (-1: for
         none); else they number the values.
     """
+    labels = labels_of(forget)
     forget, raw = forget.with_format(None), test.with_format(None)[bias_column]
     known = forget[bias_column]
     codes = {value: i for i, value in enumerate(sorted({*raw, *known}, key=str))}
     attributes = np.asarray([codes[value] for value in raw])
-    stands_for = attribute_classes(
-        np.asarray([codes[value] for value in known]), np.asarray(forget[label_column(forget)])
-    )
+    stands_for = attribute_classes(np.asarray([codes[value] for value in known]), labels)
     if stands_for is None:
         return attributes, False
     return np.asarray([stands_for.get(value, -1) for value in attributes]), True
@@ -89,6 +94,86 @@ def results_row(
     return row if seconds is None else row | {"seconds": seconds}
 
 
+def check_writable(folder: str) -> None:
+    """Refuse an output folder that cannot be written to, before the first step.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    made = not os.path.isdir(folder)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written to ({error.strerror}); choose another.") from error
+    finally:
+        if made and os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)
+
+
+def save_adapter(trainer: UIBTrainer) -> None:
+    """Right after training: adapter, state and card take the place of those of an earlier run, whose results go."""
+    folder = str(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        for name in EARLIER:
+            path = os.path.join(folder, name)
+            if is_marked(path):
+                os.remove(path)
+        _remove_merged(os.path.join(folder, MERGED))
+    trainer.save_model(_internal_call=True)
+
+
+def _remove_merged(folder: str) -> None:
+    """Config and weights of a merged model of ours, whose config names its requests; other files of the folder stay."""
+    try:
+        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
+            ours = "unlearning" in json.load(file)
+    except (OSError, ValueError):
+        return
+    for name in os.listdir(folder) if ours else ():
+        if name == CONFIG_NAME or ".safetensors" in name:
+            os.remove(os.path.join(folder, name))
+
+
+@contextmanager
+def nothing_lost(trainer: UIBTrainer, next_command: Callable[[], str]) -> Iterator[None]:
+    """An error, or Ctrl-C, says in its line what of the run is saved where, and what to run next.
+
+    Args:
+        next_command: once the adapter is saved.
+
+    Raises:
+        ValueError: instead of the error, which is its cause; as it is where nothing of this run was saved.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not (saved := what_is_saved(trainer, next_command)):
+            raise
+        what = "interrupted." if isinstance(error, KeyboardInterrupt) else in_one_line(error)
+        raise ValueError(f"{what} {saved}") from error
+
+
+def what_is_saved(trainer: UIBTrainer, next_command: Callable[[], str]) -> str | None:
+    """One sentence: the adapter, or else the last checkpoint of this run, and what to run next."""
+    folder = str(trainer.args.output_dir)
+    if os.path.abspath(folder) in trainer.written:
+        return f"Adapter and state are saved in {folder}; go on with: {next_command()}"
+    checkpoints = [path for path in trainer.written if os.path.isdir(path) and path != os.path.abspath(folder)]
+    if checkpoints:
+        where = os.path.join(folder, os.path.basename(checkpoints[-1]))
+        return f"The last checkpoint is {where}; run again with --resume_from_checkpoint {shlex.quote(where)}"
+    return None
+
+
+def upload_command(trainer: UIBTrainer) -> str:
+    """Uploads what a push that failed should have uploaded."""
+    folder = str(trainer.args.output_dir)
+    files = published(folder, trainer.written[os.path.abspath(folder)])
+    return shlex.join(["hf", "upload", str(trainer.hub_model_id), folder, ".", "--include", *files])
+
+
 def save_results(
     trainer: UIBTrainer,
     results: dict[str, dict],
@@ -97,7 +182,7 @@ def save_results(
     merge: bool = False,
     pictures: tuple = (),
 ) -> None:
-    """Write figures, report, audit, adapter, card and, if asked for, the merged model; then print the table.
+    """Write figures, report, audit, card and, if asked for, the merged model; then print the table. `save_adapter` comes before.
 
     Args:
         results: rows of the table by model.
@@ -107,15 +192,16 @@ def save_results(
     folder = str(trainer.args.output_dir)
     trainer.results = results
     layers = trainer.layer_report()
-    content = source | {
-        "results": results,
-        "bound": {"layers": layers, **trainer.statistics},
-        "log": trainer.state.log_history,
-    }
-    for name in EARLIER:
-        if os.path.isfile(os.path.join(folder, name)):
-            os.remove(os.path.join(folder, name))
-    shutil.rmtree(os.path.join(folder, MERGED), ignore_errors=True)
+    content = (
+        {MARK: __version__}
+        | source
+        | {
+            "results": results,
+            "warnings": trainer.run_warnings,
+            "bound": {"layers": layers, **trainer.statistics},
+            "log": trainer.state.log_history,
+        }
+    )
     with atomic_directory(folder) as unfinished:
         draw_bias(results, unfinished, *pictures)
         draw_layers(layers, unfinished)
@@ -123,11 +209,13 @@ def save_results(
         if audit is not None:
             audit.to_json(os.path.join(unfinished, "audit.json"))
             audit.plot(unfinished)
-    trainer.save_model(_internal_call=True)
+    trainer.create_model_card()
     if merge:
         trainer.save_merged(os.path.join(folder, MERGED))
     print("\n" + text_table(results))
     if audit is not None:
         print(f"\nAudit: {audit.verdict}")
+    for text in trainer.run_warnings:
+        print(f"\nWarning: {text}")
     merged_folder = f"; merged model: {os.path.join(folder, MERGED)}" if merge else ""
     print(f"\nAdapter, card (README.md), report.json and figures: {folder}{merged_folder}")

@@ -2,8 +2,11 @@
 
 import argparse
 import gc
+import io
 import json
+import linecache
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -51,7 +54,7 @@ def parse(
         formatter_class=_HelpFormatter,
     )
     parser.set_defaults(**defaults)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]
     for action in parser._actions:
         if action.dest in lists:
             action.nargs, action.metavar = "+", lists[action.dest]
@@ -61,21 +64,23 @@ def parse(
     except Exception as error:  # whatever a library says about a setting
         if isinstance(error, (ValueError, OSError)) and "\n" not in str(error):
             raise
-        raise ValueError(f"the settings do not work: {str(error).partition(chr(10))[0]}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"the settings do not work: {reason}") from error
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside each flag; description and epilog as they are written."""
 
 
-def _refuse(message: str):
+def refuse(message: str):
+    """As argparse's `error`, in one line."""
     raise ValueError(message)
 
 
 def _with_files(arguments: list[str], lists: Iterable[str], known: set[str]) -> list[str]:
     """The arguments after the settings of the files they name, so that they overrule them."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.error = _refuse  # type: ignore[method-assign]
+    early.error = refuse  # type: ignore[method-assign]
     early.add_argument("--config")
     early.add_argument("--request")
     files, given = early.parse_known_args(arguments)
@@ -124,28 +129,80 @@ def _read_yaml(path: str) -> tuple[dict, dict]:
             content = file.read()
             settings, written = yaml.safe_load(content), yaml.load(content, yaml.BaseLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {str(error).partition(chr(10))[0]}") from error
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        except Exception as error:  # a date that is none, a number of 5,000 digits, too deep a nesting
+            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings; write one `name: value` a line.")
     return settings, written
 
 
+INTERRUPTED = "interrupted; what was written is whole. With --save_strategy steps a run can be resumed."
+LONGEST = 600  # characters of a message
+OUT_OF_MEMORY = "out of memory; lower --per_device_train_batch_size and --per_device_eval_batch_size, or free some."
+
+
 def one_line_errors(function: Callable[[], object], debug: bool = False) -> None:
-    """Call ``function``; what is wrong with the user's input is one line and exit status 1.
+    """Call ``function``; whatever goes wrong is one line and exit status 1. Nothing is ever asked on the terminal.
 
     Args:
         debug: show the traceback instead; as does the environment variable HF_UIB_TRACEBACK=1.
     """
+    stdin, sys.stdin = sys.stdin, io.StringIO()  # a library that asks gets no answer
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
     try:
         function()
-    except (ValueError, OSError, KeyError) as error:
-        if debug or os.environ.get("HF_UIB_TRACEBACK"):
+    except (Exception, KeyboardInterrupt) as error:
+        if (debug or os.environ.get("HF_UIB_TRACEBACK")) and isinstance(error, Exception):
             raise
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; what was written is whole. With --save_strategy steps a run can be resumed.")
+        sys.exit(f"error: {in_one_line(error)}")
     finally:
+        sys.stdin = stdin
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_available() and distributed.is_initialized():
             gc.collect()  # the model goes before its process group, and that before the interpreter
             distributed.destroy_process_group()
+
+
+def in_one_line(error: BaseException) -> str:
+    """What went wrong. Our own messages as they are; of any other error also its type, and how to see where it came from."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return OUT_OF_MEMORY
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 4]} ..."
+    if isinstance(error, OSError) and text or _said_by_us(error):
+        return text
+    module = _raised_in(error)
+    return f"{text or 'no message'} ({kind}{f' in {module}' if module else ''}; --debug shows more)"
+
+
+def _last_frame(error: BaseException):
+    last = None
+    trace = error.__traceback__
+    while trace is not None:
+        last, trace = trace, trace.tb_next
+    return last
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised an error."""
+    last = _last_frame(error)
+    return "" if last is None else str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _said_by_us(error: BaseException) -> bool:
+    """Whether an error is a message of ours: a ValueError that a `raise` of hf_uib (or of the parser of settings) raised."""
+    if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
+        return False
+    last = _last_frame(error)
+    if last is None:
+        return True
+    line = linecache.getline(last.tb_frame.f_code.co_filename, last.tb_lineno)
+    raised = not line or re.match(r"\s*raise\b", line) is not None  # no source, no doubt
+    return raised and _raised_in(error) == __name__.partition(".")[0]

@@ -8,6 +8,7 @@
 Without model, data and request: the demo (`hf-uib demo`).
 """
 
+import dataclasses
 import datetime
 import os
 import re
@@ -18,7 +19,16 @@ from typing import Any
 from datasets import Dataset
 
 from ..config import UIBConfig
-from ..data.reading import image_column, load_processor, load_splits, split_forget, split_of, with_class_ids
+from ..data.columns import Columns
+from ..data.reading import Reader
+from ..data.sources import (
+    condition_columns,
+    load_processor,
+    load_splits,
+    split_forget,
+    split_of,
+    without_rows_of,
+)
 from ..hub.card import hub_id
 from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
@@ -27,7 +37,18 @@ from ..models import load_classifier
 from ..provenance import next_base
 from ..trainer import UIBTrainer
 from .demo import demo
-from .outputs import bias_attributes, quiet, results_row, save_results, timed, training_defaults
+from .outputs import (
+    bias_attributes,
+    check_writable,
+    nothing_lost,
+    quiet,
+    results_row,
+    save_adapter,
+    save_results,
+    timed,
+    training_defaults,
+    upload_command,
+)
 from .parser import parse
 
 MOST_ROWS = 2000  # of forget and retained set, that the table is measured on
@@ -58,10 +79,23 @@ class UnlearnArguments:
     bias_column: str | None = field(
         default=None, metadata={"help": "Column with the attribute to report the bias by."}
     )
+    text_column: list[str] = field(
+        default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the label."})
+    drop_incomplete_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without a label or an input that can be read, and count them."},
+    )
     retrained_model: str | None = field(
         default=None, metadata={"help": "A model retrained without the forget set, to compare with."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Truncation length of texts, in tokens."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
+    )
     save_merged: bool = field(default=False, metadata={"help": f"Also write the merged model to output_dir/{MERGED}."})
     request: str | None = field(
         default=None,
@@ -86,7 +120,7 @@ def main(arguments: list[str]) -> None:
         arguments,
         UIBConfig,
         UnlearnArguments,
-        lists={"forget_where": "COLUMN=VALUE"},
+        lists={"forget_where": "COLUMN=VALUE", "text_column": "COLUMN"},
         **training_defaults(),
     )
     if job.model_name_or_path is None and job.dataset_name is None and job.request is None:
@@ -106,30 +140,40 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
     """
     quiet()
     check_job(job)
+    check_writable(str(args.output_dir))
+    oracle = _retrained(job)  # before the model, whose training would else begin with other random numbers
     trainer = trainer_for(args, job)
+    if oracle is not None and oracle.config.num_labels != trainer.model.config.num_labels:
+        raise ValueError(
+            f"{job.retrained_model} has {oracle.config.num_labels} classes, the model {trainer.model.config.num_labels}; give a "
+            "model of the same task as --retrained_model."
+        )
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
-    results = {"original": _measured(trainer, trainer.model, shown, job.bias_column)}
-    seconds = timed(lambda: trainer.train(resume_from_checkpoint=_last_or_named(args.resume_from_checkpoint)))
-    results["UIB"] = _measured(trainer, trainer.model, shown, job.bias_column) | {"seconds": seconds}
-    oracle = load_classifier(job.retrained_model) if job.retrained_model else None
-    if oracle is not None:
-        results["retrained"] = _measured(trainer, oracle, shown, job.bias_column)
-    audit = None
-    test: Any = trainer.eval_dataset
-    if test is not None:
-        bias_column = job.bias_column if job.bias_column in test.column_names else None
-        audit = trainer.audit(test, bias_column, retrained_model=oracle)
-    if trainer.is_world_process_zero():
-        source = {
-            "model": _base_name(job.model_name_or_path),
-            "forget_columns": _columns_of(job.forget_where),  # a value may be somebody's name
-        }
-        save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
-        if job.request:
-            path = write_deletion_report(_deletion_request(job), trainer.card_data(), str(args.output_dir))
-            print(f"Deletion report for the auditor: {path}")
+    measured = lambda model: _measured(trainer, model, shown, job.bias_column)
+    results = {"original": measured(trainer.model)}
+    last = {} if oracle is None else {"retrained": measured(oracle)}
+    with nothing_lost(trainer, lambda: next_audit(args, job, trainer.eval_dataset)):
+        seconds = timed(lambda: trainer.train(resume_from_checkpoint=_last_or_named(args.resume_from_checkpoint)))
+        save_adapter(trainer)  # whatever goes wrong from here on, the run is not lost
+        results |= {"UIB": measured(trainer.model) | {"seconds": seconds}} | last
+        audit = None
+        test: Any = trainer.eval_dataset
+        if test is not None:
+            bias_column = job.bias_column if job.bias_column in test.column_names else None
+            audit = trainer.audit(test, bias_column, retrained_model=oracle)
+        if trainer.is_world_process_zero():
+            source = {
+                "model": _base_name(job.model_name_or_path),
+                "forget_columns": _columns_of(job.forget_where),  # a value may be somebody's name
+            }
+            save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
+            if job.request:
+                folder, files = str(args.output_dir), trainer.published_files()
+                path = write_deletion_report(_deletion_request(job), trainer.card_data(), folder, files)
+                print(f"Deletion report for the auditor: {path}")
     if args.push_to_hub:
-        trainer.push_to_hub()
+        with nothing_lost(trainer, lambda: upload_command(trainer)):
+            trainer.push_to_hub()
     return results
 
 
@@ -162,34 +206,68 @@ def check_job(job: UnlearnArguments) -> None:
 def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     """The trainer of a job: model, sets and processor are read."""
     name = str(job.model_name_or_path)
-    model: Any = next_base(name)
+    model: Any = next_base(name, **remote_code(job))
     splits = load_splits(str(job.dataset_name), job.dataset_config_name)
-
-    def rows_of(split: str) -> Dataset:
-        return with_class_ids(split_of(splits, split), model.config)
-
-    train = rows_of(job.train_split)
+    train = split_of(splits, job.train_split)
     if job.bias_column and job.bias_column not in train.column_names:
         raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
-    forget, retain = split_forget(train, job.forget_where, job.train_split)
-    calibration = rows_of(job.calibration_split) if job.calibration_split else None
-    test_split = job.test_split or ("test" if "test" in splits else None)
-    test = rows_of(test_split) if test_split else None
-    processor = load_processor(name, picture=image_column(train) is not None)
+    columns = columns_of(job)
+    main_input = getattr(model, "main_input_name", "input_ids")
+    processor = load_processor(name, picture=main_input == "pixel_values", **remote_code(job))
     if job.max_length is not None:
         processor.model_max_length = job.max_length  # what a tokenizer truncates to
+    read = Reader(model.config, main_input, processor, columns)
+
+    def rows_of(split: str) -> Dataset:
+        return complete(split_of(splits, split), read, split) if job.drop_incomplete_rows else split_of(splits, split)
+
+    forget, retain = split_forget(rows_of(job.train_split), job.forget_where, job.train_split)
+    test_split = job.test_split or ("test" if "test" in splits else None)
+    sets = {"forgotten": forget, "retained": retain}
+    for kind, split in (("calibration", job.calibration_split), ("test", test_split)):
+        if split:
+            sets[kind] = rows_of(split)
+    sets = without_shared_rows(sets)
     trainer = UIBTrainer(
         model,
         args=args,
-        forget_dataset=forget,
-        retain_dataset=retain if len(retain) else None,
-        calibration_dataset=calibration,
-        eval_dataset=test,
+        forget_dataset=sets["forgotten"],
+        retain_dataset=sets["retained"] if len(sets["retained"]) else None,
+        calibration_dataset=sets.get("calibration"),
+        eval_dataset=sets.get("test"),
         processing_class=processor,
+        columns=columns,
     )
     trainer.request = job.what or f"{len(forget)} rows, chosen by {_columns_of(job.forget_where)}"
     trainer.dataset_name = hub_id(job.dataset_name)
     return trainer
+
+
+def columns_of(job: Any) -> Columns:
+    """The columns that a job's flags name; those of its conditions are never the input."""
+    text = tuple(job.text_column) or None
+    return Columns(text, job.image_column, job.label_column, job.bias_column, condition_columns(job.forget_where))
+
+
+def complete(dataset: Dataset, read: Reader, split: str) -> Dataset:
+    """The rows with a label and an input that can be read; the others are counted aloud."""
+    faults = read.incomplete_rows(dataset)
+    if not faults:
+        return dataset
+    print(f"{len(faults)} of {len(dataset)} rows of split '{split}' are left out; row {next(iter(faults.items()))[0]}, say, has "
+          f"{next(iter(faults.values()))}.")  # fmt: skip
+    return dataset.select([i for i in range(len(dataset)) if i not in faults])
+
+
+def without_shared_rows(sets: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Each set without the rows of those before it, which are more important; what is left out is counted aloud."""
+    kept: dict[str, Dataset] = {}
+    for name, dataset in sets.items():
+        rest = without_rows_of(dataset, list(kept.values()))
+        if len(rest) < len(dataset):
+            print(f"{len(dataset) - len(rest)} {name} rows are in a more important set too, and are left out here.")
+        kept[name] = rest
+    return kept
 
 
 def audit_command(job: UnlearnArguments) -> str:
@@ -200,6 +278,42 @@ def audit_command(job: UnlearnArguments) -> str:
         if value := getattr(job, flag):
             words += [f"--{flag}", shlex.quote(value)]
     return " ".join(words + (["--retrained", "RETRAINED"] if job.retrained_model else []))
+
+
+def next_audit(args: UIBConfig, job: UnlearnArguments, test: Any) -> str:
+    """Audits what a run has saved, where it ended before its own audit.
+
+    Args:
+        test: the test rows, if there are any.
+    """
+    from .audit import AuditArguments
+
+    words = ["hf-uib", "audit", "--model", str(args.output_dir), "--dataset_name", str(job.dataset_name)]
+    if job.retrained_model:
+        words += ["--retrained", job.retrained_model]
+    if test is None:
+        words += ["--test_split", "TEST_SPLIT"]
+    for setting in dataclasses.fields(AuditArguments):
+        value = getattr(job, setting.name, None)
+        if setting.name in ("dataset_name", "reference") or not value or value == setting.default:
+            continue  # a request's `reference` is a file number
+        if setting.name == "bias_column" and value not in getattr(test, "column_names", ()):
+            continue
+        words.append(f"--{setting.name}")
+        words += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
+    return shlex.join(words)
+
+
+def _retrained(job: UnlearnArguments) -> Any:
+    """The retrained model that a job names, if it does."""
+    if not job.retrained_model:
+        return None
+    return load_classifier(job.retrained_model, **remote_code(job))
+
+
+def remote_code(job: Any) -> dict[str, bool]:
+    """The setting that lets a checkpoint's own code run; without it such a checkpoint is refused, and nobody is asked."""
+    return {"trust_remote_code": True} if job.trust_remote_code else {}
 
 
 def _deletion_request(job: UnlearnArguments) -> DeletionRequest:

@@ -1,15 +1,26 @@
 """Hashes that name a data set without showing any of it."""
 
 import hashlib
+from weakref import WeakKeyDictionary
 
 import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+_KNOWN: WeakKeyDictionary = WeakKeyDictionary()  # a datasets.Dataset does not change
+
 
 def row_hashes(dataset) -> np.ndarray:
     """A hash per row of everything in it, pictures by their encoded bytes: ``[n, 2]`` unsigned 64-bit, in one streaming pass."""
+    if not isinstance(dataset, datasets.Dataset):
+        return _row_hashes(dataset)
+    if dataset not in _KNOWN:
+        _KNOWN[dataset] = _row_hashes(dataset)
+    return _KNOWN[dataset]
+
+
+def _row_hashes(dataset) -> np.ndarray:
     if isinstance(dataset, datasets.Dataset):
         raw = dataset.with_format(None)
         for name, feature in dataset.features.items():

@@ -1,215 +1,139 @@
-"""Reading data: which columns a model takes, and which rows are to be forgotten."""
+"""From a raw data set to one that a model takes: the one place where columns, labels and inputs are decided."""
 
-import os
+import io
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
-import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .columns import Columns, image_column, label_column, names_of, text_columns
+from .labels import class_ids, has_labels, transform_of
+from .transforms import PictureInput, RowTransform, TextInput
 
-def encode(dataset: datasets.Dataset, processing_class, main_input: str, max_length: int | None = None):
-    """Give a raw dataset the input its model takes: pictures through the image processor, text through the tokenizer.
 
-    Datasets that have ``main_input`` already, have their own transform, or are no ``datasets.Dataset`` are left alone.
+@dataclass(frozen=True)
+class Reader:
+    """Reads raw sets for one model; sets that are encoded already are left alone.
+
+    Attributes:
+        config: of the model.
+        main_input: what the model calls its input.
+        processing_class: image processor or tokenizer; None leaves the input alone.
+        columns: names that are not the usual ones.
+        max_length: truncation length of texts, in tokens.
+    """
+
+    config: Any
+    main_input: str
+    processing_class: Any = None
+    columns: Columns = Columns()
+    max_length: int | None = None
+
+    def __call__(self, dataset, name: str = "the data"):
+        """The encoded set; ``name`` is what a message calls it.
+
+        Raises:
+            ValueError: a column cannot be found, a row lacks its input or label, or a label is no class of the model.
+        """
+        if not isinstance(dataset, datasets.Dataset) or transform_of(dataset) is not None or len(dataset) == 0:
+            return dataset
+        missing = self.incomplete_rows(dataset)
+        if missing:
+            row, what = next(iter(missing.items()))
+            if what.startswith("no label") and sum(w.startswith("no label") for w in missing.values()) == len(dataset):
+                raise ValueError(f"No row of {name} has a label; give a set with labels, or leave it out.")
+            more = f" ({len(missing)} such rows)" if len(missing) > 1 else ""
+            raise ValueError(f"Row {row} of {name} has {what}{more}; fill it, or drop it (--drop_incomplete_rows).")
+        label, ids = None, None
+        if has_labels(dataset, self.columns):
+            label, ids = label_column(dataset, self.columns), class_ids(dataset, self.config, self.columns, name)
+        make_input = self._input_of(dataset)
+        if make_input is None and (label is None or (ids is None and label in ("label", "labels"))):
+            return dataset
+        return dataset.with_transform(RowTransform(make_input, label, ids))
+
+    def _input_of(self, dataset: datasets.Dataset) -> PictureInput | TextInput | None:
+        if self.processing_class is None or self.main_input in dataset.column_names:
+            return None
+        if isinstance(self.processing_class, BaseImageProcessor):
+            column = image_column(dataset, self.columns)
+            channels = getattr(self.config, "num_channels", None)
+            return None if column is None else PictureInput(self.processing_class, column, self.main_input, channels)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            columns = text_columns(dataset, self.columns)
+            return TextInput(self.processing_class, columns, self.max_length) if columns else None
+        return None
+
+    def incomplete_rows(self, dataset: datasets.Dataset) -> dict[int, str]:
+        """Rows without a label or an input that can be read, in their order, and what is wrong with each."""
+        found: dict[int, str] = {}
+        raw, given = dataset.with_format(None), self._input_of(dataset)
+        if has_labels(dataset, self.columns):
+            column = label_column(dataset, self.columns)
+            found |= {
+                i: f"no label (column '{column}')" for i, v in enumerate(raw[column][:]) if is_missing(v) or v == -1
+            }
+        for column in given.columns if isinstance(given, TextInput) else ():
+            found |= {i: f"no text (column '{column}')" for i, v in enumerate(raw[column][:]) if v is None}
+        if isinstance(given, PictureInput):
+            encoded = raw.cast_column(given.column, datasets.Image(decode=False)).select_columns([given.column])
+            rows = tqdm(encoded, "Checking pictures", delay=2, leave=False)
+            for i, row in enumerate(rows):
+                if (fault := fault_of(row[given.column])) is not None:
+                    found[i] = f"{fault} (column '{given.column}')"
+        return dict(sorted(found.items()))
+
+
+def is_missing(value) -> bool:
+    """None, NaN, or an empty text."""
+    return (
+        value is None
+        or (isinstance(value, float) and value != value)
+        or (isinstance(value, str) and not value.strip())
+    )
+
+
+def fault_of(picture: dict | None) -> str | None:
+    """What is wrong with an encoded picture (``bytes`` or ``path``), if anything; it is decoded to the end."""
+    if picture is None or (picture["bytes"] is None and not picture["path"]):
+        return "no picture"
+    try:
+        source = picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"])
+        with Image.open(source) as opened:
+            opened.draft(
+                "RGB", (opened.width // 8 or 1, opened.height // 8 or 1)
+            )  # of a JPEG: all of the file, fewer pixels
+            opened.load()
+    except Exception as error:  # whatever PIL and its decoders say of a file
+        said = str(getattr(error, "strerror", None) or error).partition("\n")[0]
+        file = "image file" in said or bool(picture["path"]) and picture["path"] in said
+        return (
+            f"a picture that cannot be read ({said if said and not file else type(error).__name__})"  # no file's name
+        )
+    return None
+
+
+def encode(dataset, processing_class, main_input: str, max_length: int | None = None):
+    """As `Reader`, of a set whose labels are class ids: pictures through the image processor, texts through the tokenizer.
 
     Args:
-        dataset: rows with an `Image` column or a string column (``text`` or ``sentence``, else the first of strings).
         processing_class: image processor or tokenizer; None leaves the data alone.
         main_input: ``model.main_input_name``.
-        max_length: truncation length of a text.
+        max_length: truncation length of texts, in tokens.
     """
-    if not isinstance(dataset, datasets.Dataset) or main_input in dataset.column_names or processing_class is None:
+    if not isinstance(dataset, datasets.Dataset) or transform_of(dataset) is not None:
         return dataset
-    if dataset.format["type"] == "custom":
-        return dataset
-    if isinstance(processing_class, BaseImageProcessor):
-        column = image_column(dataset)
-        if column is None:
-            return dataset
-
-        def pictures(batch):
-            images = [image.convert("RGB") if image.mode not in ("RGB", "L") else image for image in batch[column]]
-            rest = {k: v for k, v in batch.items() if k != column}
-            return {**rest, main_input: processing_class(images, return_tensors="pt")[main_input]}
-
-        return dataset.with_transform(pictures)
-    if isinstance(processing_class, PreTrainedTokenizerBase):
-        column = text_column(dataset)
-        if column is None:
-            return dataset
-        return dataset.map(
-            lambda batch: processing_class(batch[column], truncation=True, max_length=max_length),
-            batched=True,
-            desc="Tokenizing",
-        )
-    return dataset
+    make_input = Reader(None, main_input, processing_class, max_length=max_length)._input_of(dataset)
+    return dataset if make_input is None else dataset.with_transform(RowTransform(make_input))
 
 
-def image_column(dataset: datasets.Dataset) -> str | None:
-    """The first `Image` column."""
-    return next((k for k, v in dataset.features.items() if isinstance(v, datasets.Image)), None)
-
-
-def text_column(dataset: datasets.Dataset) -> str | None:
-    """``text``, ``sentence``, or the first string column."""
-    strings = [
-        k
-        for k, v in dataset.features.items()
-        if isinstance(v, datasets.Value) and v.dtype in ("string", "large_string")
-    ]
-    return next((k for k in ("text", "sentence") if k in strings), strings[0] if strings else None)
-
-
-def label_column(dataset) -> str:
-    """``labels`` or ``label``.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    names = getattr(dataset, "column_names", None) or list(dataset[0])
-    for name in ("labels", "label"):
-        if name in names:
-            return name
-    raise ValueError(f"No column 'label' or 'labels' among {', '.join(names)}; rename the label column to 'label'.")
-
-
-def labels_of(dataset) -> np.ndarray:
-    """All labels, ``[n]``."""
-    name = label_column(dataset)
-    if isinstance(dataset, datasets.Dataset):
-        return np.asarray(dataset.with_format(None).select_columns([name])[:][name])
-    return np.asarray([int(dataset[i][name]) for i in range(len(dataset))])
-
-
-def split_forget(train: Dataset, conditions: list[str], split: str) -> tuple[Dataset, Dataset]:
-    """The rows that meet every condition, and the others.
-
-    Raises:
-        ValueError: no row does.
-    """
-    forget_rows = matching_rows(train, conditions)
-    if not forget_rows.any():
-        raise ValueError(f"No row of split '{split}' meets {' and '.join(conditions)}; nothing to forget.")
-    return train.select(np.flatnonzero(forget_rows)), train.select(np.flatnonzero(~forget_rows))
-
-
-def load_splits(name: str, config: str | None = None) -> DatasetDict:
-    """A dataset by Hub id, folder or file, as a dictionary of splits."""
-    if os.path.isfile(name):
-        kind = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(
-            name.rpartition(".")[2]
-        )
-        if kind is None:
-            raise ValueError(f"{name} is no CSV, JSON or Parquet file; give one, a folder, or a Hub id.")
-        try:
-            return datasets.load_dataset(
-                kind, data_files={"train": name}, **({"sep": "\t"} if name.endswith(".tsv") else {})
-            )
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ValueError(f"{name} cannot be read as {kind} ({reason}); save or download it again.") from error
-    if os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json")):
-        loaded = datasets.load_from_disk(name)
-        return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-    try:
-        return datasets.load_dataset(name, config)
-    except (FileNotFoundError, ConnectionError) as error:
+def check_inputs(name: str, dataset, main_input: str) -> None:
+    """Refuse rows that the model cannot take; ``name`` is what the message calls the set."""
+    if dataset is not None and not {main_input, "inputs_embeds"} & set(dataset[0]):
         raise ValueError(
-            f"Dataset {name} was found neither here nor on the Hub; check the name. ({type(error).__name__})"
-        ) from error
-
-
-def split_of(splits: DatasetDict, name: str) -> Dataset:
-    if name not in splits:
-        raise ValueError(f"No split '{name}' in the dataset; it has {', '.join(splits)}.")
-    return splits[name]
-
-
-def load_processor(name: str, picture: bool):
-    """Image processor (the PIL one: torchvision is not needed) or tokenizer of a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint has no tokenizer (Transformers then makes an empty one up).
-    """
-    if picture:
-        return AutoImageProcessor.from_pretrained(name, backend="pil")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(f"{name} has no tokenizer; save the one it was trained with beside the model.")
-    return tokenizer
-
-
-def with_class_ids(dataset: Dataset, config) -> Dataset:
-    """Labels as the model's class ids: by name where both sides have names, as they are otherwise.
-
-    Raises:
-        ValueError: there is no label column, or a class name that the model does not have.
-    """
-    column = label_column(dataset)
-    feature = dataset.features[column]
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    ids = {str(name): int(i) for name, i in (config.label2id or {}).items()}
-    if names is None and feature.dtype in ("string", "large_string"):
-        names = sorted(set(dataset[column]))
-        unknown = [n for n in names if n not in ids]
-        if unknown:
-            raise ValueError(f"Label '{unknown[0]}' is no class of the model; it has {', '.join(ids)}.")
-        return dataset.map(
-            lambda row: {column: ids[row[column]]}, features=_integer(dataset, column), desc="Class ids"
+            f"{name} has no {main_input} among {', '.join(names_of(dataset))}; encode it, or give this model's processing_class."
         )
-    if names and all(n in ids for n in names) and any(ids[n] != i for i, n in enumerate(names)):
-        return dataset.map(
-            lambda row: {column: ids[names[row[column]]]}, features=_integer(dataset, column), desc="Class ids"
-        )
-    return dataset
-
-
-def _integer(dataset: Dataset, column: str) -> datasets.Features:
-    return datasets.Features({**dataset.features, column: datasets.Value("int64")})
-
-
-def matching_rows(dataset: Dataset, conditions: list[str]) -> np.ndarray:
-    """Which rows meet every ``COLUMN=VALUE``, ``[n]`` booleans. Nothing is evaluated: values are compared.
-
-    Raises:
-        ValueError: no ``=``, a column that is not there, or a value its type cannot have.
-    """
-    keep = np.ones(len(dataset), dtype=bool)
-    for condition in conditions:
-        column, equals, value = condition.partition("=")
-        if not equals or not column:
-            raise ValueError(f"{condition!r} is no condition; write COLUMN=VALUE.")
-        if column not in dataset.column_names:
-            raise ValueError(f"Column {column!r} is not in the dataset; it has {', '.join(dataset.column_names)}.")
-        feature = dataset.features[column]
-        if isinstance(feature, ClassLabel):
-            if value in feature.names:
-                wanted = feature.str2int(value)
-            elif value.isdecimal() and int(value) < feature.num_classes:
-                wanted = int(value)
-            else:
-                raise ValueError(f"{value!r} is no class of column {column!r}; it has {', '.join(feature.names)}.")
-        elif not isinstance(feature, datasets.Value):
-            raise ValueError(
-                f"Column {column!r} holds {type(feature).__name__}, which cannot be compared; choose another."
-            )
-        else:
-            wanted = _as_type(value, feature.dtype, column)
-        keep &= np.asarray([entry == wanted for entry in dataset.with_format(None)[column]], dtype=bool)
-    return keep
-
-
-def _as_type(value: str, dtype: str, column: str):
-    if dtype == "bool":
-        if value.lower() in ("true", "1", "false", "0"):
-            return value.lower() in ("true", "1")
-        raise ValueError(f"Column {column!r} holds true or false, not {value!r}.")
-    for prefix, kind in (("int", int), ("uint", int), ("float", float)):
-        if dtype.startswith(prefix):
-            try:
-                return kind(value)
-            except ValueError:
-                raise ValueError(f"Column {column!r} holds numbers ({dtype}), not {value!r}.") from None
-    return value

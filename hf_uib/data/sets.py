@@ -3,16 +3,16 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 
-from .checks import check_inputs, check_sets, removed_classes
+from .checks import check_overlap, removed_classes
+from .fingerprints import fingerprint_of, row_hashes
 from .pairing import sample_indices
-from .reading import encode
+from .reading import Reader, check_inputs
 
 
 @dataclass
@@ -41,40 +41,45 @@ class UnlearningSets:
         calibration_dataset,
         eval_dataset,
         *,
+        read: Reader,
         check_labels: Callable[[str, Any], np.ndarray],
-        processing_class,
-        main_input: str,
     ) -> "UnlearningSets":
-        """Check and encode the sets of a run.
+        """Check and encode every set of a run.
 
         Args:
-            check_labels: gives all labels of a set, or refuses it: ``(name, dataset) -> [n, ...]``.
-            processing_class: encodes raw pictures and texts; None leaves them alone.
-            main_input: ``model.main_input_name``.
+            read: encodes raw pictures and texts, and gives labels as the model's.
+            check_labels: gives all labels of an encoded set, or refuses it: ``(name, dataset) -> [n, ...]``.
 
         Raises:
             ValueError: a set is missing, a stream or empty, shares rows with another, or does not fit the model.
         """
         if forget_dataset is None:
-            raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model shall unlearn.")
+            raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model is to unlearn.")
         given = {"forget": forget_dataset, "retain": retain_dataset, "calibration": calibration_dataset}
+        hashes, labels, encoded = {}, {}, dict.fromkeys(given)
         for name, dataset in given.items():
+            if dataset is None:
+                continue
             if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
                 raise ValueError(
                     f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length: "
                     "datasets.Dataset.from_generator writes one to disk and reads it from there, in flat memory."
                 )
-        labels, fingerprints = check_sets(forget_dataset, retain_dataset, check_labels, calibration_dataset)
-        prepare = partial(encode, processing_class=processing_class, main_input=main_input)
-        encoded = {name: prepare(dataset) for name, dataset in given.items()}
+            if len(dataset) == 0:
+                raise ValueError(f"{name}_dataset has no examples; check the condition that selects it.")
+            encoded[name] = read(dataset, f"{name}_dataset")
+            labels[name] = check_labels(f"{name}_dataset", encoded[name])
+            hashes[f"{name}_dataset"] = row_hashes(dataset)
+        check_overlap(hashes)
+        evaluation = prepare_evaluation(eval_dataset, read, check_labels)
         for name, dataset in encoded.items():
-            check_inputs(f"{name}_dataset", dataset, main_input)
-        if isinstance(eval_dataset, dict):
-            evaluation = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
-        else:
-            evaluation = prepare(eval_dataset)
-        removed = removed_classes(labels["forget_dataset"], labels.get("retain_dataset"))
-        return cls(**encoded, evaluation=evaluation, fingerprints=fingerprints, removed_classes=removed)
+            check_inputs(f"{name}_dataset", dataset, read.main_input)
+        return cls(
+            **encoded,
+            evaluation=evaluation,
+            fingerprints={name: fingerprint_of(rows) for name, rows in hashes.items()},
+            removed_classes=removed_classes(labels["forget"], labels.get("retain")),
+        )
 
     def hold_out(self, fraction: float, seed: int) -> set[int]:
         """Retained rows that stand in for a calibration set while the prior acts; a warning says what that costs."""
@@ -94,3 +99,22 @@ class UnlearningSets:
             stacklevel=3,
         )
         return set(sample_indices(len(self.retain), count, seed))
+
+
+def prepare_evaluation(eval_dataset, read: Reader, check_labels: Callable[[str, Any], np.ndarray]):
+    """The encoded evaluation set, or a dictionary of them; each has labels that the model knows.
+
+    Raises:
+        ValueError: one does not fit the model.
+    """
+    if eval_dataset is None:
+        return None
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    encoded = {}
+    for name, dataset in sets.items():
+        what = f"eval_dataset '{name}'" if name else "eval_dataset"
+        encoded[name] = read(dataset, what)
+        if isinstance(dataset, datasets.Dataset):  # of other kinds one row could cost as much as a step
+            check_labels(what, encoded[name])
+            check_inputs(what, encoded[name], read.main_input)
+    return encoded if isinstance(eval_dataset, dict) else encoded[""]

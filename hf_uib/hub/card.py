@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
-from ..metrics.table import METRICS
+from ..metrics.table import METRICS, title_of
+from ..serialization import is_marked
 from .tables import WORST, groups_table, has_oracle, plain, results_table
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class UnlearningCardData:
         settings: those that bear on the result; measured: strengths that were in force.
         pattern_z: z value of the pattern in the forget set, if forget and retained rows were compared.
         results: rows of the results table, by model; audit: the report.
+        evaluated: what `evaluate` returned, by set and metric.
+        warnings: why the run cannot have unlearned, one sentence each.
         emissions: what codecarbon measured.
         own_tags, paper: of the method.
         language, license, tags, dataset_tags, dataset: as in `transformers.Trainer.create_model_card`.
@@ -96,6 +99,8 @@ class UnlearningCardData:
     tags: str | list[str] | None = None
     dataset_tags: str | list[str] | None = None
     dataset: str | list[str] | None = None
+    evaluated: dict[str, dict[str, float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
 
@@ -172,6 +177,8 @@ def evaluations(data: UnlearningCardData) -> list[EvalResult]:
             if "model" in seen.get(part, {}):
                 figures[part, f"{part}_accuracy"] = seen[part]["model"]["accuracy"]["value"]
         figures["forget", "attack_auc"] = seen["membership"]["model"]["auc"]["value"]
+    for part, metrics in data.evaluated.items():
+        figures |= {(part, key): value for key, value in metrics.items()}
     source = data.dataset_name or "unpublished"
     return [
         EvalResult(
@@ -180,11 +187,11 @@ def evaluations(data: UnlearningCardData) -> list[EvalResult]:
             dataset_name=f"{source}, {part} set",
             dataset_split=part,
             metric_type="accuracy" if key in ("accuracy", "forget_accuracy", "retain_accuracy") else key,
-            metric_name=METRICS[key].title,
+            metric_name=title_of(key),
             metric_value=round(float(value), 4),
         )
         for (part, key), value in figures.items()
-        if key != "seconds" and value is not None and not math.isnan(value)
+        if key != "seconds" and value is not None and math.isfinite(value)
     ]
 
 
@@ -196,17 +203,18 @@ def pipeline_of(data: UnlearningCardData) -> str:
 def header_of(data: UnlearningCardData) -> ModelCardData:
     """The card's YAML block."""
     audit, evaluated = data.audit, evaluations(data)
+    block = {
+        "method": "uib",
+        "prior": data.prior,
+        "base_revision": data.base_revision,
+        "data": [dataclasses.asdict(summary) for summary in data.data_sets],
+        "requests": data.requests,
+        "audit": None if audit is None else {"passed": audit.passed, "flags": audit.flags},
+    }
     extra: dict[str, Any] = {
         "base_model_relation": ("finetune" if data.merged else "adapter") if data.base else None,
         "co2_eq_emissions": data.emissions,
-        "unlearning": {
-            "method": "uib",
-            "prior": data.prior,
-            "base_revision": data.base_revision,
-            "data": [dataclasses.asdict(summary) for summary in data.data_sets],
-            "requests": data.requests,
-            "audit": None if audit is None else {"passed": audit.passed, "flags": audit.flags},
-        },
+        "unlearning": block | ({"warnings": data.warnings} if data.warnings else {}),
     }
     given = [data.tags] if isinstance(data.tags, str) else data.tags or []
     return ModelCardData(
@@ -240,10 +248,15 @@ def write_card(data: UnlearningCardData, folder: str) -> None:
         earlier=[one | {"request": plain(one["request"])} for one in data.requests[:-1]],
         table=results_table(data.results),
         has_oracle=has_oracle(data.results),
+        evaluated=[
+            (plain(part), plain(title_of(key)), f"{value:.4g}")
+            for part, metrics in data.evaluated.items()
+            for key, value in metrics.items()
+        ],
         groups=groups,
         group_count=group_count,
         worst=WORST,
-        figures=[name for name in FIGURES if os.path.isfile(os.path.join(folder, name))],
+        figures=[name for name in FIGURES if is_marked(os.path.join(folder, name))],
         tried=attacks_of(audit) if audit else [],
         auto_class="AutoModelForImageClassification" if data.takes_images else "AutoModelForSequenceClassification",
     )

@@ -4,11 +4,13 @@ import base64
 import datetime
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
 import jinja2
 
+from ..serialization import is_marked
 from .card import FIGURES, UnlearningCardData
 from .tables import has_oracle, table_of
 
@@ -41,13 +43,16 @@ class DeletionRequest:
     audit_command: str
 
 
-def write_deletion_report(request: DeletionRequest, data: UnlearningCardData, folder: str) -> str:
+def write_deletion_report(
+    request: DeletionRequest, data: UnlearningCardData, folder: str, files: Iterable[str]
+) -> str:
     """Write ``deletion_report.html`` to ``folder``.
 
     Args:
         request: what was asked.
         data: what is known of the run.
-        folder: the run's; figures and artefacts in it are taken up.
+        folder: the run's; our figures in it are taken up.
+        files: that the run wrote there; those that matter are named.
 
     Returns:
         The path.
@@ -69,7 +74,7 @@ def write_deletion_report(request: DeletionRequest, data: UnlearningCardData, fo
         audit=audit,
         judged=sum(check.fired is not None for check in audit.checks) if audit else 0,
         figures=_figures(folder),
-        artefacts=_artefacts(folder),
+        artefacts=_artefacts(folder, files),
         settings=data.settings | data.measured,
     )
     path = os.path.join(folder, REPORT_NAME)
@@ -83,20 +88,19 @@ def _figures(folder: str) -> list[tuple[str, str]]:
     """Name and content, in base64, of the run's figures."""
     found = []
     for name in SHOWN_FIGURES:
-        if os.path.isfile(os.path.join(folder, name)):
+        if is_marked(os.path.join(folder, name)):
             with open(os.path.join(folder, name), "rb") as file:
                 found.append((name, base64.b64encode(file.read()).decode()))
     return found
 
 
-def _artefacts(folder: str) -> list[dict]:
-    """Name, bytes and SHA-256 of every file that the run wrote and that matters."""
+def _artefacts(folder: str, files: Iterable[str]) -> list[dict]:
+    """Name, bytes and SHA-256 of the files that matter."""
     found = []
-    for part in ("", "merged"):
-        for name in sorted(os.listdir(os.path.join(folder, part))):
-            path = os.path.join(folder, part, name)
-            if os.path.isfile(path) and name.endswith(ARTEFACTS):
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                found.append({"name": os.path.join(part, name), "bytes": os.path.getsize(path), "sha256": digest})
+    for name in files:
+        if name.endswith(ARTEFACTS):
+            path = os.path.join(folder, name)
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found.append({"name": name, "bytes": os.path.getsize(path), "sha256": digest})
     return found

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,13 +10,13 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, PushInProgress
+from transformers.utils import PushInProgress
 
-from ..checkpointing import AtomicCheckpoints, atomic_directory
+from ..checkpointing import AtomicCheckpoints, atomic_directory, files_in
 from ..data.fingerprints import fingerprint
-from ..provenance import STATE_NAME
+from ..serialization import is_marked
 from .card import FIGURES, DataSummary, UnlearningCardData, emissions_of, settings_of, write_card
-from .push import ADAPTER_PATTERNS, MERGED, upload_copy
+from .push import ADAPTER_PATTERNS, MERGED, published, upload_files
 
 if TYPE_CHECKING:
     from ..audit.report import AuditReport
@@ -61,7 +62,7 @@ class HubMixin(AtomicCheckpoints):
 
         @property
         def statistics(self) -> dict[str, float]:
-            """``noise_to_signal``, ``prior_strength``, ``share_kept`` and ``pattern_z``, as far as they were measured."""
+            """``noise_to_signal``, ``prior_strength``, ``kept_fraction`` and ``pattern_z``, as far as they were measured."""
 
         @property
         def provenance(self) -> list[dict]:
@@ -70,6 +71,17 @@ class HubMixin(AtomicCheckpoints):
         @property
         def base_fingerprint(self) -> str:
             """Hash of the weights before unlearning."""
+
+        @property
+        def run_warnings(self) -> list[str]:
+            """Why the run cannot have unlearned."""
+
+        @property
+        def evaluated(self) -> dict[str, dict[str, float]]:
+            """What `evaluate` returned, by set."""
+
+        def refuse_unmoved(self) -> None:
+            """Refuse a model that is the one before unlearning."""
 
         @property
         def compared(self) -> bool:
@@ -95,32 +107,22 @@ class HubMixin(AtomicCheckpoints):
         if running and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self._copy_from_checkpoint(checkpoint_folder)
         upload = partial(
-            upload_copy,
+            upload_files,
             self._hub,
+            checkpoint_folder,
             repo_id=self.hub_model_id,
             token=args.hub_token,
             revision=args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
         )
-        jobs: Any = [upload(self._output_dir)]
+        jobs: Any = [upload(published(checkpoint_folder, self.written[os.path.abspath(checkpoint_folder)]))]
         if args.hub_strategy != HubStrategy.EVERY_SAVE:
             last = args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
-            jobs.append(upload(checkpoint_folder, path_in_repo=name))
+            # The folder was made a moment ago: what is in it is Trainer's
+            jobs.append(upload(files_in(checkpoint_folder), path_in_repo=name))
         self.push_in_progress = PushInProgress(jobs + running)
-
-    def _copy_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Adapter, state and card of a checkpoint, and the processor, to the output folder."""
-        target = self._output_dir
-        named = self._adapter_folder or ""
-        os.makedirs(os.path.join(target, named), exist_ok=True)
-        weights = (os.path.join(named, name) for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME))
-        for name in (*weights, STATE_NAME, "README.md"):
-            shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(target, name))
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(target)
 
     def push_to_hub(
         self,
@@ -139,8 +141,12 @@ class HubMixin(AtomicCheckpoints):
 
         Returns:
             `CommitInfo` of ``hub_model_id``, or its future; None on other processes than the first.
+
+        Raises:
+            ValueError: training left the adapter as it was.
         """
         args = self.args
+        self.refuse_unmoved()
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self.card_settings |= kwargs
         self.save_model(_internal_call=True)
@@ -155,19 +161,26 @@ class HubMixin(AtomicCheckpoints):
         self._finish_current_push()
         token, revision = token or args.hub_token, revision or args.hub_revision
         settings: dict[str, Any] = {"token": token, "revision": revision, "commit_message": commit_message}
-        upload_merged = partial(
-            self._hub.upload_folder,
-            folder_path=merged,
-            delete_patterns=ADAPTER_PATTERNS,
-            run_as_future=not blocking,
-            **settings,
-        )
-        if args.hub_artifact == "merged":
-            return upload_merged(repo_id=self.hub_model_id)
-        if args.hub_artifact == "both":
-            upload_merged(repo_id=self._repository_beside(self.hub_model_id, token, revision))
-        job = upload_copy(self._hub, self._output_dir, repo_id=self.hub_model_id, **settings)
-        return job.result() if blocking else job
+        jobs = []
+        if args.hub_artifact != "adapter":
+            whole = args.hub_artifact == "merged"
+            target = self.hub_model_id if whole else self._repository_beside(self.hub_model_id, token, revision)
+            jobs.append(self._upload(merged, repo_id=target, delete_patterns=ADAPTER_PATTERNS, **settings))
+        if args.hub_artifact != "merged":
+            jobs.append(self._upload(self._output_dir, repo_id=self.hub_model_id, **settings))
+        return [job.result() for job in jobs][-1] if blocking else jobs[-1]
+
+    def _upload(self, folder: str, **settings) -> Future:
+        """In the background: what this trainer wrote to a folder, and our figures and reports in it."""
+        return upload_files(self._hub, folder, published(folder, self.written[os.path.abspath(folder)]), **settings)
+
+    def published_files(self) -> list[str]:
+        """Of the output folder: what would be pushed of it, and of the merged model in it; relative paths."""
+        folder = self._output_dir
+        merged = os.path.join(folder, MERGED)
+        inside = published(merged, self.written.get(os.path.abspath(merged), ()))
+        own = published(folder, self.written.get(os.path.abspath(folder), ()))
+        return sorted(own) + [os.path.join(MERGED, name) for name in sorted(inside)]
 
     def _repository_beside(self, repository: str, token: str | None, revision: str | None) -> str:
         """Id of the merged model's repository, as private as the adapter's."""
@@ -180,7 +193,12 @@ class HubMixin(AtomicCheckpoints):
     # ---- Writing ----------------------------------------------------------------------------------------------------
 
     def save_merged(self, folder: str) -> None:
-        """Write the merged model, its processor and its card to ``folder``, all or nothing."""
+        """Write the merged model, its processor and its card to ``folder``, all or nothing.
+
+        Raises:
+            ValueError: training left the adapter as it was.
+        """
+        self.refuse_unmoved()
         merged = self.merge_and_unload()
         if not self.args.should_save:
             return
@@ -189,9 +207,10 @@ class HubMixin(AtomicCheckpoints):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(unfinished)
             for figure in FIGURES:
-                if os.path.isfile(os.path.join(self._output_dir, figure)):
+                if is_marked(os.path.join(self._output_dir, figure)):
                     shutil.copy(os.path.join(self._output_dir, figure), unfinished)
             self.create_model_card(folder=unfinished, merged=True)
+            self.written[os.path.abspath(folder)] = files_in(unfinished)
 
     def create_model_card(  # type: ignore[override]
         self, *, folder: str | None = None, merged: bool = False, **settings
@@ -240,6 +259,8 @@ class HubMixin(AtomicCheckpoints):
             measured=self._strengths(),
             pattern_z=self.statistics.get("pattern_z") if self.compared else None,
             results=self.results,
+            evaluated=self.evaluated,
+            warnings=self.run_warnings,
             audit=self.audit_report,
             emissions=emissions_of(self.callback_handler.callbacks),
             own_tags=self._tag_names,
@@ -269,7 +290,7 @@ class HubMixin(AtomicCheckpoints):
     def _strengths(self) -> dict[str, float]:
         """Strengths that were in force and, in words, where they came from."""
         found = {}
-        for name in ("noise_to_signal", "prior_strength", "share_kept"):
+        for name in ("noise_to_signal", "prior_strength", "kept_fraction"):
             if (value := self.statistics.get(name)) is not None:
                 own = getattr(self.args, name, None) is None and name != "prior_strength"
                 found[f"{name}{', measured' if own else ' in force'}"] = round(value, 4)

@@ -1,4 +1,4 @@
-"""AuditContext divided out, down to a calibrated level (method, section 3b)."""
+"""The forget margins are brought down to a calibrated level (method, section 3b)."""
 
 import math
 from typing import cast
@@ -38,7 +38,10 @@ def rank_of(values: Tensor, curve: Tensor) -> Tensor:
 
 def label_noise_z(forget: Tensor, unseen: Tensor) -> float:
     """z-value of the forget set's share of negative margins against that of unseen rows: two proportions, pooled."""
-    wrong, count = [(margins < 0).double().mean().item() for margins in (forget, unseen)], (len(forget), len(unseen))
+    wrong, count = (
+        [(margins < 0).cpu().double().mean().item() for margins in (forget, unseen)],
+        (len(forget), len(unseen)),
+    )
     pooled = (wrong[0] * count[0] + wrong[1] * count[1]) / sum(count)
     error = (pooled * (1 - pooled) * (1 / count[0] + 1 / count[1])) ** 0.5
     return (wrong[0] - wrong[1]) / error if error > 0 else 0.0

@@ -1,0 +1,120 @@
+"""Which column of a data set is the text, the picture and the label."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import datasets
+
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that are not the usual ones; what is None is found.
+
+    Attributes:
+        text: of the text, or of both texts of a pair.
+        image: of the picture.
+        label: of the label.
+        bias: of the bias attribute: it is never the input.
+        other: further columns that are never the input, as those of a condition.
+    """
+
+    text: str | tuple[str, ...] | list[str] | None = None
+    image: str | None = None
+    label: str | None = None
+    bias: str | None = None
+    other: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The names in `text`."""
+        return (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
+
+
+def names_of(dataset) -> list[str]:
+    """A data set's columns, those of its first row where it does not list them."""
+    return getattr(dataset, "column_names", None) or list(dataset[0])
+
+
+def present(dataset, name: str, what: str) -> str:
+    """``name``, if the data set has it.
+
+    Raises:
+        ValueError: it has not; ``what`` is what the column was to be.
+    """
+    if name not in names_of(dataset):
+        raise ValueError(f"The {what} column '{name}' is not among {', '.join(names_of(dataset))}.")
+    return name
+
+
+def label_column(dataset, columns: Columns = Columns()) -> str:
+    """The label's column: as given, ``labels``, ``label``, or the only one of class names.
+
+    Raises:
+        ValueError: there is none, or more than one candidate.
+    """
+    if columns.label is not None:
+        return present(dataset, columns.label, "label")
+    names = names_of(dataset)
+    for name in ("labels", "label"):
+        if name in names:
+            return name
+    kinds = getattr(dataset, "features", None) or {}
+    classes = [k for k, v in kinds.items() if isinstance(v, datasets.ClassLabel) and k not in _never(columns)]
+    if len(classes) == 1:
+        return classes[0]
+    found = f"more than one column of classes ({', '.join(classes)})" if classes else f"none of {', '.join(names)}"
+    raise ValueError(
+        f"No column 'label' or 'labels', but {found}; say which it is: --label_column NAME, in Python columns=Columns(label=...)."
+    )
+
+
+def image_column(dataset: datasets.Dataset, columns: Columns = Columns()) -> str | None:
+    """The picture's column: as given, or the only one of pictures; None where there is none.
+
+    Raises:
+        ValueError: there is more than one candidate.
+    """
+    if columns.image is not None:
+        return present(dataset, columns.image, "image")
+    found = [k for k, v in dataset.features.items() if isinstance(v, datasets.Image) and k not in _never(columns)]
+    return _only(found, "pictures", "image")
+
+
+def text_columns(dataset: datasets.Dataset, columns: Columns = Columns()) -> tuple[str, ...]:
+    """The text's column or both of a pair: as given, the usual names, or the only one of strings; empty where there is none.
+
+    The label, the bias attribute and the columns of conditions are never the text.
+
+    Raises:
+        ValueError: there is more than one candidate.
+    """
+    if columns.texts:
+        return tuple(present(dataset, name, "text") for name in columns.texts)
+    never = _never(columns) | {"label", "labels"}
+    strings = [k for k, v in dataset.features.items() if is_string(v) and k not in never]
+    for usual in (("text",), ("sentence",), *PAIRS):
+        if set(usual) <= set(strings):
+            return usual
+    only = _only(strings, "text", "text")
+    return () if only is None else (only,)
+
+
+def is_string(feature) -> bool:
+    """Whether a column holds strings."""
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "string_view")
+
+
+def _never(columns: Columns) -> set[str]:
+    return {name for name in (columns.bias, columns.label, *columns.other) if name is not None}
+
+
+def _only(found: Iterable[str], what: str, flag: str) -> str | None:
+    found = list(found)
+    if len(found) > 1:
+        raise ValueError(
+            f"More than one column of {what}: {', '.join(found)}; say which is the input: --{flag}_column NAME, in Python "
+            f"columns=Columns({flag}=...)."
+        )
+    return found[0] if found else None

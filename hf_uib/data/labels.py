@@ -1,0 +1,131 @@
+"""Labels as the model's class ids. Names are matched; a mismatch never permutes classes in silence."""
+
+import re
+import warnings
+from collections.abc import Iterable
+
+import datasets
+import numpy as np
+
+from .columns import Columns, is_string, label_column
+
+
+def class_ids(dataset: datasets.Dataset, config, columns: Columns = Columns(), name: str = "the data") -> dict | None:  # noqa: B008
+    """What each label of a data set is in the model: ``{label: class id}``; None where the labels are ids already.
+
+    Names (class labels, strings) are matched to the model's, whatever their case and order. Integers, whole floats and booleans are
+    ids, and so are class labels of which the model knows no name.
+
+    Args:
+        config: of the model.
+        name: what a message calls the set.
+
+    Raises:
+        ValueError: a name is none of the model's while others are, or the labels are no classes.
+    """
+    column = label_column(dataset, columns)
+    feature = dataset.features[column]
+    if isinstance(feature, (datasets.List, datasets.LargeList, dict)):
+        raise ValueError(f"The labels of {name} (column '{column}') are lists; give one class for each row.")
+    values = list(dict.fromkeys(v for v in dataset.with_format(None)[column][:] if v is not None and v == v))
+    if isinstance(feature, datasets.ClassLabel):
+        names = {i: feature.names[i] for i in sorted(v for v in values if 0 <= v < feature.num_classes)}
+        found = match_names(names.values(), config, name)
+        if found is None:
+            if has_own_names(config) and names:
+                pairs = ", ".join(f"{n} = {model_names(config).get(i, '?')}" for i, n in names.items())
+                warnings.warn(
+                    f"None of the labels of {name} is a class name of the model; they are taken by their number: {pairs}.",
+                    stacklevel=2,
+                )
+            return None
+        ids = {i: found[n] for i, n in names.items()}
+        return None if all(i == k for i, k in ids.items()) else ids
+    if is_string(feature):
+        found = match_names(values, config, name)
+        if found is None and values and all(re.fullmatch(r"\d+(\.0)?", v.strip()) for v in values):
+            found = {v: int(float(v)) for v in values}
+        if found is None:
+            raise ValueError(f"The label '{values[0]}' of {name} is no class of the model; it has {known(config)}.")
+        return found
+    if all(isinstance(v, bool) for v in values):
+        return {v: int(v) for v in values}
+    if all(isinstance(v, (int, np.integer)) for v in values):
+        return None
+    if all(isinstance(v, float) and v.is_integer() for v in values):
+        return {v: int(v) for v in values}
+    raise ValueError(
+        f"The labels of {name} (column '{column}') are not integers; encode them as class ids, or give names."
+    )
+
+
+def match_names(names: Iterable[str], config, name: str) -> dict[str, int] | None:
+    """Ids of class names; None if the model knows none of them.
+
+    Raises:
+        ValueError: the model knows some of them, but not all.
+    """
+    names = list(names)
+    ids, key = {_plain(n): i for i, n in model_names(config).items()}, _plain
+    if len(ids) < len(model_names(config)):  # names that differ in their case alone
+        ids, key = {n: i for i, n in model_names(config).items()}, lambda name: name
+    found = {n: ids[key(n)] for n in names if key(n) in ids}
+    unknown = [n for n in names if n not in found]
+    if found and unknown:
+        raise ValueError(
+            f"The label '{unknown[0]}' of {name} is no class of the model, though others are; it has {known(config)}."
+        )
+    return found or None
+
+
+def model_names(config) -> dict[int, str]:
+    """Class names by id."""
+    return {int(i): str(n) for i, n in (config.id2label or {}).items()}
+
+
+def known(config) -> str:
+    """The model's class names in a row, at most twenty of them."""
+    names = list(model_names(config).values())
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def has_own_names(config) -> bool:
+    """Whether somebody named the classes: Transformers calls them LABEL_0, LABEL_1, ... otherwise."""
+    return any(n != f"LABEL_{i}" for i, n in model_names(config).items())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", str(name)).strip().casefold()
+
+
+def labels_of(dataset, columns: Columns = Columns()) -> np.ndarray:  # noqa: B008
+    """All labels of an encoded set, ``[n, ...]``, as the model gets them."""
+    if not isinstance(dataset, datasets.Dataset):
+        return np.asarray([np.asarray(dataset[i][label_column(dataset, columns)]) for i in range(len(dataset))])
+    transform = transform_of(dataset)
+    if (
+        transform is not None
+        and not hasattr(transform, "labels")
+        and not {"label", "labels"} & set(dataset.column_names)
+    ):
+        name = next(n for n in ("labels", "label") if n in dataset[0])  # made by a transform of the user's
+        return np.concatenate([np.asarray(batch[name]) for batch in dataset.iter(256)])
+    name = getattr(transform, "label", None) or label_column(dataset, columns)
+    values = dataset.with_format(None).select_columns([name])[:][name]
+    return np.asarray(transform.labels(values) if hasattr(transform, "labels") else values)
+
+
+def transform_of(dataset):
+    """What `with_transform` was given, if it was."""
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        return dataset.format["format_kwargs"]["transform"]
+    return None
+
+
+def has_labels(dataset, columns: Columns = Columns()) -> bool:  # noqa: B008
+    """Whether a set has a column of labels."""
+    try:
+        label_column(dataset, columns)
+    except ValueError:
+        return bool({"label", "labels"} & set(dataset[0])) if len(dataset) and transform_of(dataset) else False
+    return True

@@ -1,0 +1,90 @@
+"""From raw rows to what a model takes. Module-level classes, so that loader workers of every kind can be sent them."""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+
+def to_channels(picture: Image.Image, channels: int | None) -> Image.Image:
+    """A picture with as many channels as the model takes (1 or 3), in 8 bits.
+
+    16-bit pictures are scaled by their range, 65,535; floats by 1, or by 255 or 65,535 where they are larger than that.
+
+    Args:
+        channels: of the model; None keeps grey pictures grey.
+    """
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture).astype(np.float64)
+        top = values.max(initial=0.0)
+        if picture.mode == "F":
+            full = 1.0 if top <= 1 else 255.0 if top <= 255 else 65535.0
+        else:
+            full = 65535.0 if picture.mode.startswith("I;16") or top > 255 else 255.0
+        picture = Image.fromarray((values / full * 255).round().clip(0, 255).astype(np.uint8))
+    if channels == 1:
+        return picture.convert("L")
+    if channels == 3:
+        return picture.convert("RGB")
+    return picture if picture.mode in ("RGB", "L") else picture.convert("RGB")
+
+
+class PictureInput:
+    """Pictures through an image processor.
+
+    Args:
+        processor: image processor.
+        column: of the pictures, which does not stay.
+        main_input: what the model calls its input.
+        channels: see `to_channels`.
+    """
+
+    def __init__(self, processor, column: str, main_input: str, channels: int | None = None):
+        self.processor, self.column, self.main_input, self.channels = processor, column, main_input, channels
+
+    def __call__(self, batch: dict) -> dict:
+        pictures = [to_channels(picture, self.channels) for picture in batch[self.column]]
+        rest = {k: v for k, v in batch.items() if k != self.column}
+        return {**rest, self.main_input: self.processor(pictures, return_tensors="pt")[self.main_input]}
+
+
+class TextInput:
+    """Texts, or pairs of texts, through a tokenizer; the texts stay.
+
+    Args:
+        tokenizer: of the model.
+        columns: one name, or two of a pair.
+        max_length: truncation length in tokens; None is the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer, columns: tuple[str, ...], max_length: int | None = None):
+        self.tokenizer, self.columns, self.max_length = tokenizer, columns, max_length
+
+    def __call__(self, batch: dict) -> dict:
+        texts = [list(batch[name]) for name in self.columns]
+        return {**batch, **self.tokenizer(*texts, truncation=True, max_length=self.max_length)}
+
+
+class RowTransform:
+    """What `datasets.Dataset.with_transform` is given: the input, and the labels as class ids. Nothing is cached on disk.
+
+    Args:
+        make_input: `PictureInput` or `TextInput`; None leaves the columns as they are.
+        label: the label's column, if there is one.
+        ids: class ids by label; None where the labels are ids already.
+    """
+
+    def __init__(self, make_input: Callable[[dict], dict] | None, label: str | None = None, ids: dict | None = None):
+        self.make_input, self.label, self.ids = make_input, label, ids
+
+    def labels(self, values: list) -> list[int]:
+        """Class ids of raw labels."""
+        return list(values) if self.ids is None else [self.ids[value] for value in values]
+
+    def __call__(self, batch: dict) -> dict:
+        if self.make_input is not None:
+            batch = self.make_input(batch)
+        if self.label is None or self.label not in batch or (self.ids is None and self.label in ("label", "labels")):
+            return batch
+        rest = {name: values for name, values in batch.items() if name not in ("label", "labels")}
+        return {**rest, "labels": self.labels(batch[self.label])}
