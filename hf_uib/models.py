@@ -202,7 +202,7 @@ def _load_adapter(name: str, adapter: Any, settings: dict[str, Any]) -> PeftMode
         model.load_state_dict({key: saved[key] for key in model.state_dict() if key in saved}, strict=False)
     renamed = _renamed_layers(model, weights)
     if renamed:
-        adapter.target_modules = set(renamed.values())  # type: ignore[attr-defined]
+        adapter.target_modules = set(renamed.values())
         where |= {"key_mapping": {rf"^{re.escape(old)}(?=\.lora_)": new for old, new in renamed.items()}}
     adapter.inference_mode = False
     with warnings.catch_warnings(record=True) as told:
