@@ -139,7 +139,7 @@ TRAINER = {
         "no image or sequence classifier",
     ),
     "a text model without its tokenizer": (
-        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), load_processor(str(p.parent / "bare"), False)),
+        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), load_processor(str(p.parent / "bare"), picture=False)),
         "has no tokenizer",
     ),
     "a broken config": (lambda p: load_classifier(broken(p, "config.json")), "config.json"),

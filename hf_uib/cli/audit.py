@@ -94,7 +94,7 @@ def audit(job: AuditArguments) -> AuditReport:
         bias_column=job.bias_column,
         retrained_model=retrained,
         processing_class=load_processor(
-            job.reference or job.model, picture=model.main_input_name == "pixel_values", **remote_code(job)
+            job.reference, job.model, picture=model.main_input_name == "pixel_values", **remote_code(job)
         ),
         example_column=job.example_column,
         deep=job.deep,
