@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PriorRefresh(TrainerCallback):
-    """Before an optimizer step: refresh the prior when it is due, and draw the noise."""
+    """Before an optimizer step: refresh the prior when it is due."""
 
     def __init__(self, trainer: "UIBTrainer"):
         self.trainer = trainer
@@ -22,6 +22,16 @@ class PriorRefresh(TrainerCallback):
         """Once per optimizer step, whatever the accumulation."""
         if refresh_is_due(state.global_step, args.prior_update_steps):
             self.trainer.refresh_prior()
+
+
+class NoiseDraw(TrainerCallback):
+    """Before an optimizer step: draw its channel noise, of which each row of the step takes one of the draws."""
+
+    def __init__(self, trainer: "UIBTrainer"):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Once per optimizer step, whatever the accumulation."""
         self.trainer.posterior.draw(state.global_step, state.max_steps)
 
 
@@ -29,7 +39,7 @@ class OverUnlearningCorrection(TrainerCallback):
     """After the last step: randomly drawn rows that now stand out from unseen ones by *low* margins are known by that.
 
     The adapter then goes back on the straight line to the checkpoint, ``W + fraction * s B A``, until they do not: a bisection for
-    the fraction at which the rank test of both sets' margins is zero (docs/method.md, "Back on the way").
+    the fraction at which the rank test of both sets' margins is zero (docs/method.md, "Correction of over-unlearning").
     """
 
     def __init__(self, trainer: "UIBTrainer"):
@@ -65,9 +75,9 @@ class OverUnlearningCorrection(TrainerCallback):
             middle = (low + high) / 2
             low, high = (middle, high) if z(middle) >= 0 else (low, middle)
         z(low)
-        measured.statistics["share_kept"] = low
+        measured.statistics["kept_fraction"] = low
         warnings.warn(
-            f"Over-unlearning: {seen}. {low:.0%} of the change are kept, with which they are not told apart. A smaller "
+            f"Over-unlearning: {seen}. {low:.0%} of the change are kept, with which the two sets look alike. A smaller "
             "prior_strength may forget them at less cost.",
             stacklevel=2,
         )

@@ -46,7 +46,7 @@ def channel_kl(
 ) -> Tensor:
     r"""R^(l) of section 3(a) along the subspace: KL between two Gaussians over dW V', one value per layer.
 
-    A layer reads the pattern with ``M = (W + dW) V' [out, k]``, and its channel noise is ``scale * M G``, ``G [k, k]``
+    A layer projects the pattern with ``M = (W + dW) V' [out, k]``, and its channel noise is ``scale * M G``, ``G [k, k]``
     standard normal. So ``dW V'`` has k independent columns, each with covariance ``S(M) = scale^2 M M' + floor^2 I`` around its
     mean; the prior has the same channel at its own mean ``M_0``:
 

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .lora import adapter_name
-from .models import BASE, base_is_named
+from .models import BASE, adapter_weights, base_is_named
 from .provenance import detached
 from .serialization import dumps, plain
 from .state import UIBState
@@ -112,18 +112,6 @@ class AtomicCheckpoints(Trainer):
         self.written[os.path.abspath(target)] = [*names, "README.md"]
         self.create_model_card(folder=target)
 
-    def save_state(self) -> None:
-        """As in Trainer; NaN becomes null."""
-        if self.is_world_process_zero():
-            self._write_state(str(self.args.output_dir))
-
-    def _write_state(self, folder: str) -> None:
-        write_json(dataclasses.asdict(self.state), os.path.join(folder, TRAINER_STATE_NAME), sort_keys=True)
-
-    def save_metrics(self, split, metrics, combined=True) -> None:
-        """As in Trainer; NaN becomes null."""
-        super().save_metrics(split, plain(metrics), combined)
-
     def _save_base(self, folder: str) -> None:
         """Write the model below the adapter to ``folder/base``, once, where no name leads to it.
 
@@ -144,7 +132,21 @@ class AtomicCheckpoints(Trainer):
             detached(model).save_pretrained(os.path.join(unfinished, BASE))
         self._base_folders |= {folder}
 
+    def save_state(self) -> None:
+        """As in Trainer; NaN becomes null."""
+        if self.is_world_process_zero():
+            self._write_state(str(self.args.output_dir))
+
+    def _write_state(self, folder: str) -> None:
+        write_json(dataclasses.asdict(self.state), os.path.join(folder, TRAINER_STATE_NAME), sort_keys=True)
+
+    def save_metrics(self, split, metrics, combined=True) -> None:
+        """As in Trainer; NaN becomes null."""
+        super().save_metrics(split, plain(metrics), combined)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        name = adapter_name(self.accelerator.unwrap_model(self.model))
+        adapter_weights(resume_from_checkpoint, **({} if name == "default" else {"subfolder": name}))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.set_trainable()
 

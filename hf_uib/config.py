@@ -1,10 +1,12 @@
 """`UIBConfig`: TrainingArguments plus the settings of the bound."""
 
+import json
 import math
 import os
 import warnings
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -49,8 +51,8 @@ class UIBConfig(TrainingArguments):
         metadata={
             "help": "The dynamic prior R^(l): `calibrated` divides what the forget set taught out, down to the level of data the "
             "checkpoint never saw; `influence` starts at the Laplace estimate of the retrained weights (UIB-IF); `ascent` "
-            "(NegGrad+), `random_label` and `saliency` (SalUn) host those methods; `none` is plain variational LoRA. Also the "
-            "name of a prior of your own (`hf_uib.register_prior`).",
+            "(NegGrad+), `random_label` and `saliency` (SalUn) host those methods; `none` is plain variational LoRA. In "
+            "Python also the name of a prior of your own (`hf_uib.register_prior`).",
         },
     )
     prior_strength: float | None = field(
@@ -94,7 +96,7 @@ class UIBConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "kappa: noise over signal in the channel along the pattern. By default the noise under which the checkpoint "
-            "still tells 65%% of what it knows about the forget labels, in nats; 0 where the contrast is no more than chance."
+            "keeps 65%% of what it says about the forget labels, in nats; 0 where the contrast is no more than chance."
         },
     )
     calibration_fraction: float = field(
@@ -133,6 +135,12 @@ class UIBConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name in ("channel_settings", "influence_settings"):
+            given = getattr(self, name)
+            if isinstance(given, (ChannelSettings, InfluenceSettings)):
+                setattr(self, name, asdict(given))
+            elif isinstance(given, str):
+                setattr(self, name, _from_json(name, given))
         super().__post_init__()
         self.remove_unused_columns = False  # the collator leaves out what the model does not take
         for name, low, high in (
@@ -147,7 +155,7 @@ class UIBConfig(TrainingArguments):
             ("contrast_samples", 2, None),
         ):
             value = getattr(self, name)
-            if value is not None and (value < low or (high is not None and value > high)):
+            if value is not None and not (value >= low and (high is None or value <= high)):
                 limits = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ValueError(f"{name} is {value}; it must be {limits}.")
         prior_class(self.prior)
@@ -185,20 +193,35 @@ class UIBConfig(TrainingArguments):
         return _settings(InfluenceSettings, "influence_settings", self.influence_settings)
 
 
+def _from_json(name: str, text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is {text!r}; write it as JSON, " + '{"NAME": NUMBER}.')
+    return found
+
+
 @cache
 def _plain_arguments() -> TrainingArguments:
     """With every default, as Transformers fills them in."""
     return TrainingArguments()
 
 
-def _settings(kind: type, name: str, given: dict | str | None):
-    if isinstance(given, str):
-        raise ValueError(f'{name} is {given!r}; write it as JSON, {{"name": value}}.')
+def _settings(kind: type, name: str, given: Any):
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, (dict, type(None))):
+        raise ValueError(f"{name} is {given!r}; give a dictionary, or JSON.")
     known = [f.name for f in fields(kind)]
     unknown = [key for key in given or {} if key not in known]
     if unknown:
         raise ValueError(f"{name} has no {unknown[0]!r}; it has {', '.join(known)}.")
-    return kind(**(given or {}))
+    try:
+        return kind(**(given or {}))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def refuse_unsupported(args: UIBConfig) -> None:

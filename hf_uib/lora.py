@@ -117,9 +117,15 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
             raise ValueError(
                 "The PeftModel's active adapter is not LoRA; merge it (merge_and_unload) and pass the result."
             )
-        require_one_adapter(model)
+        active = model.active_adapters
+        if len(active) > 1:
+            raise ValueError(
+                f"{len(active)} adapters are active ({', '.join(active)}); merge them, or set_adapter one."
+            )
+        require_base_below(model)
         _only_linear(model)
         _in_the_blocks(model)
+        _answer_for_layers(model)
         name = adapter_name(model)
         if not any(p.requires_grad for layer in layers.values() for p in layer.lora_B[name].parameters()):
             raise ValueError(
@@ -137,6 +143,7 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
     model.__dict__[FROZEN] = frozen
     _only_linear(model)
     _in_the_blocks(model)
+    _answer_for_layers(model)
     return model
 
 
@@ -163,18 +170,23 @@ def require_additive(config: PeftConfig) -> None:
             )
 
 
-def require_one_adapter(model: PeftModel) -> None:
-    """Refuse what `require_additive` does of a model's adapter, several at once, and one that is merged in place.
+def require_base_below(model: PeftModel) -> None:
+    """Refuse adapters that cannot be taken off: more than a product, or merged in place.
 
     Raises:
         ValueError: with what to do.
     """
-    active = model.active_adapters
-    if len(active) > 1:
-        raise ValueError(f"{len(active)} adapters are active ({', '.join(active)}); merge them, or set_adapter one.")
-    require_additive(model.peft_config[active[0]])
+    for name in model.active_adapters:
+        require_additive(model.peft_config[name])
     if any(layer.merged for layer in lora_layers(model).values()):
         raise ValueError("The adapter is merged in place; call unmerge_adapter() first, or merge_and_unload().")
+
+
+def _answer_for_layers(model: PeftModel) -> None:
+    """Give adapted layers the settings of those they stand for: some models ask for them (MobileNet pads by a stride)."""
+    for layer in lora_layers(model).values():
+        settings = {k: v for k, v in vars(base_of(layer)).items() if k[0] != "_" and isinstance(v, (int, str, tuple))}
+        layer.__dict__ |= {name: value for name, value in settings.items() if not hasattr(layer, name)}
 
 
 def _in_the_blocks(model: PeftModel) -> None:

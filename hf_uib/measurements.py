@@ -27,7 +27,7 @@ class Measurements:
         inference: passes rows through the model.
         args: seed, sample sizes and the kind of subspace.
         statistics: what was measured so far, by name: ``pattern_z``, ``noise_to_signal``, ``prior_strength``,
-            ``calibration_margin`` (nats), ``share_kept`` (of the change, after over-unlearning).
+            ``calibration_margin`` (nats), ``kept_fraction`` (of the change, after over-unlearning).
     """
 
     sets: UnlearningSets

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
-from .state import base_fingerprint_of
+from .state import identity_of
 
 BASE = "base"  # folder beside an adapter, of a base that has no name
 # Settings of `from_pretrained` that say where a file is, not how it is read
@@ -97,6 +97,9 @@ def _where(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_classifier(name: str, settings: dict[str, Any]) -> Any:
+    named = identity_of(name).get("record", {}).get("adapter_name", "default")
+    if named != "default":  # PEFT keeps it in a folder of that name
+        settings = {"subfolder": named} | settings
     adapter = find_adapter_config_file(name, **_where(settings))
     if adapter is not None:
         return _load_adapter(name, PeftConfig.from_pretrained(os.path.dirname(adapter)), settings)
@@ -166,17 +169,12 @@ def _class_of(config: Any) -> Any:
 # ---- Adapters ----
 
 
-def _load_adapter(name: str, adapter: PeftConfig, settings: dict[str, Any]) -> PeftModel:
+def _load_adapter(name: str, adapter: Any, settings: dict[str, Any]) -> PeftModel:
     """An adapter on its base, which gets the adapter's head and class names where it has others or none."""
     if adapter.task_type not in TASKS:
         raise ValueError(f"{name} is an adapter for {adapter.task_type}; UIB needs a classifier's (SEQ_CLS, or none).")
     where = _where(settings)
-    weights = _adapter_file(name, SAFETENSORS_WEIGHTS_NAME, where)
-    if weights is None:
-        raise ValueError(
-            f"{name} has no {SAFETENSORS_WEIGHTS_NAME}: pickled weights run code when they are read; load the adapter where you "
-            "trust it, and save_pretrained it again."
-        )
+    weights = adapter_weights(name, **where)
     base_settings = {key: value for key, value in settings.items() if key not in ("revision", "subfolder")}
     base, beside = _base_of(name, adapter, base_settings)
     with _in_one_line(base, base_settings):
@@ -215,7 +213,7 @@ def _load_adapter(name: str, adapter: PeftConfig, settings: dict[str, Any]) -> P
             raise ValueError(f"The adapter {name} does not fit its base {base}: it lacks layers that it should have.")
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if beside and "dtype" not in settings:
-        expected = base_fingerprint_of(name)
+        expected = identity_of(name).get("base")
         if expected is not None and fingerprint(model) != expected:
             warnings.warn(
                 f"{base} is not the base that the adapter in {name} was trained on: another run wrote it.",
@@ -234,10 +232,26 @@ def _base_of(name: str, adapter: PeftConfig, settings: dict[str, Any]) -> tuple[
         return base, False
     if beside is not None:
         return beside, True
+    wanted = f", or save that model to {os.path.join(name, BASE)}" if os.path.isdir(name) else ""
     raise ValueError(
         f"The adapter {name} names no base model and has none beside it; load it with PeftModel.from_pretrained on the model it "
-        f"was trained on, or save that model to {os.path.join(name, BASE)}."
+        f"was trained on{wanted}."
     )
+
+
+def adapter_weights(name: str, **where) -> str:
+    """Path of an adapter's safetensors file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    weights = _adapter_file(name, SAFETENSORS_WEIGHTS_NAME, where)
+    if weights is None:
+        raise ValueError(
+            f"{name} has no {SAFETENSORS_WEIGHTS_NAME}: pickled weights run code when they are read; load the adapter where you "
+            "trust it, and save_pretrained it again."
+        )
+    return weights
 
 
 def is_here(name: str, settings: dict[str, Any] | None = None) -> bool:
@@ -277,7 +291,7 @@ def _saved_modules(weights: str) -> dict[str, torch.Tensor]:
         }  # fmt: skip
 
 
-def _renamed_layers(model: nn.Module, weights: str) -> dict[str, str]:
+def _renamed_layers(model: Any, weights: str) -> dict[str, str]:
     """The adapter's layers with their present names, where Transformers has renamed some since it was saved (ViT's ``query``)."""
     there = {name for name, _ in model.named_modules()}
     with safe_open(weights, "pt") as file:

@@ -26,7 +26,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 def other_classes_kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
     """Fit term without retained data: KL(reference || model) over the classes other than ``labels``.
 
-    What the reference says about the example's own class is the evidence to forget, so that class is taken out of both
+    What the reference says about the example's own class is what is to be forgotten, so that class is taken out of both
     distributions and the rest is renormalised.
 
     Returns:

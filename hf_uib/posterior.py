@@ -48,7 +48,7 @@ class ChannelPosterior(nn.Module):
         adapter: the adapter's name.
         subspaces: V_l ``[k, d_in]``, by name.
         output_scales: see `ContrastStatistics`.
-        a_spans_subspace: whether ``lora_A`` is V_l but for a factor, and frozen.
+        a_spans_subspace: whether ``lora_A`` is a multiple of V_l, and frozen.
         settings: of the channel.
         seed: of the noise.
         unreached: layers to which no gradient comes.
@@ -105,7 +105,7 @@ class ChannelPosterior(nn.Module):
         settings: ChannelSettings,
         seed: int = 0,
     ) -> "ChannelPosterior":
-        """The posterior of a run that begins. An adapter that has not been trained yet gets ``A = V_l`` but for a factor."""
+        """The posterior of a run that begins. An adapter that has not been trained yet gets a multiple of V_l as its A."""
         fits = {
             name: layer.lora_A[adapter].weight.flatten(1).shape == contrast.subspaces[name].shape
             for name, layer in layers.items()
@@ -181,7 +181,7 @@ class ChannelPosterior(nn.Module):
             self.noise.silence()
 
     def choose_noise(self, label_information: Callable[[], float]) -> float:
-        """kappa from the data: the noise under which the checkpoint still tells most of what it knows about the forget labels.
+        """kappa from the data: the noise under which the checkpoint keeps most of what it says about the forget labels.
 
         Args:
             label_information: measures it, in nats, under the noise that is drawn (in eval mode).
@@ -190,18 +190,18 @@ class ChannelPosterior(nn.Module):
             The noise-to-signal ratio; 0 where the checkpoint tells nothing. By 7 halvings of the interval.
         """
 
-        def told(kappa: float) -> float:
+        def information(kappa: float) -> float:
             self.noise.draw(kappa, self.seed, -1)
             return label_information()
 
         low, high = 0.0, self.settings.max_noise_to_signal
         with self.noise.in_eval_mode():
-            enough = self.settings.label_information * told(0.0)
+            enough = self.settings.label_information_kept * information(0.0)
             if enough <= 0:
                 return 0.0
             for _ in range(7):
                 middle = (low + high) / 2
-                low, high = (middle, high) if told(middle) >= enough else (low, middle)
+                low, high = (middle, high) if information(middle) >= enough else (low, middle)
         return low
 
     # ---- The divergence from the prior ----
@@ -270,7 +270,7 @@ class ChannelNoise:
         layers: adapted layers, by name.
         subspaces: V_l ``[k, d_in]``, by name.
         adapter: the adapter's name.
-        projected_weight: where ``lora_A`` is V_l but for a factor: what the base layer makes of its output, in LoRA's units
+        projected_weight: where ``lora_A`` is a multiple of V_l: what the base layer makes of its output, in LoRA's units
             ``[d_out, k]``, by name. The noise then goes through LoRA's own factors, at one thin product a layer; otherwise it
             is added to the layer's input, at two.
     """

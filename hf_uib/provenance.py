@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .lora import adapter_name, copy_without_hooks, lora_layers, require_additive, require_plain_weights
-from .models import Name, load_classifier, name_of
+from .models import Name, adapter_weights, load_classifier, name_of
 from .state import STATE_NAME
 
 MERGED_ERROR = 0.01  # of the largest logit
@@ -137,7 +137,7 @@ def next_base(name: Name, *, trust_remote_code: bool = False) -> Any:
         return model
     try:
         record = _state_of(name)["record"]
-    except ValueError:  # somebody's fine-tuning, to be gone on with
+    except ValueError:  # somebody's fine-tuning, to be trained further
         return model
     done = requests_of(model)
     return without_origin(_adapted(detached(model), name, record).merge_and_unload(), [*done, record])
@@ -165,5 +165,6 @@ def _state_of(adapter: str) -> dict:
 
 def _adapted(model: PreTrainedModel, adapter: str, record: dict) -> PeftModel:
     """PEFT saves an adapter of another name than ``default`` in a folder of that name."""
-    named = record["adapter_name"] if record["adapter_name"] != "default" else None
-    return PeftModel.from_pretrained(model, adapter, **({"subfolder": named} if named else {}))
+    where = {"subfolder": record["adapter_name"]} if record["adapter_name"] != "default" else {}
+    adapter_weights(adapter, **where)
+    return PeftModel.from_pretrained(model, adapter, **where)

@@ -49,6 +49,7 @@ class ResultsMixin(AtomicCheckpoints):
     raw_eval_dataset: Any
     results: dict[str, dict]
     audit_report: "AuditReport | None"
+    results_from_audit: bool
     _base_fingerprint: str | None
 
     @property
@@ -90,6 +91,15 @@ class ResultsMixin(AtomicCheckpoints):
     def adapted_model(self) -> PeftModel:
         """The model with its adapter, without what Accelerate wraps around it."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def unlearned_nothing(self) -> bool:
+        """Whether the adapter is where it began: B is zero in every layer, or as the checkpoint's own adapter had it."""
+        if self.adapter_before is None:
+            return is_fresh(self.layers, self.adapter_name)
+        now = get_peft_model_state_dict(self.adapted_model, adapter_name=self.adapter_name)
+        factors = [name for name in now if ".lora_" in name]
+        return all(torch.equal(now[name].cpu(), self.adapter_before[name].cpu()) for name in factors)
 
     @property
     def measured_examples(self) -> int:
@@ -148,15 +158,6 @@ class ResultsMixin(AtomicCheckpoints):
             for text in self.run_warnings:
                 warnings.warn(text, stacklevel=3)
         return output
-
-    @property
-    def unlearned_nothing(self) -> bool:
-        """Whether the adapter is where it began: B is zero in every layer, or as the checkpoint's own adapter had it."""
-        if self.adapter_before is None:
-            return is_fresh(self.layers, self.adapter_name)
-        now = get_peft_model_state_dict(self.adapted_model, adapter_name=self.adapter_name)
-        factors = [name for name in now if ".lora_" in name]
-        return all(torch.equal(now[name].cpu(), self.adapter_before[name].cpu()) for name in factors)
 
     @property
     def run_warnings(self) -> list[str]:
@@ -271,5 +272,6 @@ class ResultsMixin(AtomicCheckpoints):
         )
         self.raw_eval_dataset = test_dataset
         self.fingerprints.pop("eval_dataset", None)
-        self.results = self.results or results_of(self.audit_report)
+        if not self.results or self.results_from_audit:
+            self.results, self.results_from_audit = results_of(self.audit_report), True
         return self.audit_report

@@ -1,15 +1,39 @@
 """Settings that are set once for all tasks, and that research or a test may want to change."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+
+class Limits:
+    """Checks the numbers of a settings class against its ``limits``: the least and the most that each may be.
+
+    Raises:
+        ValueError: a value is no number, or outside.
+    """
+
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}
+
+    def __post_init__(self):
+        for setting in fields(self):
+            value, (low, high) = getattr(self, setting.name), self.limits[setting.name]
+            whole = setting.type in (int, "int")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if whole else (int, float))
+                or not low <= value <= high
+            ):
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{setting.name} is {value!r}; it must be {kind} between {low:g} and {high:g}.")
 
 
 @dataclass(frozen=True)
-class ChannelSettings:
+class ChannelSettings(Limits):
     """The noise channel's settings that are set once for all tasks (docs/method.md, sections 2 and 3a).
 
     Attributes:
-        label_information: fraction of the nats that the checkpoint's predictions tell about the forget labels, which they still
-            tell under the default noise.
+        label_information_kept: fraction of what the checkpoint's predictions say about the forget labels, in nats, that is left
+            under the default noise.
         probe_rows: forget rows on which that is measured.
         max_noise_to_signal: the largest noise that is tried; 4 leaves a capacity of 0.03 nats per direction.
         pattern_z: under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for.
@@ -19,7 +43,7 @@ class ChannelSettings:
         min_relative_scale: what is smaller, relative to the mean input or to the usual output scale, counts as zero.
     """
 
-    label_information: float = 0.65
+    label_information_kept: float = 0.65
     probe_rows: int = 128
     max_noise_to_signal: float = 4.0
     pattern_z: float = 2.0
@@ -28,9 +52,20 @@ class ChannelSettings:
     floor: float = 0.05
     min_relative_scale: float = 1e-3
 
+    limits: ClassVar = {
+        "label_information_kept": (0, 1),
+        "probe_rows": (1, math.inf),
+        "max_noise_to_signal": (0, math.inf),
+        "pattern_z": (-math.inf, math.inf),
+        "over_unlearning_z": (-math.inf, math.inf),
+        "code_scale": (1e-9, math.inf),
+        "floor": (1e-9, math.inf),
+        "min_relative_scale": (0, 1),
+    }
+
 
 @dataclass(frozen=True)
-class InfluenceSettings:
+class InfluenceSettings(Limits):
     """How ``prior="influence"`` solves for its mean (docs/method.md, section 3c).
 
     Attributes:
@@ -48,3 +83,12 @@ class InfluenceSettings:
     tolerance: float = 1e-10
     max_increase: float = 0.05
     halvings: int = 8
+
+    limits: ClassVar = {
+        "damping": (0, math.inf),
+        "exact": (0, math.inf),
+        "iterations": (1, math.inf),
+        "tolerance": (0, 1),
+        "max_increase": (-math.inf, math.inf),
+        "halvings": (0, math.inf),
+    }

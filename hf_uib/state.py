@@ -109,15 +109,15 @@ class UIBState:
                 )
 
 
+def identity_of(folder: str) -> dict:
+    """`UIBState.identity` of a folder; empty where `STATE_NAME` is not there."""
+    path = os.path.join(folder, STATE_NAME)
+    if not os.path.isfile(path):
+        return {}
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("uib", "{}"))
+
+
 def _with_names(value: dict) -> dict:
     """With words for infinities, which a setting may be and JSON has not."""
     return plain(value, not_finite=str)
-
-
-def base_fingerprint_of(folder: str) -> str | None:
-    """Hash of the weights below the adapter that a folder holds; None where `STATE_NAME` is not there."""
-    path = os.path.join(folder, STATE_NAME)
-    if not os.path.isfile(path):
-        return None
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["uib"]).get("base")

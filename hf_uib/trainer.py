@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from .callbacks import OverUnlearningCorrection, PriorRefresh
+from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
 from .config import UIBConfig, refuse_unsupported, set_default_steps
 from .data.columns import Columns
 from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch, collator_for
@@ -155,6 +155,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
         # 4. Prior and posterior
         self.prior = build_prior(prior, args, retained=sets.retain is not None)
+        self.untouched_prior, self.prior_identity = copy.deepcopy(self.prior), self.prior.identity()
         wanted = self.prior.needs_calibration_margins and sets.calibration is None
         self.held_out = sets.hold_out(args.calibration_fraction, args.seed) if wanted else set()
         self.contrast_norms: dict[str, float] = {}  # |C_l| by layer
@@ -175,7 +176,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             eval_dataset=sets.evaluation,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[PriorRefresh(self), OverUnlearningCorrection(self), *(callbacks or [])],
+            callbacks=[PriorRefresh(self), NoiseDraw(self), OverUnlearningCorrection(self), *(callbacks or [])],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
@@ -202,6 +203,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.card_settings: dict = {}
         self._base_fingerprint: str | None = None
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
+        self.results_from_audit = False
         self.audit_report = None
 
     # ---- Before the first step --------------------------------------------------------------------------------------
@@ -214,9 +216,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         args = self.args
         if self._posterior is not None:
             self._posterior.noise.remove()
+            self.prior = copy.deepcopy(self.untouched_prior)
         self._posterior = None
         self.set_trainable()
-        self.measurements.statistics = {}
+        self.measurements.statistics, self.results, self.audit_report = {}, {}, None
         contrast = self.measurements.contrast(self.model, self.layers)
         self.contrast_norms = contrast.norms
         posterior = self._posterior = ChannelPosterior.from_contrast(
@@ -437,6 +440,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def _identity(self) -> dict:
         """What a resumed run has to share with the one it goes on with."""
         settings = {"prior": type(self.prior).__name__} | {name: getattr(self.args, name) for name in SHARED_SETTINGS}
+        settings |= self.prior_identity
         return {"forget": self.forget_fingerprint, "base": self.base_fingerprint, "settings": settings}
 
     def floating_point_ops(self, inputs) -> int:

@@ -1,7 +1,6 @@
-"""What kind of labels a model gives: the one place where loss, margin and predictions are decided."""
+"""What kind of labels a model gives: the one place where the loss and the margin of training are decided."""
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,10 +45,6 @@ class UnlearningTask:
 
     def label_information(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What the predictions tell about the labels: scalar, in nats."""
-        raise NotImplementedError
-
-    def predictions(self, logits: Tensor) -> Tensor:
-        """The labels that the model gives."""
         raise NotImplementedError
 
 
@@ -101,7 +96,3 @@ class SingleLabel(UnlearningTask):
     def label_information(self, logits: Tensor, labels: Tensor) -> Tensor:
         """``H(Y) - CE``."""
         return label_information(logits, labels)
-
-    def predictions(self, logits: Tensor) -> Tensor:
-        """The most probable class, ``[n]``."""
-        return torch.argmax(logits, -1)

@@ -89,7 +89,7 @@ TRAINER = {
     "negative label": (lambda p: train(p, retain=relabelled([0, -100, 1])), "has label -100"),
     "label too large in calibration": (lambda p: train(p, calibration=relabelled([0, 9])), "has label 9"),
     "labels that are no integers": (lambda p: train(p, forget=relabelled([0.5, 1.0])), "are not integers"),
-    "labels that are text": (lambda p: train(p, forget=relabelled(["a", "b"])), "The label 'a' of forget_dataset is no class of the model"),
+    "labels that are text": (lambda p: train(p, forget=relabelled(["a", "b"])), "The label 'a' of forget_dataset is no class"),
     "no label column": (lambda p: train(p, forget=make_rows().remove_columns("labels")), "No column 'label'"),
     "NaN in forget pixels": (lambda p: train(p, forget=rows_with(pixels(float("nan")))), "not finite"),
     "NaN in retained pixels": (lambda p: train(p, retain=rows_with(pixels(float("nan")), 16, 2)), "not finite"),
@@ -139,7 +139,7 @@ TRAINER = {
         "no image or sequence classifier",
     ),
     "a text model without its tokenizer": (
-        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), load_processor(str(p.parent / "bare"), False)),
+        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), load_processor(str(p.parent / "bare"), picture=False)),
         "has no tokenizer",
     ),
     "a broken config": (lambda p: load_classifier(broken(p, "config.json")), "config.json"),

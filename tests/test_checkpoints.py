@@ -16,7 +16,7 @@ import transformers
 from conftest import ARCHITECTURES, SMALL, make_model, make_rows
 from hub_server import HubServer
 from launching import HERE, command_for
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer import adapter_weights, config, losses, same
 from torch import nn
@@ -368,6 +368,17 @@ def test_a_base_of_another_run_is_told(tmp_path):
         load_classifier(tmp_path / "out")
 
 
+def test_an_adapter_of_another_name(tmp_path):
+    """PEFT keeps it in a folder of that name."""
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
+    trainer = trainer_on(model, tmp_path / "out")
+    trainer.train()
+    trainer.save_model()
+    assert torch.equal(logits_of(load_classifier(tmp_path / "out")), logits_of(trainer.model))
+    audit_model(tmp_path / "out", forget_dataset=make_rows(n=24, seed=1), test_dataset=make_rows(seed=4))
+    trainer_on(tmp_path / "out", tmp_path / "next")
+
+
 def test_an_interrupted_base_is_not_half_there(tmp_path, monkeypatch):
     trainer = trainer_on(make_model(), tmp_path / "out")
 
@@ -466,7 +477,7 @@ def test_an_optimizer_of_the_adapter(tmp_path):
 
 def test_a_run_that_changed_nothing(tmp_path):
     trainer = trainer_on(make_model(), tmp_path, learning_rate=0.0)
-    with pytest.warns(UserWarning, match="Nothing was unlearned: after 6 steps"):
+    with pytest.warns(UserWarning, match="Nothing was unlearned: training left the adapter as it was"):
         trainer.train()
     assert trainer.unlearned_nothing
     assert requests_of(trainer.merge_and_unload()) == []  # it never becomes a model that unlearned
@@ -562,6 +573,10 @@ def test_models_that_come_with_more_than_a_product(tmp_path):
     merged = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]))
     merged.merge_adapter()
     refused(merged, "merged in place")
+    with pytest.raises(ValueError, match="merged in place"):
+        audit_model(merged, forget_dataset=make_rows(), test_dataset=make_rows(seed=3))
+    other = get_peft_model(make_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    audit_model(other, forget_dataset=make_rows(), test_dataset=make_rows(seed=3))  # comes off whole
     # An audit would take what lies below it for the model before
     biased = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"], bias="all"))
     with pytest.raises(ValueError, match="has bias='all'"):
@@ -711,6 +726,16 @@ def test_adapters_on_the_head_alone(tmp_path):
     resnet = transformers.ResNetForImageClassification(transformers.ResNetConfig(**small))
     with pytest.raises(ValueError, match=r"they hold no linear layer \(BatchNorm2d, Conv2d"):
         attach_adapter(resnet, None, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_asks_its_layers(tmp_path):
+    torch.manual_seed(0)
+    small = transformers.MobileNetV2Config(num_channels=1, image_size=8, depth_multiplier=0.25, num_labels=3)
+    trainer = trainer_on(transformers.MobileNetV2ForImageClassification(small), tmp_path)
+    trainer.train()
+    after = logits_of(trainer.model)
+    torch.testing.assert_close(logits_of(trainer.merge_and_unload()), after, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_that_two_layers_share():
@@ -932,6 +957,21 @@ def test_pickled_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pickled weights alone.*save_pretrained") as caught:
         load_classifier(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_adapter_is_not_resumed_nor_undone(tmp_path):
+    trainer = trainer_on(make_model(), tmp_path, save_strategy="steps", save_steps=3)
+    trainer.train()
+    for folder, call in (
+        (
+            tmp_path / "checkpoint-3",
+            lambda path: trainer_on(make_model(), tmp_path / "b").train(resume_from_checkpoint=path),
+        ),
+        (tmp_path / "checkpoint-6", lambda path: undo(trainer.merge_and_unload(), path)),
+    ):
+        os.rename(folder / "adapter_model.safetensors", folder / "adapter_model.bin")
+        with pytest.raises(ValueError, match="pickled weights run code"):
+            call(folder)
 
 
 def test_weights_of_another_shape(tmp_path):

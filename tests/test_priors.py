@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 from hf_uib import UIBConfig, UIBTrainer, objective
 from hf_uib.priors import PRIORS, CalibratedPrior, Prior, PriorContext, register_prior
 from hf_uib.priors.calibrated import interpolate, label_noise_z, quantiles
+from hf_uib.settings import ChannelSettings
 
 
 def attached(prior, **context):
@@ -238,3 +239,104 @@ def test_a_level_for_a_prior_object_is_refused(tmp_path):
     args = config(tmp_path, forget_target=0.5)
     with pytest.raises(ValueError, match="give it to your prior object"):
         UIBTrainer(make_model(), args, make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=CalibratedPrior())
+
+
+def test_a_second_training_knows_nothing_of_the_first_one_s_prior(tmp_path):
+    class Adding(Prior):
+        def __init__(self):
+            self.total = 0
+
+        def refresh(self, forget_margins, calibration_margins):
+            self.total += 1
+
+        def forget_loss(self, logits, labels):
+            return self.task.margin(logits, labels).mean()
+
+    trainer = UIBTrainer(
+        make_model(),
+        config(tmp_path, prior_fraction=1.0),
+        make_rows(n=24, seed=1),
+        make_rows(n=16, seed=2),
+        prior=Adding(),
+    )
+    first = trainer.prior
+    for _ in range(2):
+        trainer.train()
+        assert trainer.prior.total == 3
+    assert first.total == 3
+
+
+def test_forget_batches_to_the_end_where_the_class_says_so(tmp_path):
+    class Lasting(Prior):
+        keep_forget_batches = True
+
+        def forget_loss(self, logits, labels):
+            return self.task.margin(logits, labels).mean()
+
+    trainer = UIBTrainer(
+        make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=Lasting()
+    )
+    trainer.train()
+    assert all("forget_margin" in entry for entry in trainer.state.log_history if "fit_nats" in entry)
+
+
+def test_resume_knows_what_the_prior_was_made_with(tmp_path):
+    class Weighted(Prior):
+        def __init__(self, weight):
+            self.weight = weight
+
+        def forget_loss(self, logits, labels):
+            return self.weight * self.task.margin(logits, labels).mean()
+
+    def trainer(weight):
+        args = config(tmp_path, save_strategy="steps", save_steps=3)
+        return UIBTrainer(make_model(), args, make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=Weighted(weight))
+
+    trainer(1.0).train()
+    trainer(1.0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match=r"made with prior.weight 1.0, not 5.0"):
+        trainer(5.0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("wrong", ["mine", lambda logits, labels: 0, CalibratedPrior])
+def test_what_is_no_prior_is_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"give an object of a subclass of hf_uib.Prior"):
+        UIBTrainer(make_model(), config(tmp_path), make_rows(n=24, seed=1), make_rows(n=16, seed=2), prior=wrong)
+
+
+def test_names_are_taken_once_and_by_priors_alone():
+    with pytest.raises(ValueError, match="There is a prior 'ascent' already"):
+        register_prior("ascent")(type("Other", (Prior,), {}))
+    with pytest.raises(ValueError, match="takes a subclass of hf_uib.Prior"):
+        register_prior("function")(lambda logits, labels: 0)
+    assert "function" not in PRIORS and PRIORS["ascent"].__name__ == "AscentPrior"
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (
+            dict(channel_settings={"floor": -1}),
+            "channel_settings: floor is -1; it must be a number between 1e-09 and inf",
+        ),
+        (dict(channel_settings={"floor": "a"}), "floor is 'a'"),
+        (dict(channel_settings={"probe_rows": 1.5}), "probe_rows is 1.5; it must be a whole number"),
+        (dict(channel_settings={"label_information_kept": 2}), "between 0 and 1"),
+        (dict(channel_settings={"floors": 1}), "has no 'floors'; it has label_information_kept, "),
+        (dict(channel_settings="{floor"), "channel_settings is '{floor'; write it as JSON"),
+        (dict(channel_settings=[1]), "channel_settings is .1.; give a dictionary"),
+        (dict(influence_settings={"damping": -1.0}), "influence_settings: damping is -1.0"),
+        (dict(beta=float("nan")), "beta is nan"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        config(tmp_path, **settings)
+
+
+def test_settings_as_object_dictionary_and_json_are_one(tmp_path):
+    made = [
+        config(tmp_path, channel_settings=s) for s in (ChannelSettings(floor=0.1), {"floor": 0.1}, '{"floor": 0.1}')
+    ]
+    assert all(args.channel == ChannelSettings(floor=0.1) for args in made)
+    assert all(args.to_json_string() for args in made)

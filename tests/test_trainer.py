@@ -501,14 +501,14 @@ def test_over_unlearning_goes_back_on_its_way(tmp_path, recwarn):
     trainer = crude(tmp_path / "a", channel_settings={"pattern_z": -100.0})  # a pattern may end anywhere: the control
     trainer.train()
     far = adapter_weights(trainer)
-    assert z_of(trainer) < -2 and "share_kept" not in trainer.statistics
+    assert z_of(trainer) < -2 and "kept_fraction" not in trainer.statistics
     trainer = crude(tmp_path / "b")
     trainer.train()
-    share = trainer.statistics["share_kept"]
-    assert 0 < share < 1 and 0 <= z_of(trainer) < 1
+    kept = trainer.statistics["kept_fraction"]
+    assert 0 < kept < 1 and 0 <= z_of(trainer) < 1
     assert any("Over-unlearning" in str(w.message) for w in recwarn)
     for name, weight in adapter_weights(trainer).items():
-        assert torch.allclose(weight, far[name] * (share if "lora_B" in name else 1.0), atol=1e-7)
+        assert torch.allclose(weight, far[name] * (kept if "lora_B" in name else 1.0), atol=1e-7)
 
 
 def test_over_unlearning_is_warned_of(tmp_path):

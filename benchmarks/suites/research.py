@@ -163,7 +163,7 @@ def run_variant(variant: Variant, task, original, seed: int, folder: str) -> tup
     budget = dataclasses.replace(budget, steps=steps // variant.restarts)
     setting = dict(variant.setting)
     if variant.label_information_kept is not None:
-        setting["channel_settings"] = {"label_information": variant.label_information_kept}
+        setting["channel_settings"] = {"label_information_kept": variant.label_information_kept}
     with as_in(variant):
         for _ in range(variant.restarts):
             adapted, info = unlearn(model, task, budget, calibration=variant.calibration, **setting)

@@ -47,7 +47,7 @@ class Check:
         return cls(None, value, limit, why)
 
     def as_dict(self) -> dict:
-        """Ready for JSON, but for NaN."""
+        """Ready for JSON, NaN aside."""
         return {key: getattr(self, key) for key in ("name", "fired", "value", "limit", "detail", "meaning")}
 
 
@@ -147,11 +147,9 @@ def _explained(context: AuditContext, name: str) -> float:
     return float(max(correlation, 0) ** 2)
 
 
-@register_check(
-    "logits_shifted", "The logits are the reference's but for a shift of each class: only thresholds were moved."
-)
+@register_check("logits_shifted", "The logits are the reference's, shifted by class: only thresholds were moved.")
 def logits_shifted(context: AuditContext) -> Check:
-    """The logits are the reference's but for an offset of each class and one factor: a shift of thresholds."""
+    """The logits are the reference's with an offset for each class and one factor: a shift of thresholds."""
     limit, explained = context.thresholds.logits_shifted, _explained(context, "model")
     usual = max((_explained(context, oracle) for oracle in context.oracles), default=0.0)
     if not context.oracles and context.outputs["model"]["test"].logits.shape[1] == 2:
@@ -255,9 +253,9 @@ def head_refit(context: AuditContext) -> Check:
     return _way_back(context, context.refit, context.thresholds.refit_difference, context.thresholds.head_refit)
 
 
-@register_check("membership_remains", "An attack still tells the forget examples from unseen ones.")
+@register_check("membership_remains", "An attack still separates the forget examples from unseen ones.")
 def membership_remains(context: AuditContext) -> Check:
-    """Forget rows can still be told from unseen ones."""
+    """An attack still separates forget rows from unseen ones."""
     figures = lambda: {name: context.auc(name) for name in context.names}
     return _way_back(context, figures, context.thresholds.auc_difference, context.thresholds.membership_remains)
 

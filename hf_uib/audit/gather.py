@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import Subset
@@ -13,10 +14,11 @@ from ..data.columns import Columns
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
 from ..inference import observe, processes
-from ..lora import copy_without_hooks, require_one_adapter
+from ..lora import copy_without_hooks, require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import Name, load_classifier, name_of, num_labels_of
 from ..provenance import detached
+from ..unlearning_task import SingleLabel, task_of
 from .context import AuditContext, BiasAttribute
 from .statistics import Resampler
 from .thresholds import AuditThresholds
@@ -45,7 +47,8 @@ def plain_models(
     if reference_model is not None:
         models = {"model": _plain(model), "reference": _plain(reference_model)}
     elif isinstance(model, PeftModel):
-        require_one_adapter(model)  # else what lies below it is not the model before
+        if any(isinstance(module, LoraLayer) for module in model.modules()):
+            require_base_below(model)  # else what lies there is not the model before
         models = {"model": _plain(model), "reference": detached(model)}
     else:
         raise ValueError("Give reference_model: the model before unlearning.")
@@ -102,6 +105,10 @@ def gather(
         ValueError: no forget or test rows, or a column is missing.
     """
     thresholds = thresholds or AuditThresholds()
+    model: Any = models["model"]
+    task = task_of(model)
+    if not isinstance(task, SingleLabel):
+        raise ValueError(f"The audit reads single-label classifiers; the task of this model is {type(task).__name__}.")
     config = models["model"].config
     read = Reader(config, getattr(models["model"], "main_input_name", "input_ids"), processing_class, columns)
     sets = _samples(read, datasets, example_column, seed, thresholds)
@@ -117,7 +124,7 @@ def gather(
     attribute = None
     if bias_column is not None:
         labels = outputs["reference"]["forget"].labels
-        attribute = _bias_attribute(sets, bias_column, labels, thresholds.label_information)
+        attribute = _bias_attribute(sets, bias_column, labels, thresholds.attribute_association)
     ids = _column(sets["test"], example_column)
     examples = None if ids is None else np.unique([str(e) for e in ids], return_inverse=True)[1]
     resamplers = {
@@ -161,7 +168,7 @@ def _samples(
 
 
 def _bias_attribute(
-    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, label_information: float
+    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, attribute_association: float
 ) -> BiasAttribute:
     """The attribute of the test rows, coded by class where it carries the label on the forget set."""
     raw, on_forget = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
@@ -173,7 +180,7 @@ def _bias_attribute(
         there = np.asarray([value is not None for value in on_forget], dtype=bool)
         known, labels = np.asarray([str(value) for value in on_forget])[there], forget_labels[there]
         stands_for = attribute_classes(known, labels) if len(known) else None
-        if stands_for is not None and not cramers_v(known, labels) >= label_information:
+        if stands_for is not None and not cramers_v(known, labels) >= attribute_association:
             stands_for = None
     if stands_for is None:
         codes = np.unique(values, return_inverse=True)[1]

@@ -1,4 +1,4 @@
-"""The oracle: the same architecture trained without the forget set, made once for the same data and settings."""
+"""The retrained model: the same architecture trained without the forget set, made once for the same data and settings."""
 
 import copy
 import hashlib

@@ -43,7 +43,7 @@ def audit_model(
         reference_model: the model before unlearning; None takes a PeftModel's base.
         forget_dataset, retain_dataset, test_dataset: raw or encoded rows with labels; the test set is unbiased.
         bias_column: the attribute that gave the label away on the forget set.
-        retrained_model: the oracle, trained without the forget set; several show how far retraining itself varies.
+        retrained_model: trained without the forget set, the target; several show how far retraining itself varies.
         processing_class: image processor or tokenizer.
         example_column: rows of the test set that share its value differ in the attribute alone (exact counterfactuals).
         deep: also probes of every block, relearning, robustness of the removal and per-example membership.
@@ -214,7 +214,7 @@ def _verdict(report: AuditReport, has_oracle: bool) -> str:
     else:
         text = f"Passed: none of {judged} checks fired."
         if has_oracle:
-            text += " In what was measured, the model cannot be told from one trained without the forget set."
+            text += " In what was measured, the model looks like one trained without the forget set."
     text += " This is evidence, not a proof of deletion."
     return text + (" Not measured: " + "; ".join(report.not_measured) + "." if report.not_measured else "")
 

@@ -27,7 +27,7 @@ class AuditThresholds:
         min_group_rows: test rows, under which a group is left out.
         relearns_faster: fraction of the retrained model's steps until half of the bias is back.
         comes_back_compressed: fraction of the way back that rounding or pruning may give.
-        label_information: Cramér's V of attribute and label on the forget set, from which on the attribute stands for classes.
+        attribute_association: Cramér's V of attribute and label on the forget set, from which on the attribute stands for classes.
         min_rows: forget and test rows, under which most checks are not trusted.
         forget_rows, retain_rows, test_rows: rows looked at.
         resamples: bootstrap draws of the intervals.
@@ -60,7 +60,7 @@ class AuditThresholds:
     min_group_rows: int = 20
     relearns_faster: float = 0.5
     comes_back_compressed: float = 0.25
-    label_information: float = 0.3
+    attribute_association: float = 0.3
     min_rows: int = 30
     forget_rows: int = 1000
     retain_rows: int = 1000

@@ -32,7 +32,7 @@ class AuditArguments:
         default=None, metadata={"help": "The model before unlearning; by default the base of an adapter."}
     )
     retrained: list[str] = field(
-        default_factory=list, metadata={"help": "One or more models trained without the forget set: the oracle."}
+        default_factory=list, metadata={"help": "One or more models trained without the forget set, to compare with."}
     )
     forget_where: list[str] = field(
         default_factory=list,
@@ -75,8 +75,8 @@ def audit(job: AuditArguments) -> AuditReport:
         ValueError: in one line, what is wrong with the job.
     """
     quiet()
-    load: Any = partial(loaded, **remote_code(job))
-    model = load(job.model)
+    load = partial(loaded, trust_remote_code=job.trust_remote_code)
+    model: Any = load(job.model)
     reference = load(job.reference) if job.reference else None
     retrained = [load(name) for name in job.retrained]
     splits = load_splits(job.dataset_name, job.dataset_config_name)
@@ -94,7 +94,7 @@ def audit(job: AuditArguments) -> AuditReport:
         bias_column=job.bias_column,
         retrained_model=retrained,
         processing_class=load_processor(
-            job.reference or job.model, picture=model.main_input_name == "pixel_values", **remote_code(job)
+            job.reference, job.model, picture=model.main_input_name == "pixel_values", **remote_code(job)
         ),
         example_column=job.example_column,
         deep=job.deep,

@@ -160,7 +160,7 @@ def _processor(model, *names: str):
     reasons = []
     for name in names:
         try:
-            processor = load_processor(name, picture)
+            processor = load_processor(name, picture=picture)
         except Exception as error:  # whatever a library says of its files
             reasons.append(in_one_line(error))
             continue

@@ -119,7 +119,7 @@ def biased_pictures(
 ) -> Task:
     """Split a pool of pictures and draw the attribute: the label on ``bias_aligned_fraction`` of the forget set, else at random.
 
-    ``balanced`` is forget and retained pictures together with the attribute at random: the oracle of bias removal learns from it.
+    ``balanced`` is forget and retained pictures together with the attribute at random: the target of bias removal learns from it.
 
     Each picture of test and validation comes with ``copies`` values of the attribute, and then has an ``example`` column.
     """

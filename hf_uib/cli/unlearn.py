@@ -213,7 +213,8 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
-    processor = load_processor(name, picture=main_input == "pixel_values", **remote_code(job))
+    base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
+    processor = load_processor(name, base, picture=main_input == "pixel_values", **remote_code(job))
     if job.max_length is not None:
         processor.model_max_length = job.max_length  # what a tokenizer truncates to
     read = Reader(model.config, main_input, processor, columns)

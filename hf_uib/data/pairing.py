@@ -43,7 +43,7 @@ class PairingSampler(Sampler):
         forget_per_retain: forget rows per retained row.
         held_out: retained rows held out while the prior is on.
         prior_is_on: whether the prior acts at a position of an epoch.
-        epoch_of: the epoch that begins, or that is gone on with. (accelerate's ``set_epoch`` does not reach the sampler where the
+        epoch_of: the epoch that begins or continues. (accelerate's ``set_epoch`` does not reach the sampler where the
             first batches of an epoch are skipped under several processes.)
     """
 

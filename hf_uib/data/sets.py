@@ -54,7 +54,7 @@ class UnlearningSets:
             ValueError: a set is missing, a stream or empty, shares rows with another, or does not fit the model.
         """
         if forget_dataset is None:
-            raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model shall unlearn.")
+            raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model is to unlearn.")
         given = {"forget": forget_dataset, "retain": retain_dataset, "calibration": calibration_dataset}
         hashes, labels, encoded = {}, {}, dict.fromkeys(given)
         for name, dataset in given.items():

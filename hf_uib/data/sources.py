@@ -99,16 +99,27 @@ def split_of(splits: DatasetDict, name: str) -> Dataset:
     return splits[name]
 
 
-def load_processor(name: str | os.PathLike, picture: bool, trust_remote_code: bool = False):
-    """Image processor (the PIL one: torchvision is not needed) or tokenizer of a checkpoint.
+def load_processor(*names: str | os.PathLike | None, picture: bool, trust_remote_code: bool = False):
+    """Image processor (the PIL one: torchvision is not needed) or tokenizer of the first checkpoint that has one.
 
     Args:
+        names: an adapter's and its base's, say; None is passed over.
         picture: the image processor.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: the checkpoint has none.
+        ValueError: no checkpoint has one; it speaks of the first.
     """
+    first: ValueError | None = None
+    for name in dict.fromkeys(name for name in names if name):
+        try:
+            return _load_processor(name, picture, trust_remote_code)
+        except ValueError as error:
+            first = first or error
+    raise first or ValueError("Give a checkpoint that has a processor.")
+
+
+def _load_processor(name: str | os.PathLike, picture: bool, trust_remote_code: bool):
     kind = "image processor" if picture else "tokenizer"
     try:
         if picture:

@@ -62,7 +62,7 @@ class HubMixin(AtomicCheckpoints):
 
         @property
         def statistics(self) -> dict[str, float]:
-            """``noise_to_signal``, ``prior_strength``, ``share_kept`` and ``pattern_z``, as far as they were measured."""
+            """``noise_to_signal``, ``prior_strength``, ``kept_fraction`` and ``pattern_z``, as far as they were measured."""
 
         @property
         def provenance(self) -> list[dict]:
@@ -290,7 +290,7 @@ class HubMixin(AtomicCheckpoints):
     def _strengths(self) -> dict[str, float]:
         """Strengths that were in force and, in words, where they came from."""
         found = {}
-        for name in ("noise_to_signal", "prior_strength", "share_kept"):
+        for name in ("noise_to_signal", "prior_strength", "kept_fraction"):
             if (value := self.statistics.get(name)) is not None:
                 own = getattr(self.args, name, None) is None and name != "prior_strength"
                 found[f"{name}{', measured' if own else ' in force'}"] = round(value, 4)

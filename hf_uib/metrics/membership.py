@@ -1,4 +1,4 @@
-"""How well the forget set can be told from unseen data."""
+"""How well an attack separates the forget set from unseen data."""
 
 import numpy as np
 from numpy.typing import ArrayLike

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +21,10 @@ def register_prior(name: str) -> Callable[[P], P]:
     """Class decorator: ``UIBConfig(prior=name)`` then takes the prior."""
 
     def decorator(cls: P) -> P:
+        if not (isinstance(cls, type) and issubclass(cls, Prior)):
+            raise ValueError(f"register_prior('{name}') takes a subclass of hf_uib.Prior, not {cls!r}.")
+        if name in PRIORS and PRIORS[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"There is a prior '{name}' already: {PRIORS[name].__name__}; choose another name.")
         PRIORS[name] = cls
         return cls
 
@@ -115,6 +119,12 @@ class Prior:
         """The prior that a name stands for."""
         return cls()
 
+    def identity(self) -> dict[str, str]:
+        """What a resumed run has to share, as text: the plain attributes that the prior was made with."""
+        plain = (bool, int, float, str, type(None))
+        found = {name: value for name, value in vars(self).items() if isinstance(value, plain) or is_dataclass(value)}
+        return {f"prior.{name}": str(value) for name, value in sorted(found.items()) if not name.startswith("_")}
+
     def default_strength(self, noised: bool) -> float:
         """gamma where ``prior_strength`` is not set: with the channel closed by noise, or without."""
         return 0.1 if noised else 0.3
@@ -124,7 +134,7 @@ class Prior:
         self.task, self.strength = context.task, context.strength
         self.pattern_detected = context.pattern_detected
         self.calibration_seen_in_training = context.calibration_seen_in_training
-        self.keep_forget_batches = False
+        self.keep_forget_batches = type(self).keep_forget_batches
         self.masks = {}
 
     def prepare(self, context: PriorContext) -> None:
@@ -160,6 +170,18 @@ class Prior:
         """The inverse of `state_dict`."""
 
 
+def single_label_only(prior: Prior, context: PriorContext) -> None:
+    """For priors whose formulas are those of one class per example.
+
+    Raises:
+        ValueError: the task is another.
+    """
+    if not isinstance(context.task, SingleLabel):
+        raise ValueError(
+            f"{type(prior).__name__} is for single-label classifiers; for {type(context.task).__name__} take calibrated or none."
+        )
+
+
 def build_prior(prior: Prior | None, args: "UIBConfig", retained: bool) -> Prior:
     """The prior of a run: the user's own, or the one that ``args.prior`` names.
 
@@ -171,6 +193,10 @@ def build_prior(prior: Prior | None, args: "UIBConfig", retained: bool) -> Prior
     """
     if prior is None:
         prior = prior_class(args.prior).from_config(args)
+    elif not isinstance(prior, Prior):
+        raise ValueError(
+            f"prior is {prior!r}; give an object of a subclass of hf_uib.Prior, or a name as UIBConfig(prior=...)."
+        )
     elif args.forget_target is not None:
         raise ValueError(
             "forget_target is read by the named priors; give it to your prior object, and leave it out of UIBConfig."

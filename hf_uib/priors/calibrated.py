@@ -1,4 +1,4 @@
-"""AuditContext divided out, down to a calibrated level (method, section 3b)."""
+"""The forget margins are brought down to a calibrated level (method, section 3b)."""
 
 import math
 from typing import cast

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import PriorContext, register_prior
+from .base import PriorContext, register_prior, single_label_only
 from .calibrated import RESOLUTION, CalibratedPrior
 
 
@@ -16,6 +16,15 @@ class HostedPrior(CalibratedPrior):
     The method says which way, [`CalibratedPrior`]'s level how far: an example at its level is let go. With ``target=-math.inf`` (as
     a setting, ``forget_target``) there is no level, and what is left is the method itself.
     """
+
+    def attach(self, context: PriorContext) -> None:
+        """As in `Prior`.
+
+        Raises:
+            ValueError: the task is not single-label classification.
+        """
+        single_label_only(self, context)
+        super().attach(context)
 
     @classmethod
     def from_config(cls, args) -> "HostedPrior":
@@ -51,7 +60,7 @@ class AscentPrior(HostedPrior):
 
 @register_prior("random_label")
 class RandomLabelPrior(HostedPrior):
-    """The forget examples shall look as if their labels were drawn from the other classes.
+    """The forget examples are to look as if their labels were drawn from the other classes.
 
     The random label's expectation is taken instead of a draw: ``KL(uniform over the other classes || p(. | x))``, of which one
     random label per step gives an unbiased gradient (Golatkar et al., arXiv 1911.04933; Graves et al., arXiv 2010.10981).

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..channel_kl import wide_dtype
 from ..settings import InfluenceSettings
-from .base import Prior, PriorContext, register_prior
+from .base import Prior, PriorContext, register_prior, single_label_only
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -98,6 +98,15 @@ class InfluencePrior(Prior):
     def default_strength(self, noised: bool) -> float:
         """0.01."""
         return 0.01
+
+    def attach(self, context: PriorContext) -> None:
+        """As in `Prior`.
+
+        Raises:
+            ValueError: the task is not single-label classification.
+        """
+        single_label_only(self, context)
+        super().attach(context)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Summed over the batch, in nats."""
