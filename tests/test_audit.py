@@ -367,3 +367,27 @@ def test_the_audit_does_not_import_the_trainer():
         "assert 'hf_uib.trainer' not in sys.modules and 'evaluate' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_class_names_of_whichever_model_has_some(tmp_path):
+    """The data say the names; the model after, say, lost them. Other orders of the same names are refused."""
+    names = {0: "a", 1: "b", 2: "c"}
+    rows = make_rows(n=40, seed=1).with_format(None)
+    named = rows.add_column("label", [names[i] for i in rows["labels"]]).remove_columns("labels").with_format("torch")
+
+    def model(seed, order=None):
+        made = make_model(seed=seed)
+        if order:
+            made.config.id2label = dict(enumerate(order))
+            made.config.label2id = {n: i for i, n in enumerate(order)}
+        return made
+
+    def metrics(data, first, second):
+        return audit_model(
+            model(0, first), reference_model=model(1, second), forget_dataset=data, test_dataset=data
+        ).metrics["test"]
+
+    expected = metrics(make_rows(n=40, seed=1), None, None)
+    assert metrics(named, "abc", None) == metrics(named, None, "abc") == metrics(named, "ABC", "abc") == expected
+    with pytest.raises(ValueError, match="same names in another order"):
+        metrics(named, "cab", "abc")

@@ -101,7 +101,6 @@ def test_every_conversion_is_one_of_the_known():
                 safe = ".cpu()" in owner or "from_numpy" in owner or owner == "np"
                 if not safe:
                     found.setdefault(path.name, []).append(ast.unparse(node))
-    found.pop("lora.py", None)  # a list of kinds of weights
     assert {name: sorted(uses) for name, uses in found.items()} == {
         "channel_kl.py": ["torch.float64"],  # wide_dtype
         "contrast.py": ["moments.double", "torch.float64", "torch.float64", "torch.float64"],  # in_double; counts on the CPU

@@ -17,7 +17,6 @@ from ..data.sources import load_processor
 from ..hub.push import MERGED
 from ..models import fingerprint, forward_columns, load_classifier
 from ..provenance import STATE_NAME, requests_of, undo
-from ..serialization import is_marked
 from .digits import digits_colour
 from .parser import in_one_line
 
@@ -174,12 +173,12 @@ def _processor(model, *names: str):
 
 def _digits(adapter: str) -> list[list] | None:
     """The first ten test digits, each in another hue, if the adapter is that of the digits demo."""
-    path = os.path.join(adapter, "report.json")
-    if not is_marked(path):
+    try:
+        with open(os.path.join(adapter, "report.json"), encoding="utf-8") as file:
+            report = json.load(file)
+    except (OSError, ValueError):  # none, or somebody else's
         return None
-    with open(path, encoding="utf-8") as file:
-        report = json.load(file)
-    if report.get("task") != "digits-colour":
+    if not isinstance(report, dict) or report.get("task") != "digits-colour":
         return None
     test = digits_colour(int(report.get("seed", 0))).sets["test"].with_format(None)
     return [[test[i * HUES + i]["image"], i] for i in range(HUES)]
