@@ -152,6 +152,8 @@ class UIBConfig(TrainingArguments):
             ("noise_to_signal", 0, None),
             ("calibration_fraction", 0, 0.9),
             ("forget_batch_size", 1, None),
+            ("per_device_train_batch_size", 1, None),
+            ("gradient_accumulation_steps", 1, None),
             ("contrast_samples", 2, None),
         ):
             value = getattr(self, name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -107,6 +108,11 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
             linear layers inside its blocks; or ``peft_config`` was given for a PeftModel.
     """
     require_plain_weights(model)
+    if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model has the layers of an adapter in it already: PEFT, and so UIBTrainer, changes the model that it is given. "
+            "Load the model anew, or give the PeftModel."
+        )
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(

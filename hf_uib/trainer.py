@@ -131,6 +131,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             check_labels=self._check_labels,
         )
         self.sets, self.fingerprints, self.raw_eval_dataset = sets, sets.fingerprints, eval_dataset
+        self.reader = sets.reader
         self.forget_dataset, self.retain_dataset = sets.forget, sets.retain
         self.calibration_dataset = sets.calibration
 

@@ -93,7 +93,8 @@ def pictures(draw):
         buffer = io.BytesIO()
         if mode in ("I;16", "I", "F"):
             kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-            picture = Image.fromarray(rng.integers(0, 65536, size[::-1]).astype(kind))
+            values = rng.random(size[::-1]) if mode == "F" else rng.integers(0, 65536, size[::-1])
+            picture = Image.fromarray(values.astype(kind))
         else:
             picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3)).astype(np.uint8)).convert(mode)
         picture.save(buffer, "TIFF" if mode in ("F", "I", "CMYK") else "PNG")

@@ -68,6 +68,16 @@ def main(arguments: list[str]) -> None:
     audit(job)
 
 
+def _check_output(folder: str) -> None:
+    """Refuse a folder that cannot be written to, or holds the report of a run."""
+    path = os.path.join(folder, "report.json")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            if '"checks"' not in file.read():
+                raise ValueError(f"{folder} holds the report.json of something else; give another --output_dir.")
+    os.makedirs(folder, exist_ok=True)
+
+
 def audit(job: AuditArguments) -> AuditReport:
     """Audit checkpoints; writes and prints the report.
 
@@ -75,6 +85,7 @@ def audit(job: AuditArguments) -> AuditReport:
         ValueError: in one line, what is wrong with the job.
     """
     quiet()
+    _check_output(job.output_dir)
     load = partial(loaded, trust_remote_code=job.trust_remote_code)
     model: Any = load(job.model)
     reference = load(job.reference) if job.reference else None

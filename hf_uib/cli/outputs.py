@@ -67,14 +67,18 @@ def bias_attributes(forget, test, bias_column: str) -> tuple[np.ndarray, bool]:
         none); else they number the values.
     """
     labels = labels_of(forget)
-    forget, raw = forget.with_format(None), test.with_format(None)[bias_column]
-    known = forget[bias_column]
+    raw, known = ([_hashable(value) for value in rows.with_format(None)[bias_column]] for rows in (test, forget))
     codes = {value: i for i, value in enumerate(sorted({*raw, *known}, key=str))}
     attributes = np.asarray([codes[value] for value in raw])
     stands_for = attribute_classes(np.asarray([codes[value] for value in known]), labels)
     if stands_for is None:
         return attributes, False
     return np.asarray([stands_for.get(value, -1) for value in attributes]), True
+
+
+def _hashable(value: Any) -> Any:
+    """A value of the attribute; NaN as None."""
+    return None if value is None or value != value else value
 
 
 def results_row(

@@ -16,7 +16,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from ..config import UIBConfig
 from ..data.columns import Columns
@@ -211,10 +211,20 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     train = split_of(splits, job.train_split)
     if job.bias_column and job.bias_column not in train.column_names:
         raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
+    if job.bias_column and not isinstance(train.features[job.bias_column], (Value, ClassLabel)):
+        raise ValueError(f"bias_column '{job.bias_column}' holds lists or files; name a column of plain values.")
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
     base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
     processor = load_processor(name, base, picture=main_input == "pixel_values", **remote_code(job))
+    takes_pictures = main_input == "pixel_values"
+    wrong = (
+        "text" if takes_pictures and job.text_column else "image" if job.image_column and not takes_pictures else ""
+    )
+    if wrong:
+        raise ValueError(f"--{wrong}_column is given, but the model takes {main_input}.")
+    if job.max_length is not None and job.max_length < 3:
+        raise ValueError(f"--max_length is {job.max_length}; a text needs 3 tokens or more, its marks included.")
     if job.max_length is not None:
         processor.model_max_length = job.max_length  # what a tokenizer truncates to
     read = Reader(model.config, main_input, processor, columns)

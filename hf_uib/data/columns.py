@@ -57,9 +57,12 @@ def label_column(dataset, columns: Columns = Columns()) -> str:
     if columns.label is not None:
         return present(dataset, columns.label, "label")
     names = names_of(dataset)
-    for name in ("labels", "label"):
-        if name in names:
-            return name
+    usual = [name for name in ("labels", "label") if name in names]
+    if len(usual) > 1:
+        raise ValueError("There are columns 'labels' and 'label'; say which it is: --label_column NAME, in Python "
+                         "columns=Columns(label=...).")  # fmt: skip
+    if usual:
+        return usual[0]
     kinds = getattr(dataset, "features", None) or {}
     classes = [k for k, v in kinds.items() if isinstance(v, datasets.ClassLabel) and k not in _never(columns)]
     if len(classes) == 1:
@@ -90,10 +93,19 @@ def text_columns(dataset: datasets.Dataset, columns: Columns = Columns()) -> tup
     Raises:
         ValueError: there is more than one candidate.
     """
+    if len(columns.texts) > 2 or {columns.label, columns.bias} & set(columns.texts):
+        raise ValueError(
+            f"The text is one column, or two of a pair, and neither label nor bias attribute; {', '.join(columns.texts)} was given."
+        )
     if columns.texts:
         return tuple(present(dataset, name, "text") for name in columns.texts)
     never = _never(columns) | {"label", "labels"}
     strings = [k for k, v in dataset.features.items() if is_string(v) and k not in never]
+    hidden = [name for name in ("text", "sentence") if name in columns.other and name in dataset.column_names]
+    if hidden:
+        raise ValueError(
+            f"Column '{hidden[0]}' is used in a condition, so say which column is the input: --text_column NAME."
+        )
     for usual in (("text",), ("sentence",), *PAIRS):
         if set(usual) <= set(strings):
             return usual

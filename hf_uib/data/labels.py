@@ -30,7 +30,8 @@ def class_ids(dataset: datasets.Dataset, config, columns: Columns = Columns(), n
     values = list(dict.fromkeys(v for v in dataset.with_format(None)[column][:] if v is not None and v == v))
     if isinstance(feature, datasets.ClassLabel):
         names = {i: feature.names[i] for i in sorted(v for v in values if 0 <= v < feature.num_classes)}
-        found = match_names(names.values(), config, name)
+        by_name = any_known(feature.names, config)  # one decision for all sets of the data
+        found = match_names(names.values(), config, name, some=True) if by_name else None
         if found is None:
             if has_own_names(config) and names:
                 pairs = ", ".join(f"{n} = {model_names(config).get(i, '?')}" for i, n in names.items())
@@ -48,19 +49,40 @@ def class_ids(dataset: datasets.Dataset, config, columns: Columns = Columns(), n
         if found is None:
             raise ValueError(f"The label '{values[0]}' of {name} is no class of the model; it has {known(config)}.")
         return found
+    return _ids_of_numbers(values, config, f"{name} (column '{column}')")
+
+
+def _ids_of_numbers(values: list, config, name: str) -> dict | None:
+    """As `class_ids`, of numbers and booleans."""
     if all(isinstance(v, bool) for v in values):
+        if any_known(["true", "false"], config):
+            found = match_names(["true", "false"], config, name) or {}
+            return {v: found[str(v).lower()] for v in values}
         return {v: int(v) for v in values}
     if all(isinstance(v, (int, np.integer)) for v in values):
+        other = {i: n for i, n in model_names(config).items() if n.strip().isdecimal() and int(n) != i}
+        for i, n in other.items():
+            raise ValueError(
+                f"The labels of {name} are numbers, but the model calls class {i} '{n}': give the labels as text, to be matched "
+                "by name."
+            )
         return None
     if all(isinstance(v, float) and v.is_integer() for v in values):
         return {v: int(v) for v in values}
-    raise ValueError(
-        f"The labels of {name} (column '{column}') are not integers; encode them as class ids, or give names."
-    )
+    raise ValueError(f"The labels of {name} are not integers; encode them as class ids, or give names.")
 
 
-def match_names(names: Iterable[str], config, name: str) -> dict[str, int] | None:
+def any_known(names: Iterable[str], config) -> bool:
+    """Whether the model has a class of one of the names."""
+    known_names = {_plain(n) for n in model_names(config).values()}
+    return has_own_names(config) and any(_plain(n) in known_names for n in names)
+
+
+def match_names(names: Iterable[str], config, name: str, some: bool = False) -> dict[str, int] | None:
     """Ids of class names; None if the model knows none of them.
+
+    Args:
+        some: other names of the data are the model's, so that an unknown one is a mistake even alone.
 
     Raises:
         ValueError: the model knows some of them, but not all.
@@ -71,7 +93,7 @@ def match_names(names: Iterable[str], config, name: str) -> dict[str, int] | Non
         ids, key = {n: i for i, n in model_names(config).items()}, lambda name: name
     found = {n: ids[key(n)] for n in names if key(n) in ids}
     unknown = [n for n in names if n not in found]
-    if found and unknown:
+    if (found or some) and unknown:
         raise ValueError(
             f"The label '{unknown[0]}' of {name} is no class of the model, though others are; it has {known(config)}."
         )

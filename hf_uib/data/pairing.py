@@ -146,10 +146,8 @@ class UIBCollator:
 
     def collate(self, rows: list[dict]) -> dict:
         """Drop the columns the model does not take and collate the rest."""
-        batch = self.collator([{k: v for k, v in row.items() if k in self.columns} for row in rows])
-        if "label" in batch:
-            batch["labels"] = batch.pop("label")
-        return batch
+        named = [{"labels" if k == "label" else k: v for k, v in row.items() if k in self.columns} for row in rows]
+        return self.collator(named)
 
 
 def collator_for(columns: set[str], processing_class, collator: Callable | None = None) -> UIBCollator:

@@ -1,18 +1,22 @@
 """From a raw data set to one that a model takes: the one place where columns, labels and inputs are decided."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .columns import Columns, image_column, label_column, names_of, text_columns
+from .columns import Columns, image_column, is_string, label_column, names_of, text_columns
 from .labels import class_ids, has_labels, transform_of
-from .transforms import PictureInput, RowTransform, TextInput
+from .transforms import PictureInput, RowTransform, TextInput, range_of
+
+# Models whose positions are counted from the padding token's id on
+AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "data2vec-text", "xlm-roberta-xl")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Reader:
         """
         if not isinstance(dataset, datasets.Dataset) or transform_of(dataset) is not None or len(dataset) == 0:
             return dataset
+        dataset = self._with_pictures(dataset)
         missing = self.incomplete_rows(dataset)
         if missing:
             row, what = next(iter(missing.items()))
@@ -56,6 +61,23 @@ class Reader:
             return dataset
         return dataset.with_transform(RowTransform(make_input, label, ids))
 
+    def _with_pictures(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """A column of paths that was named as the picture's holds pictures."""
+        if self.columns.image is not None and is_string(dataset.features.get(self.columns.image)):
+            return dataset.cast_column(self.columns.image, datasets.Image())
+        return dataset
+
+    def settled(self, dataset) -> "Reader":
+        """The same for further sets of the same data: the columns that were found in ``dataset`` are the ones."""
+        if not isinstance(dataset, datasets.Dataset) or transform_of(dataset) is not None:
+            return self
+        given, columns = self._input_of(self._with_pictures(dataset)), self.columns
+        if isinstance(given, TextInput):
+            columns = replace(columns, text=given.columns)
+        elif isinstance(given, PictureInput):
+            columns = replace(columns, image=given.column)
+        return replace(self, columns=columns)
+
     def _input_of(self, dataset: datasets.Dataset) -> PictureInput | TextInput | None:
         if self.processing_class is None or self.main_input in dataset.column_names:
             return None
@@ -65,8 +87,16 @@ class Reader:
             return None if column is None else PictureInput(self.processing_class, column, self.main_input, channels)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             columns = text_columns(dataset, self.columns)
-            return TextInput(self.processing_class, columns, self.max_length) if columns else None
+            return TextInput(self.processing_class, columns, self._longest()) if columns else None
         return None
+
+    def _longest(self) -> int | None:
+        """Truncation length of texts: as given, the tokenizer's, or what the model has positions for."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if self.max_length is not None or positions is None or self.processing_class.model_max_length <= positions:
+            return self.max_length
+        first = (self.config.pad_token_id or 0) + 1 if self.config.model_type in AFTER_PADDING else 0
+        return positions - first
 
     def incomplete_rows(self, dataset: datasets.Dataset) -> dict[int, str]:
         """Rows without a label or an input that can be read, in their order, and what is wrong with each."""
@@ -108,6 +138,11 @@ def fault_of(picture: dict | None) -> str | None:
                 "RGB", (opened.width // 8 or 1, opened.height // 8 or 1)
             )  # of a JPEG: all of the file, fewer pixels
             opened.load()
+            if opened.mode.startswith("I") or opened.mode == "F":
+                values = np.asarray(opened)
+                low, high = float(values.min()), float(values.max())
+                if not (low >= 0 and high <= range_of(opened)):  # NaN too
+                    return f"a picture of mode {opened.mode} whose values are not between 0 and {range_of(opened):g}"
     except Exception as error:  # whatever PIL and its decoders say of a file
         said = str(getattr(error, "strerror", None) or error).partition("\n")[0]
         file = "image file" in said or bool(picture["path"]) and picture["path"] in said

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from .checks import check_overlap, removed_classes
+from .columns import label_column
 from .fingerprints import fingerprint_of, row_hashes
+from .labels import transform_of
 from .pairing import sample_indices
 from .reading import Reader, check_inputs
 
@@ -24,6 +26,7 @@ class UnlearningSets:
         evaluation: encoded rows, a dictionary of such sets, or None.
         fingerprints: by set, of the rows as they were given.
         removed_classes: the classes of the forget set, if none of them is in the retained data.
+        reader: of further sets of the same data.
     """
 
     forget: datasets.Dataset
@@ -32,6 +35,7 @@ class UnlearningSets:
     evaluation: datasets.Dataset | dict | None
     fingerprints: dict[str, str]
     removed_classes: list[int]
+    reader: Reader
 
     @classmethod
     def prepare(
@@ -60,6 +64,10 @@ class UnlearningSets:
         for name, dataset in given.items():
             if dataset is None:
                 continue
+            if isinstance(dataset, (str, dict)):
+                raise ValueError(
+                    f"{name}_dataset is a {type(dataset).__name__}; give one set of rows, a split of a data set."
+                )
             if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
                 raise ValueError(
                     f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length: "
@@ -67,7 +75,10 @@ class UnlearningSets:
                 )
             if len(dataset) == 0:
                 raise ValueError(f"{name}_dataset has no examples; check the condition that selects it.")
+            if isinstance(dataset, datasets.Dataset) and transform_of(dataset) is None:
+                label_column(dataset, read.columns)
             encoded[name] = read(dataset, f"{name}_dataset")
+            read = read.settled(dataset)
             labels[name] = check_labels(f"{name}_dataset", encoded[name])
             hashes[f"{name}_dataset"] = row_hashes(dataset)
         check_overlap(hashes)
@@ -79,6 +90,7 @@ class UnlearningSets:
             evaluation=evaluation,
             fingerprints={name: fingerprint_of(rows) for name, rows in hashes.items()},
             removed_classes=removed_classes(labels["forget"], labels.get("retain")),
+            reader=read,
         )
 
     def hold_out(self, fraction: float, seed: int) -> set[int]:

@@ -176,8 +176,11 @@ def matching_rows(dataset: Dataset, conditions: list[str]) -> np.ndarray:
             raise ValueError(f"Column {column!r} is not in the dataset; it has {', '.join(dataset.column_names)}.")
         feature = dataset.features[column]
         if isinstance(feature, ClassLabel):
-            if value in feature.names:
-                wanted = feature.str2int(value)
+            same = [n for n in feature.names if n == value] or [
+                n for n in feature.names if n.casefold() == value.casefold()
+            ]
+            if len(same) == 1:
+                wanted = feature.str2int(same[0])
             elif value.isdecimal() and int(value) < feature.num_classes:
                 wanted = int(value)
             else:
@@ -189,10 +192,19 @@ def matching_rows(dataset: Dataset, conditions: list[str]) -> np.ndarray:
         else:
             wanted = _as_type(value, feature.dtype, column)
         entries = dataset.with_format(None)[column][:]
-        if isinstance(wanted, str):  # dates and the like are compared as they are written
-            entries = [entry if entry is None else str(entry) for entry in entries]
-        keep &= np.asarray([entry == wanted for entry in entries], dtype=bool)
+        keep &= np.asarray([_is(entry, wanted) for entry in entries], dtype=bool)
     return keep
+
+
+def _is(entry, wanted) -> bool:
+    """Whether an entry is what a condition asks for. Dates are compared as they are written, with or without their time."""
+    if entry is None:
+        return wanted == ""
+    if isinstance(wanted, float):
+        return bool(np.isclose(entry, wanted, rtol=1e-6, atol=0))
+    if isinstance(wanted, str) and not isinstance(entry, str):
+        return wanted in (str(entry), str(entry).partition(" ")[0])
+    return entry == wanted
 
 
 def _as_type(value: str, dtype: str, column: str):

@@ -9,24 +9,24 @@ from PIL import Image
 def to_channels(picture: Image.Image, channels: int | None) -> Image.Image:
     """A picture with as many channels as the model takes (1 or 3), in 8 bits.
 
-    16-bit pictures are scaled by their range, 65,535; floats by 1, or by 255 or 65,535 where they are larger than that.
+    16-bit and 32-bit pictures are scaled by the range of 16 bits, 65,535; floats have the range from 0 to 1.
 
     Args:
         channels: of the model; None keeps grey pictures grey.
     """
     if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture).astype(np.float64)
-        top = values.max(initial=0.0)
-        if picture.mode == "F":
-            full = 1.0 if top <= 1 else 255.0 if top <= 255 else 65535.0
-        else:
-            full = 65535.0 if picture.mode.startswith("I;16") or top > 255 else 255.0
+        values, full = np.asarray(picture).astype(np.float64), range_of(picture)
         picture = Image.fromarray((values / full * 255).round().clip(0, 255).astype(np.uint8))
     if channels == 1:
         return picture.convert("L")
     if channels == 3:
         return picture.convert("RGB")
     return picture if picture.mode in ("RGB", "L") else picture.convert("RGB")
+
+
+def range_of(picture: Image.Image) -> float:
+    """White, in a picture of more than 8 bits."""
+    return 1.0 if picture.mode == "F" else 65535.0
 
 
 class PictureInput:
@@ -84,7 +84,7 @@ class RowTransform:
     def __call__(self, batch: dict) -> dict:
         if self.make_input is not None:
             batch = self.make_input(batch)
-        if self.label is None or self.label not in batch or (self.ids is None and self.label in ("label", "labels")):
+        if self.label is None or self.label not in batch:
             return batch
         rest = {name: values for name, values in batch.items() if name not in ("label", "labels")}
         return {**rest, "labels": self.labels(batch[self.label])}
