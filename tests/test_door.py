@@ -17,9 +17,9 @@ from transformers import BertTokenizerFast, TrainingArguments, ViTImageProcessor
 
 from hf_uib import UIBConfig, UIBTrainer, audit_model
 from hf_uib.data.columns import Columns, image_column, label_column, text_columns
-from hf_uib.data.labels import class_ids, labels_of
+from hf_uib.data.labels import class_ids, labels_of, named_config
 from hf_uib.data.reading import Reader
-from hf_uib.data.sources import load_splits, matching_rows, split_forget, without_rows_of
+from hf_uib.data.sources import load_splits, matching_rows, near_misses, split_forget, without_rows_of
 from hf_uib.data.transforms import to_channels
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "crew", "late", "seat"]
@@ -264,6 +264,18 @@ def test_conditions_on_values_of_every_kind(condition, expected):
         ),
     )
     assert matching_rows(rows, [condition]).tolist() == [bool(e) for e in expected]
+
+
+def test_values_that_nearly_meet_a_condition_are_counted():
+    rows = datasets.Dataset.from_dict({"source": ["x", "x ", "X", None, "y"], "n": [1, 1, 2, 3, 4]})
+    assert near_misses(rows, ["source=x", "n=1"]) == {"source": 2} and near_misses(rows, ["source=z"]) == {}
+
+
+def test_models_whose_classes_have_another_order():
+    one, other = (named(make_model(), *names).config for names in (("a", "b", "c"), ("C", "b", "a")))
+    assert named_config({"the model": make_model().config, "x": one}) is one
+    with pytest.raises(ValueError, match="The classes of it and the model have the same names in another order"):
+        named_config({"the model": one, "it": other})
 
 
 def test_what_is_no_set_of_rows_is_named(tmp_path):

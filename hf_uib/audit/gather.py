@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 
 from ..data.checks import check_labels
 from ..data.columns import Columns
-from ..data.labels import has_own_names, model_names
+from ..data.labels import named_config
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
 from ..inference import observe, processes
@@ -110,7 +110,7 @@ def gather(
     task = task_of(model)
     if not isinstance(task, SingleLabel):
         raise ValueError(f"The audit reads single-label classifiers; the task of this model is {type(task).__name__}.")
-    config = _named_config(models)
+    config = named_config({name: models[name].config for name in ("reference", *models)})
     read = Reader(config, getattr(models["model"], "main_input_name", "input_ids"), processing_class, columns)
     sets = _samples(read, datasets, example_column, seed, thresholds)
     for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
@@ -136,24 +136,6 @@ def gather(
     return AuditContext(
         models, oracles, sets, outputs, sizes, resamplers, attribute, examples, processing_class, thresholds, seed
     )
-
-
-def _named_config(models: dict[str, nn.Module]) -> Any:
-    """The config whose class names the data go by: of the first model that has names of its own, the reference before others.
-
-    Raises:
-        ValueError: two models have the same names in another order, so that no label would mean the same to both.
-    """
-    configs: dict[str, Any] = {name: models[name].config for name in ("reference", *models)}
-    named = {name: config for name, config in configs.items() if has_own_names(config)}
-    orders = {name: [str(n).casefold() for n in model_names(config).values()] for name, config in named.items()}
-    first = next(iter(named), "reference")
-    for name, order in orders.items():
-        if order != orders[first] and sorted(order) == sorted(orders[first]):
-            raise ValueError(
-                f"The classes of {name} and {first} have the same names in another order; audit models that agree."
-            )
-    return configs[first]
 
 
 def _samples(

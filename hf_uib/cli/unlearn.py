@@ -20,11 +20,13 @@ from datasets import ClassLabel, Dataset, Value
 
 from ..config import UIBConfig
 from ..data.columns import Columns
+from ..data.labels import named_config
 from ..data.reading import Reader
 from ..data.sources import (
     condition_columns,
     load_processor,
     load_splits,
+    near_misses,
     split_forget,
     split_of,
     without_rows_of,
@@ -148,6 +150,8 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
             f"{job.retrained_model} has {oracle.config.num_labels} classes, the model {trainer.model.config.num_labels}; give a "
             "model of the same task as --retrained_model."
         )
+    if oracle is not None:
+        named_config({"the model": trainer.model.config, str(job.retrained_model): oracle.config})
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
     measured = lambda model: _measured(trainer, model, shown, job.bias_column)
     results = {"original": measured(trainer.model)}
@@ -233,6 +237,10 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         return complete(split_of(splits, split), read, split) if job.drop_incomplete_rows else split_of(splits, split)
 
     forget, retain = split_forget(rows_of(job.train_split), job.forget_where, job.train_split)
+    for column, values in near_misses(retain, job.forget_where).items():
+        print(
+            f"Not forgotten: {values} retained rows whose {column} differs from the condition in case or space alone."
+        )
     test_split = job.test_split or ("test" if "test" in splits else None)
     sets = {"forgotten": forget, "retained": retain}
     for kind, split in (("calibration", job.calibration_split), ("test", test_split)):

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import datasets
 import numpy as np
@@ -114,6 +115,26 @@ def known(config) -> str:
 def has_own_names(config) -> bool:
     """Whether somebody named the classes: Transformers calls them LABEL_0, LABEL_1, ... otherwise."""
     return any(n != f"LABEL_{i}" for i, n in model_names(config).items())
+
+
+def named_config(configs: dict[str, Any]) -> Any:
+    """The config whose class names the data go by: the first with names of its own, else the first.
+
+    Args:
+        configs: of several models, by what a message calls them.
+
+    Raises:
+        ValueError: two models have the same names in another order, so that no label would mean the same to both.
+    """
+    named = {what: config for what, config in configs.items() if has_own_names(config)}
+    orders = {what: [_plain(n) for n in model_names(config).values()] for what, config in named.items()}
+    first = next(iter(named), next(iter(configs)))
+    for what, order in orders.items():
+        if order != orders[first] and sorted(order) == sorted(orders[first]):
+            raise ValueError(
+                f"The classes of {what} and {first} have the same names in another order; give models that agree."
+            )
+    return configs[first]
 
 
 def _plain(name: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from .columns import is_string
 from .fingerprints import row_hashes
 
 KINDS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
@@ -145,6 +146,20 @@ def split_forget(train: Dataset, conditions: list[str], split: str) -> tuple[Dat
     if not forget_rows.any():
         raise ValueError(f"No row of split '{split}' meets {' and '.join(conditions)}; nothing to forget.")
     return train.select(np.flatnonzero(forget_rows)), train.select(np.flatnonzero(~forget_rows))
+
+
+def near_misses(dataset: Dataset, conditions: list[str]) -> dict[str, int]:
+    """How many rows of a set would meet a condition on text if case and space did not count, by column."""
+    found: dict[str, int] = {}
+    for condition in conditions:
+        column, _, value = condition.partition("=")
+        if is_string(dataset.features.get(column)):
+            wanted = " ".join(value.split()).casefold()
+            entries = dataset.with_format(None)[column][:]
+            count = sum(e is not None and e != value and " ".join(e.split()).casefold() == wanted for e in entries)
+            if count:
+                found[column] = count
+    return found
 
 
 def without_rows_of(dataset: Dataset, others: list[Dataset]) -> Dataset:
