@@ -16,7 +16,8 @@ test:
 	pytest
 
 test-all:
-	pytest -m "" --cov --cov-report=term
+	pytest --cov --cov-report=term
+	pytest -m "slow or browser or distributed"
 
 demo:
 	hf-uib demo --output_dir $(DEMO_DIR)
