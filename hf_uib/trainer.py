@@ -120,15 +120,14 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self._base_is_named = True
 
         # 2. Data
-        self.reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
-        self._check_labels = partial(self.task.check_labels, model=model)
+        reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
         sets = UnlearningSets.prepare(
             forget_dataset,
             retain_dataset,
             calibration_dataset,
             eval_dataset,
-            read=self.reader,
-            check_labels=self._check_labels,
+            read=reader,
+            check_labels=partial(self.task.check_labels, model=model),
         )
         self.sets, self.fingerprints, self.raw_eval_dataset = sets, sets.fingerprints, eval_dataset
         self.reader = sets.reader
@@ -166,7 +165,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         retained = self.forget_dataset if self.retain_dataset is None else self.retain_dataset
         needs_forget = self.prior.needs_forget_batches and self.retain_dataset is not None
         length = max(len(retained), len(self.forget_dataset)) if needs_forget else len(retained)
-        self.steps_note = set_default_steps(args, length)
+        set_default_steps(args, length)
         self._hub = HfApi()  # one, so that its background uploads run one after the other
         self.push_in_progress = None  # Trainer sets it on the first process alone
         super().__init__(
