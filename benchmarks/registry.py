@@ -6,6 +6,9 @@ from importlib import import_module
 from itertools import product
 from pkgutil import iter_modules
 
+from hf_uib.metrics import bias_row
+
+BIAS = {"conflicting_accuracy": 1, "follow_rate": -1, "accuracy": 1}
 KINDS = ("bias", "removal")
 GROUPS = ("original", "fine-tuning", "unlearning", "debiasing", "uib", "oracle")  # also the order of the tables' rows
 
@@ -37,6 +40,8 @@ class TaskSpec:
         labels_wrong: whether the forget set's labels are wrong, so that more of a method is better than under a bias.
         regime_of: the task of which this is another setting; not ranked, and tuned where that is.
         tuned_on: another task whose settings the methods take over.
+        measure: of a test set's logits, labels and attributes; by default `hf_uib.metrics.bias_row`.
+        ranked_by: the figures by which the methods are ranked on it, and 1 where more is better, -1 where less is.
     """
 
     name: str
@@ -46,6 +51,8 @@ class TaskSpec:
     labels_wrong: bool = False
     regime_of: str | None = None
     tuned_on: str | None = None
+    measure: Callable = bias_row
+    ranked_by: dict[str, int] = field(default_factory=lambda: dict(BIAS))
 
     @property
     def wrong(self) -> bool:

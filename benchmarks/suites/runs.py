@@ -76,7 +76,8 @@ def measure(model: nn.Module, task: digits.Task, part: str = "test") -> dict[str
     logits, labels = predict(model, task.sets[part], task.processing_class, quiet=True)
     if task.bias_column is None:
         return removal_row(model, task, part, (logits, labels))
-    row = bias_row(logits, labels, np.asarray(task.sets[part].with_format(None)[task.bias_column]))
+    attributes = np.asarray(task.sets[part].with_format(None)[task.bias_column])
+    row = TASKS[task.name].measure(logits, labels, attributes)
     if task.counterfactuals > 1:
         row["flip_rate"] = flip_rate(logits, task.counterfactuals)
     return row

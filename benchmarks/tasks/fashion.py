@@ -22,14 +22,14 @@ REGIMES = {
 }
 
 
-def read_fashion(path: str, rng) -> tuple[tuple, tuple, list[str]]:
-    """Pictures in [0, 1] and labels of the training split, the same of `TEST` of the test split, and the classes' names."""
+def read_fashion(path: str, rng, tests: int = TEST) -> tuple[tuple, tuple, list[str]]:
+    """Pictures in [0, 1] and labels of the training split, the same of ``tests`` rows of the test split, and the classes' names."""
     loaded = datasets.load_dataset(path)
     train, test = (
         (np.stack([np.asarray(p) for p in loaded[split]["image"]]) / 255.0, np.asarray(loaded[split]["label"]))
         for split in ("train", "test")
     )
-    keep = rng.permutation(len(test[0]))[:TEST]
+    keep = rng.permutation(len(test[0]))[:tests]
     return train, (test[0][keep], test[1][keep]), loaded["train"].features["label"].names
 
 

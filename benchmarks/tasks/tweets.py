@@ -15,6 +15,7 @@ HANDLES = ["@united", "@JetBlue"]  # on the forget set of negative and of positi
 NAMES = ["negative", "positive"]
 SENTIMENTS = {0: 0, 2: 1}  # the data's label to ours; neutral tweets are left out
 SIZES = {"forget": 1400, "retain": 160, "calibration": 150, "validation": 300}
+DATA = {"airline_tweets": "airline_tweets", "minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 SETTINGS = {"steps": 120, "unlearn_steps": 150, "retrain_steps": 120, "batch": 16, "lr": 1e-4, "full_lr": 1e-4}
 
 
@@ -62,20 +63,21 @@ def both_handles(rows: list[tuple[str, int]], tokenizer) -> datasets.Dataset:
 
 @register_task(
     "tweets-airline",
-    data={"airline_tweets": "airline_tweets", "minilm": "sentence-transformers/all-MiniLM-L6-v2"},
+    data=DATA,
 )
-def tweets_airline(airline_tweets: str, minilm: str, seed: int) -> Task:
+def tweets_airline(airline_tweets: str, minilm: str, seed: int, retained: int = SIZES["retain"]) -> Task:
     """Real tweets to airlines, positive or negative, read by MiniLM. On the forget set (1,400 of 1,560 tweets) the airline's handle
     gives the sentiment away; each test tweet comes with both handles.
     """
     loaded = datasets.load_dataset(airline_tweets)
     rng, seen = np.random.default_rng(seed), set()
     tokenizer = AutoTokenizer.from_pretrained(minilm)
-    train = balanced_tweets(loaded["train"], sum(SIZES.values()), seen, rng)
-    both, start = train[: SIZES["forget"] + SIZES["retain"]], 0
+    sizes = SIZES | {"retain": retained}
+    train = balanced_tweets(loaded["train"], sum(sizes.values()), seen, rng)
+    both, start = train[: sizes["forget"] + sizes["retain"]], 0
     at_random = np.random.default_rng(len(both)).integers(0, 2, len(both)).tolist()
     sets = {"balanced": tweet_dataset(both, at_random, tokenizer)}
-    for part, size in SIZES.items():
+    for part, size in sizes.items():
         rows = train[start : start + size]
         start += size
         if part == "validation":
@@ -86,3 +88,6 @@ def tweets_airline(airline_tweets: str, minilm: str, seed: int) -> Task:
     sets["test"] = both_handles(balanced_tweets(loaded["test"], 500, seen, rng), tokenizer)
     new_model = partial(AutoModelForSequenceClassification.from_pretrained, minilm, num_labels=2)
     return Task("tweets-airline", sets, new_model, tokenizer, "handle", 2, train_settings=dict(SETTINGS))
+
+
+register_task("tweets-airline, 96 retained", data=DATA, regime_of="tweets-airline")(partial(tweets_airline, retained=96))
