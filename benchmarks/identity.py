@@ -4,6 +4,18 @@ import numpy as np
 
 NO_GROUP, OTHERS, TARGET = 0, 2, 1  # codes of the column ``group``: ordinary rows, other groups, the group in question
 
+TITLES = {
+    "false_alarms": "false alarms, the group",
+    "false_alarms_others": "false alarms, others",
+    "found": "hateful found, the group",
+    "found_others": "hateful found, others",
+    "subgroup_auc": "subgroup AUC",
+    "bpsn_auc": "BPSN AUC",
+    "bnsp_auc": "BNSP AUC",
+    "tweets_auc": "AUC, tweets",
+    "tweets_accuracy": "accuracy, tweets",
+}
+
 
 def auc(negative: np.ndarray, positive: np.ndarray) -> float:
     """Share of pairs in which a positive row's score is above a negative row's; ties count half. NaN without pairs."""
@@ -22,8 +34,8 @@ def identity_row(logits: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> 
         accuracy, worst_group_accuracy: over all rows; of the cells of label and group.
         false_alarms, false_alarms_others: share of harmless statements about the group (about others) called toxic.
         found, found_others: share of hateful ones that are.
-        subgroup_auc: toxic against fine within the group. bpsn_auc: toxic rows about others against fine ones about the group; low where
-            the group's harmless statements score high. bnsp_auc: the reverse.
+        subgroup_auc: toxic against fine within the group. bpsn_auc: toxic rows about others against fine ones about the group;
+            low where the group's harmless statements score high. bnsp_auc: the reverse.
         tweets_auc, tweets_accuracy: on the ordinary rows.
     """
     scores, predictions = logits[:, 1] - logits[:, 0], logits.argmax(-1)

@@ -42,6 +42,7 @@ class TaskSpec:
         tuned_on: another task whose settings the methods take over.
         measure: of a test set's logits, labels and attributes; by default `hf_uib.metrics.bias_row`.
         ranked_by: the figures by which the methods are ranked on it, and 1 where more is better, -1 where less is.
+        shown: the figures of its page, by key; by default those of its kind.
     """
 
     name: str
@@ -53,6 +54,12 @@ class TaskSpec:
     tuned_on: str | None = None
     measure: Callable = bias_row
     ranked_by: dict[str, int] = field(default_factory=lambda: dict(BIAS))
+    shown: tuple[str, ...] = ()
+
+    @property
+    def about_an_attribute(self) -> bool:
+        """Whether it is judged as the bias tasks are whose attribute gives the label away."""
+        return self.kind == "bias" and self.ranked_by == BIAS
 
     @property
     def wrong(self) -> bool:

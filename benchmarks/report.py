@@ -40,6 +40,10 @@ TARGETS = """## Against the retrained model and tuned fine-tuning
 
 UIB takes as many steps as fine-tuning in a task's first row, a fifth of the retraining's in the second.
 """
+LORA = """## Against tuned LoRA fine-tuning
+
+The same retained rows and steps. Differences are paired over seeds; **bold** where UIB is behind by two standard errors or more.
+"""
 MISSED = "### What is missed\n"
 HOSTING = """## What UIB does for the methods it hosts
 
@@ -84,6 +88,8 @@ def index_page(runs: list[dict], written: list[str], figure_drawn: bool) -> list
         tree,
         RANKS,
         *tables.rank_table(runs),
+        LORA,
+        *tables.lora_table(runs),
         TARGETS,
         *tables.target_table(runs),
         MISSED,

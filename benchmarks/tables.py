@@ -5,13 +5,14 @@ from scipy.stats import rankdata
 
 from hf_uib.metrics import METRICS
 
-from . import results
+from . import identity, results
 from .markdown import table
 from .methods import METHODS
+from .registry import BIAS
 from .suites.runs import GAPS, SEEDS, average_gap, best_of
 from .tasks import TASKS
 
-TITLES = {key: metric.title for key, metric in METRICS.items()}
+TITLES = {key: metric.title for key, metric in METRICS.items()} | identity.TITLES
 SHOWN = {
     "bias": ["accuracy", "conflicting_accuracy", "follow_rate", "cramers_v", "worst_group_accuracy", "flip_rate"],
     "removal": [
@@ -23,7 +24,6 @@ SHOWN = {
         "mia_efficacy",
     ],
 }
-JUDGED = {"conflicting_accuracy": 1, "follow_rate": -1, "accuracy": 1}  # on bias tasks; -1: lower is better
 
 
 def tasks_of(kind: str) -> list[str]:
@@ -37,8 +37,8 @@ def mean(rows: list[dict], key: str) -> float:
 
 
 def judged(rows: list[dict]) -> list[float]:
-    """Means of the figures that count on a bias task."""
-    return [mean(rows, key) for key in JUDGED]
+    """Means of the figures that count on a task with an attribute."""
+    return [mean(rows, key) for key in BIAS]
 
 
 def by_method(runs: list[dict], task: str) -> dict[str, list[dict]]:
@@ -91,7 +91,7 @@ def task_table(task: str, runs: list[dict], methods=None, keys: list[str] | None
     rows, spec = by_method(runs, task), TASKS[task]
     seeds = {run["seed"] for mine in rows.values() for run in mine}
     if keys is None:
-        keys = [k for k in SHOWN[spec.kind] if any(k in run for mine in rows.values() for run in mine)]
+        keys = [k for k in spec.shown or SHOWN[spec.kind] if any(k in run for mine in rows.values() for run in mine)]
         if spec.labels_wrong:  # the attribute is most rows' own label: the perfect model has a high V
             keys.remove("cramers_v")
         keys += ["steps", "seconds"]
@@ -144,7 +144,7 @@ def conditions(rows: dict[str, list[dict]], variant: str) -> dict[str, bool]:
 
 def comparable(runs: list[dict], variant: str) -> dict[str, dict[str, list[dict]]]:
     """Runs by method of the bias tasks, regimes included, on which a variant can be held against the others."""
-    found = {name: by_method(runs, name) for name, spec in TASKS.items() if spec.kind == "bias"}
+    found = {name: by_method(runs, name) for name, spec in TASKS.items() if spec.about_an_attribute}
     return {name: rows for name, rows in found.items() if measured(rows, (variant, "lora", "full", "retrained"))}
 
 
@@ -192,6 +192,46 @@ def missed_table(runs: list[dict]) -> list[str]:
     return table(["condition", "missed by UIB on", "missed in a fifth of the retraining's steps on"], lines)
 
 
+def lora_table(runs: list[dict]) -> list[str]:
+    """UIB minus tuned LoRA fine-tuning, seed by seed: mean difference ± standard error, **bold** where it is two of them behind."""
+    lines = []
+    for task, spec in TASKS.items():
+        rows = by_method(runs, task)
+        if not measured(rows, ("uib", "lora")):
+            continue
+        if spec.kind == "removal":
+            if not measured(rows, ("retrained",)):
+                continue
+            found = {
+                "average gap, points": (
+                    gaps(rows["uib"], rows["retrained"]),
+                    gaps(rows["lora"], rows["retrained"]),
+                    -1,
+                )
+            }
+        else:
+            found = {
+                TITLES.get(key, key): (*(paired(rows, m, key) for m in ("uib", "lora")), sign)
+                for key, sign in spec.ranked_by.items() | {"worst_group_accuracy": 1}.items()
+                if all(key in run for m in ("uib", "lora") for run in rows[m])
+            }
+        for title, (mine, theirs, sign) in sorted(found.items()):
+            differences = np.asarray(mine) - np.asarray(theirs)
+            error = differences.std(ddof=1) / len(differences) ** 0.5
+            text = f"{differences.mean():+.3f} ± {error:.3f}"
+            behind = sign * differences.mean() < -2 * error
+            lines.append(
+                [task, title, f"{np.mean(mine):.3f}", f"{np.mean(theirs):.3f}", f"**{text}**" if behind else text]
+            )
+    return table(["task", "", "UIB", "LoRA, tuned", "difference"], lines)
+
+
+def paired(rows: dict[str, list[dict]], method: str, key: str) -> list[float]:
+    """A figure of the seeds from which UIB and LoRA were both run, in their order."""
+    both = {run["seed"] for run in rows["uib"]} & {run["seed"] for run in rows["lora"]}
+    return [run[key] for run in sorted(rows[method], key=lambda run: run["seed"]) if run["seed"] in both]
+
+
 # ---- Ranks ------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +247,7 @@ def task_ranks(task: str, rows: dict[str, list[dict]], methods: list[str]) -> di
     if TASKS[task].kind == "removal":
         found = {m: gaps(rows[m], rows["retrained"]) for m in there}
         return ranks({m: float(np.mean(g)) for m, g in found.items() if g}, False)
-    each = [ranks({m: mean(rows[m], k) for m in there}, sign > 0) for k, sign in JUDGED.items()]
+    each = [ranks({m: mean(rows[m], k) for m in there}, sign > 0) for k, sign in TASKS[task].ranked_by.items()]
     return {m: float(np.mean([rank[m] for rank in each])) for m in there}
 
 
@@ -241,7 +281,7 @@ def rank_table(runs: list[dict]) -> list[str]:
 
 def shortfall(mine: list[dict], rows: dict[str, list[dict]]) -> float:
     """Points that a method falls short of the retrained model, mean over what is judged; more than it counts as equal."""
-    lacking = zip(judged(mine), judged(rows["retrained"]), JUDGED.values(), strict=True)
+    lacking = zip(judged(mine), judged(rows["retrained"]), BIAS.values(), strict=True)
     return 100 * float(np.mean([max(0.0, sign * (target - value)) for value, target, sign in lacking]))
 
 
@@ -253,7 +293,7 @@ def hosted_text(mine: list[dict], rows: dict[str, list[dict]]) -> str:
 def hosting_table(runs: list[dict]) -> list[str]:
     """X against UIB + X on every bias task; **bold** where conflicting accuracy and shortcut rate are better."""
     hosts = {m: spec.hosts for m, spec in METHODS.items() if spec.hosts}
-    found = {task: by_method(runs, task) for task in tasks_of("bias")}
+    found = {task: by_method(runs, task) for task in tasks_of("bias") if TASKS[task].about_an_attribute}
     found = {task: rows for task, rows in found.items() if any(m in rows for m in hosts)}
     lines, both, nearer, compared = [], 0, 0, 0
     for m, host in hosts.items():

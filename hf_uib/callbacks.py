@@ -48,7 +48,7 @@ class OverUnlearningCorrection(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """A model that was chosen by ``load_best_model_at_end`` stays as it is."""
         trainer, posterior = self.trainer, self.trainer.posterior
-        posterior.noise.silence()
+        posterior.silence()
         measured = trainer.measurements
         drawn = measured.compared and not trainer.sets.removed_classes and not measured.pattern_found
         if trainer.calibration_dataset is None or not drawn or args.load_best_model_at_end:
@@ -64,7 +64,9 @@ class OverUnlearningCorrection(TrainerCallback):
         if over >= args.channel.over_unlearning_z:
             return
         seen = f"the forget set's margins are lower than unseen rows' (z = {over:.1f}), which gives it away as high ones do"
-        if not posterior.a_spans_subspace or z(0.0) <= 0:  # the line did not begin at B = 0, or not above unseen rows
+        if (
+            trainer.adapter_before is not None or z(0.0) <= 0
+        ):  # the line did not begin at B = 0, or not above unseen rows
             z(1.0)
             warnings.warn(
                 f"Over-unlearning: {seen}. Train again with a smaller prior_strength (a third, say).", stacklevel=2

@@ -79,9 +79,9 @@ class UIBConfig(TrainingArguments):
         default=16, metadata={"help": "k: directions of the subspace per layer; also LoRA's r."}
     )
     trainable_factors: str = field(
-        default="B",
+        default="both",
         metadata={
-            "help": "`B`: A is frozen to the subspace, B is trained. `both`: A starts there and is trained too.",
+            "help": "`both`: A and B are trained, from where PEFT starts them. `B`: A is frozen to the subspace, B is trained.",
             "choices": ["B", "both"],
         },
     )
@@ -95,8 +95,15 @@ class UIBConfig(TrainingArguments):
     noise_to_signal: float | None = field(
         default=None,
         metadata={
-            "help": "kappa: noise over signal in the channel along the pattern. By default the noise under which the checkpoint "
-            "keeps 65%% of what it says about the forget labels, in nats; 0 where the contrast is no more than chance."
+            "help": "kappa: noise over signal in the channel along the pattern. By default 0.5; 0 where the "
+            "contrast is no more than chance."
+        },
+    )
+    swap_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Fraction of the retained examples of a step in which the pattern's tokens are those of a forget example, "
+            "whatever the label; 0 where the contrast is no more than chance."
         },
     )
     calibration_fraction: float = field(
@@ -115,7 +122,10 @@ class UIBConfig(TrainingArguments):
         default=None, metadata={"help": "Forget examples per device and step. Default: per_device_train_batch_size."}
     )
     contrast_samples: int = field(
-        default=512, metadata={"help": "Examples of each set in the statistics passes (subspace, scales, levels)."}
+        default=512,
+        metadata={
+            "help": "Examples of each set in the statistics passes (subspace, scales, levels), at most; a short run takes fewer."
+        },
     )
     channel_settings: dict | str | None = field(
         default=None,

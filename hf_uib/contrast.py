@@ -1,7 +1,8 @@
 """Where the change in the distribution lives: the contrast C_l and its subspace V_l (method, section 3a)."""
 
+import itertools
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from .channel_kl import wide_dtype
 from .lora import base_of, weight_matrix
 from .objective import margin
+from .pattern_tokens import PatternTokens
 
-PROBE_ROWS = 256  # of the forget sample, for the length of the pattern's code
+PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
-DENSE_BUDGET = 2**26  # entries of C_l kept dense over all layers; 256 MB in float32
 NULL = 1e-6  # singular values under this share of the largest are rounding
 CHUNKS = 6  # of the samples, in the test of `pattern_z`
+DONOR_CHUNK = 2  # from which on forget rows are scored along the contrast of the chunks before, and may be donors
 
 
 @dataclass
@@ -31,8 +33,6 @@ class LayerStatistics:
         direction: the contrast of the chunks before, of length 1: what this chunk's scores are taken along.
         inputs: ``[d_in]``, sum of the layer's inputs; outputs: sum of squares of W x; tokens: how many inputs.
         reached: how many gradients came back to the layer.
-        basis, range: in the second pass of a wide layer, an orthonormal basis ``[d_in, rows]`` of the sketched contrast's
-            rows and ``C_l @ basis``, ``[d_out, rows]``.
     """
 
     contrast: Tensor
@@ -45,8 +45,6 @@ class LayerStatistics:
     bias: Tensor | None = field(repr=False, default=None)
     sketch: Tensor | None = None
     direction: Tensor | None = None
-    basis: Tensor | None = None
-    range: Tensor | None = None
 
     def take_chunk(self) -> None:
         """Add the chunk to the contrast and aim the next one's scores along the result."""
@@ -64,16 +62,14 @@ class LayerStatistics:
 
 
 def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str, LayerStatistics]:
-    """Empty statistics for linear ``layers``; the widest are sketched where dense ones would exceed `DENSE_BUDGET`.
-
-    A sketch has ``2 k + 8`` rows (Halko, Martinsson and Tropp, 2011), and a second pass then gives ``C_l`` on its range.
+    """Empty statistics for linear ``layers``. Of wide ones a random sketch of ``2 k + 8`` rows is kept (Halko, Martinsson and
+    Tropp, 2011): its right singular vectors are nearly those of ``C_l``, and its products are thin.
     """
-    entries = sum(layer.weight.numel() for layer in layers.values())
     statistics = {}
     for index, (name, layer) in enumerate(layers.items()):
         d_out, d_in = weight_matrix(layer).shape
         device, rows, sketch = layer.weight.device, d_out, None
-        if entries > DENSE_BUDGET and d_out > 4 * rank + 16:
+        if d_out > 4 * rank + 16:
             rows = 2 * rank + 8
             generator = torch.Generator().manual_seed(seed + index)
             sketch = (torch.randn(rows, d_out, generator=generator) / rows**0.5).to(device)
@@ -123,17 +119,13 @@ def _recording(modules: dict[str, Any], statistics: dict[str, LayerStatistics], 
             signal = output_rows(module, output.detach()).float()
             if stats.bias is not None:
                 signal = signal - stats.bias.detach().float()
-            if stats.basis is None:
-                stats.inputs += x.sum(0)
-                stats.outputs += signal.square().sum()
-                stats.tokens += len(x)
+            stats.inputs += x.sum(0)
+            stats.outputs += signal.square().sum()
+            stats.tokens += len(x)
 
             def on_gradient(gradient):
                 stats.reached += 1
                 g = output_rows(module, gradient).float()
-                if stats.basis is not None:
-                    stats.range += weight * (g.T @ (x @ stats.basis))
-                    return
                 g = g if stats.sketch is None else g @ stats.sketch.T
                 stats.chunk += weight * (g.T @ x)
                 if stats.direction is not None and len(inputs[0]) % len(scores) == 0:  # else what all examples share
@@ -158,6 +150,7 @@ def accumulate(
     statistics: dict[str, LayerStatistics],
     batches: Iterable[tuple[dict[str, Tensor], float]],
     margin: Callable[[Tensor, Tensor], Tensor] = margin,
+    around: Callable[[dict[str, Tensor], float], AbstractContextManager] | None = None,
 ) -> Tensor:
     """Add the margin gradients of ``batches`` to ``statistics``.
 
@@ -167,6 +160,7 @@ def accumulate(
         statistics: from `new_statistics`; changed in place.
         batches: ``(inputs with labels, weight)``; the weight is ``+1/n`` for a forget and ``-1/n`` for a retained example.
         margin: of logits and labels, ``[n]`` in nats.
+        around: entered around the passes of a batch and its weight.
 
     Returns:
         ``[2, 3]``: count, sum and sum of squares of the examples' scores along `LayerStatistics.direction`, for forget and
@@ -176,7 +170,10 @@ def accumulate(
     for inputs, weight in batches:
         labels = inputs["labels"]
         scores = torch.zeros(len(labels), device=labels.device)
-        with _recording(modules, statistics, weight, scores):
+        with (
+            _recording(modules, statistics, weight, scores),
+            nullcontext() if around is None else around(inputs, weight),
+        ):
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             torch.autograd.backward(margin(logits, labels).sum(), inputs=_leaves(model))
         s = scores.cpu().double()
@@ -199,7 +196,7 @@ def subspace(stats: LayerStatistics, rank: int) -> Tensor:
     Returns:
         ``[rank, d_in]`` with orthonormal rows; zero rows where ``d_in`` leaves no further direction.
     """
-    rows = stats.contrast if stats.range is None else stats.range @ cast(Tensor, stats.basis).T
+    rows = stats.contrast
     device, d_in = rows.device, rows.shape[1]
     rows, mean = in_double(rows), in_double(stats.mean_input())
     if mean.norm() > 0:
@@ -244,15 +241,6 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """Gram and Schmidt's rows: the first one stays, each later one loses what the earlier ones have."""
     q, r = torch.linalg.qr(rows.T)
     return (q * r.diagonal().sign()).T
-
-
-def begin_second_pass(statistics: dict[str, LayerStatistics]) -> bool:
-    """Turn the sketches into bases for the second pass; False when no layer was sketched."""
-    sketched = [stats for stats in statistics.values() if stats.sketch is not None]
-    for stats in sketched:
-        stats.basis = torch.linalg.qr(in_double(stats.contrast.T)).Q.float().to(stats.contrast.device)
-        stats.range = torch.zeros(stats.d_out, stats.basis.shape[1], device=stats.basis.device)
-    return bool(sketched)
 
 
 def pattern_z(moments: Tensor) -> float:
@@ -300,7 +288,7 @@ class ContrastStatistics:
 def measure_contrast(
     model: nn.Module,
     layers: dict[str, Any],
-    batches: Callable[[int | None], Iterable[tuple[dict[str, Tensor], float]]],
+    batches: Callable[[int], Iterable[tuple[dict[str, Tensor], float]]],
     forward_forget_rows: Callable[[], object],
     *,
     rank: int,
@@ -310,20 +298,23 @@ def measure_contrast(
     seed: int = 0,
     min_relative_scale: float = 1e-3,
     sum_over_processes: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+    tokens: PatternTokens | None = None,
+    process: tuple[int, int] = (0, 1),
 ) -> ContrastStatistics:
     """One pass over samples of both sets, and a short one over forget rows.
 
     Args:
         model: with its adapter; its mode is restored.
         layers: the adapted layers.
-        batches: gives this process's ``(inputs with labels, weight)`` of a chunk of the samples, or of all of them (None); see
-            `accumulate`.
+        batches: gives this process's ``(inputs with labels, weight)`` of a chunk of the samples; see `accumulate`.
         forward_forget_rows: passes some forget rows through the model.
         rank: k.
         compared: whether forget and retained rows are among the batches.
         margin: of logits and labels, ``[n]`` in nats.
         random: take random subspaces instead, for comparison.
         min_relative_scale: what is smaller, relative to the mean input or the usual output scale, counts as zero.
+        tokens: gets the forget rows of the later chunks as donors.
+        process: this process's number, and how many there are.
 
     Raises:
         ValueError: a statistic is NaN or infinite.
@@ -333,16 +324,14 @@ def measure_contrast(
     stats = new_statistics({name: base_of(layer) for name, layer in layers.items()}, rank, seed)
     moments = []
     for chunk in range(CHUNKS):
-        moments.append(accumulate(model, layers, stats, batches(chunk), margin))
+        around = _donors(tokens, stats, chunk, process) if tokens is not None and chunk >= DONOR_CHUNK else None
+        moments.append(accumulate(model, layers, stats, batches(chunk), margin, around))
         sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
         for layer in stats.values():
             layer.take_chunk()
     sum_over_processes(
         t for layer in stats.values() for t in (layer.inputs, layer.outputs, layer.tokens, layer.reached)
     )
-    if begin_second_pass(stats):
-        accumulate(model, layers, stats, batches(None), margin)
-        sum_over_processes(layer.range for layer in stats.values() if layer.range is not None)
     model.zero_grad()
     if not all(torch.isfinite(t).all() for s in stats.values() for t in (s.contrast, s.inputs, s.outputs)):
         raise ValueError(
@@ -353,7 +342,6 @@ def measure_contrast(
     for name, layer in stats.items():
         if random:
             layer.contrast = torch.randn(layer.contrast.shape, generator=generator).to(layer.contrast)
-            layer.range = None
         subspaces[name] = subspace(layer, rank)
     code_rms = _code_rms(layers, subspaces, forward_forget_rows, sum_over_processes)
     model.train(training)
@@ -365,6 +353,25 @@ def measure_contrast(
         pattern_z=pattern_z(torch.stack(moments[1:])) if compared else 0.0,
         unreached=[name for name, layer in stats.items() if not layer.reached],
     )
+
+
+def _donors(tokens: PatternTokens, stats: dict[str, LayerStatistics], chunk: int, process: tuple[int, int]):
+    """What is to be entered around the batches of a chunk so that its forget rows become donors."""
+    directions = {
+        name: layer.direction if layer.sketch is None else layer.sketch.T @ layer.direction
+        for name, layer in stats.items()
+        if name in tokens.layers and layer.direction is not None
+    }
+    index, count = process
+    row = itertools.count(chunk * 2**32 + index, count)
+
+    def around(inputs: dict[str, Tensor], weight: float) -> AbstractContextManager:
+        if weight < 0:
+            return nullcontext()
+        order = [next(row) for _ in range(len(inputs["labels"]))]
+        return tokens.recording(directions, order, inputs.get("attention_mask"))
+
+    return around
 
 
 def _code_rms(layers, subspaces, forward_forget_rows, sum_over_processes) -> dict[str, Tensor]:

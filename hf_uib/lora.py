@@ -97,11 +97,11 @@ def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) -> PeftModel:
+def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int, seed: int = 0) -> PeftModel:
     """Give the model the adapter that will be trained.
 
     Three cases: a plain model gets a new adapter; a PeftModel with a fresh adapter (B = 0) is taken as it is, and so is one
-    with a trained adapter, whose weights are then the prior's first mean.
+    with a trained adapter, whose weights are then the prior's first mean. The A of a new one is drawn from ``seed``.
 
     Raises:
         ValueError: the weights are quantised; the model has an adapter that cannot be trained, is more than a product or is not on
@@ -143,8 +143,9 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int) 
     peft_config = copy.deepcopy(peft_config) if peft_config else default_peft_config(model, rank)
     require_additive(peft_config)
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # PEFT sets it right for each layer, and says so
+        torch.manual_seed(seed)
         model = get_peft_model(model, peft_config)
     model.__dict__[FROZEN] = frozen
     _only_linear(model)

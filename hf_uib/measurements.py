@@ -13,6 +13,7 @@ from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
 from .inference import SharedInference
 from .lora import AdaptedLayer
+from .pattern_tokens import PatternTokens
 from .unlearning_task import UnlearningTask
 
 
@@ -25,9 +26,11 @@ class Measurements:
         held_out: retained rows that stand in for calibration rows.
         task: gives the margins.
         inference: passes rows through the model.
-        args: seed, sample sizes and the kind of subspace.
-        statistics: what was measured so far, by name: ``pattern_z``, ``noise_to_signal``, ``prior_strength``,
-            ``calibration_margin`` (nats), ``kept_fraction`` (of the change, after over-unlearning).
+        args: seed and the kind of subspace.
+        samples: rows of a set that are measured, at most.
+        statistics: what was measured so far, by name: ``pattern_z``, ``noise_to_signal``, ``swap_fraction``,
+            ``pattern_tokens`` (of a donor, on average), ``prior_strength``, ``calibration_margin`` (nats),
+            ``kept_fraction`` (of the change, after over-unlearning).
     """
 
     sets: UnlearningSets
@@ -35,10 +38,13 @@ class Measurements:
     task: UnlearningTask
     inference: SharedInference
     args: UIBConfig
+    samples: int
     statistics: dict[str, float] = field(default_factory=dict)
 
-    def contrast(self, model: nn.Module, layers: dict[str, AdaptedLayer]) -> ContrastStatistics:
-        """Subspaces and scales of the adapted layers; see `measure_contrast`."""
+    def contrast(
+        self, model: nn.Module, layers: dict[str, AdaptedLayer], tokens: PatternTokens | None = None
+    ) -> ContrastStatistics:
+        """Subspaces and scales of the adapted layers, and the donors of ``tokens``; see `measure_contrast`."""
         found = measure_contrast(
             model,
             layers,
@@ -51,7 +57,11 @@ class Measurements:
             seed=self.args.seed,
             min_relative_scale=self.args.channel.min_relative_scale,
             sum_over_processes=self.inference.sum,
+            tokens=tokens if self.compared else None,
+            process=(self.inference.accelerator.process_index, self.inference.accelerator.num_processes),
         )
+        if tokens is not None:
+            tokens.settle(self.inference.accelerator.num_processes)
         self.statistics["pattern_z"] = found.pattern_z
         return found
 
@@ -65,29 +75,26 @@ class Measurements:
         """Whether the contrast of forget and retained rows is more than chance."""
         return self.statistics["pattern_z"] >= self.args.channel.pattern_z
 
-    def _contrast_batches(self, chunk: int | None) -> Iterator[tuple[dict[str, Tensor], float]]:
-        for dataset, sign in ((self.sets.forget, 1.0), (self.sets.retain if self.compared else None, -1.0)):
-            if dataset is not None:
-                rows = self._sample(dataset)
-                members = rows if chunk is None else rows[chunk::CHUNKS]
-                for inputs in self.inference.batches(dataset, members, "Contrast"):
+    def _contrast_batches(self, chunk: int) -> Iterator[tuple[dict[str, Tensor], float]]:
+        compared = self._sample(self.sets.comparable) if self.compared else []
+        sampled = (self.sets.forget, self._sample(self.sets.forget), 1.0), (
+            self.sets.retain, self.sets.comparable[compared].tolist(), -1.0,
+        )  # fmt: skip
+        for dataset, rows, sign in sampled:
+            if rows:
+                for inputs in self.inference.batches(dataset, rows[chunk::CHUNKS], "Contrast"):
                     yield inputs, sign / len(rows)
 
     def _sample(self, dataset, offset: int = 0) -> list[int]:
-        return sample_indices(len(dataset), self.args.contrast_samples, self.args.seed + offset)
+        return sample_indices(len(dataset), self.samples, self.args.seed + offset)
 
     def probe_rows(self) -> list[int]:
         """A smaller sample of the forget set."""
-        return sample_indices(len(self.sets.forget), min(PROBE_ROWS, self.args.contrast_samples), self.args.seed + 1)
+        return sample_indices(len(self.sets.forget), min(PROBE_ROWS, self.samples), self.args.seed + 1)
 
     def batches(self, dataset) -> Iterator[dict[str, Tensor]]:
         """This process's part of a sample of a set, inputs with ``labels``."""
         return self.inference.batches(dataset, self._sample(dataset))
-
-    def label_information(self) -> float:
-        """What the predictions tell about the labels of some forget rows, in nats."""
-        rows = self.probe_rows()[: self.args.channel.probe_rows]
-        return self.task.label_information(*self.inference.forward(self.sets.forget, rows)).item()
 
     def forget_margins(self) -> Tensor:
         """Margins of a sample of the forget set, ``[n]`` in nats."""
@@ -101,7 +108,7 @@ class Measurements:
         if self.sets.calibration is not None:
             dataset, rows = self.sets.calibration, self._sample(self.sets.calibration)
         elif self.held_out:
-            dataset, rows = self.sets.retain, sorted(self.held_out)[: self.args.contrast_samples]
+            dataset, rows = self.sets.retain, sorted(self.held_out)[: self.samples]
         else:
             return None
         logits, labels = self.inference.forward(dataset, rows)

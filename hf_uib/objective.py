@@ -39,19 +39,6 @@ def other_classes_kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -
     return (weights * (log_p - log_q)).sum(-1).mean()
 
 
-def label_information(logits: Tensor, labels: Tensor) -> Tensor:
-    """``H(Y) - CE``, a lower bound of the information between predictions and labels (the fit term of the objective).
-
-    Args:
-        logits: ``[n, classes]``; labels: ``[n]``.
-
-    Returns:
-        Scalar, in nats.
-    """
-    frequencies = labels.bincount() / len(labels)
-    return torch.special.entr(frequencies).sum() - F.cross_entropy(logits, labels)
-
-
 def rank_z(first: Tensor, second: Tensor) -> float:
     """z-value of Mann and Whitney's count of pairs in which ``first [n]`` exceeds ``second [m]``; negative where it lies lower."""
     n, m = len(first), len(second)

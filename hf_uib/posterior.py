@@ -3,8 +3,7 @@
 Docs: docs/method.md, sections 2 and 3a.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .channel_kl import channel_kl, displacement, outside
 from .contrast import ContrastStatistics
 from .lora import AdaptedLayer, is_fresh, weight_matrix
+from .pattern_tokens import PatternTokens
 from .schedule import noise_scale
 from .settings import ChannelSettings
 
@@ -52,9 +52,11 @@ class ChannelPosterior(nn.Module):
         settings: of the channel.
         seed: of the noise.
         unreached: layers to which no gradient comes.
+        tokens: the channel at the model's input.
     """
 
     noise_to_signal: Tensor
+    swap_fraction: Tensor
     cumulative_kl: Tensor
     a_spans_subspace: Tensor
     reached: Tensor
@@ -69,12 +71,15 @@ class ChannelPosterior(nn.Module):
         settings: ChannelSettings,
         seed: int = 0,
         unreached: Collection[str] = (),
+        tokens: PatternTokens | None = None,
     ):
         super().__init__()
+        self.tokens = tokens
         self.layers, self.adapter, self.settings, self.seed = layers, adapter, settings, seed
         self.subspaces = LayerTensors({name: subspaces[name] for name in layers})
         self.output_scales = LayerTensors({name: output_scales[name] for name in layers})
         self.register_buffer("noise_to_signal", torch.tensor(0.0, dtype=torch.float64))  # kappa of the first step
+        self.register_buffer("swap_fraction", torch.tensor(0.0, dtype=torch.float64))  # of the retained rows of a step
         self.register_buffer("cumulative_kl", torch.zeros(len(layers), dtype=torch.float64))  # of the refreshes so far
         self.register_buffer("a_spans_subspace", torch.tensor(a_spans_subspace))
         self.register_buffer("reached", torch.tensor([name not in unreached for name in layers]))
@@ -104,22 +109,24 @@ class ChannelPosterior(nn.Module):
         train_a: bool,
         settings: ChannelSettings,
         seed: int = 0,
+        tokens: PatternTokens | None = None,
     ) -> "ChannelPosterior":
-        """The posterior of a run that begins. An adapter that has not been trained yet gets a multiple of V_l as its A."""
+        """The posterior of a run that begins. Where B alone is trained, a new adapter gets a multiple of V_l as its A; where both
+        are, A is left as PEFT drew it."""
         fits = {
             name: layer.lora_A[adapter].weight.flatten(1).shape == contrast.subspaces[name].shape
             for name, layer in layers.items()
         }
-        fresh = is_fresh(layers, adapter)
-        if fresh:
+        to_subspace = not train_a and is_fresh(layers, adapter)
+        if to_subspace:
             for name, layer in layers.items():
                 factor = layer.lora_A[adapter].weight
                 if fits[name]:
                     gain = code_gain(contrast.output_scales[name], settings)
                     factor.data.copy_((contrast.subspaces[name] * gain).view_as(factor))
-        spans = fresh and not train_a and all(fits.values())
+        spans = to_subspace and all(fits.values())
         scales = contrast.output_scales
-        return cls(layers, adapter, contrast.subspaces, scales, spans, settings, seed, contrast.unreached)
+        return cls(layers, adapter, contrast.subspaces, scales, spans, settings, seed, contrast.unreached, tokens)
 
     @classmethod
     def from_state(
@@ -129,6 +136,7 @@ class ChannelPosterior(nn.Module):
         state: dict[str, Tensor],
         settings: ChannelSettings,
         seed: int = 0,
+        tokens: PatternTokens | None = None,
     ) -> "ChannelPosterior":
         """The posterior of a run that is resumed, from `state_dict`."""
 
@@ -136,10 +144,15 @@ class ChannelPosterior(nn.Module):
             return {name: state[f"{kind}.{name.replace('.', '/')}"] for name in layers}
 
         spans = bool(state["a_spans_subspace"])
-        posterior = cls(layers, adapter, of_layers("subspaces"), of_layers("output_scales"), spans, settings, seed)
+        scales = of_layers("output_scales")
+        posterior = cls(layers, adapter, of_layers("subspaces"), scales, spans, settings, seed, tokens=tokens)
+        if tokens is not None and "tokens.values" in state:
+            tokens.values, tokens.positions = state["tokens.values"], state["tokens.positions"]
         means_a, means_b = of_layers("prior_means_a"), of_layers("prior_means_b")
         posterior.set_prior_mean({name: (means_a[name], means_b[name]) for name in layers})
         posterior.noise_to_signal.copy_(state["noise_to_signal"])
+        if "swap_fraction" in state:
+            posterior.swap_fraction.copy_(state["swap_fraction"])
         posterior.cumulative_kl.copy_(state["cumulative_kl"])
         if "reached" in state:
             posterior.reached.copy_(state["reached"])
@@ -179,30 +192,26 @@ class ChannelPosterior(nn.Module):
             self.noise.draw(self.scale, self.seed, step)
         else:
             self.noise.silence()
+        if self.tokens is not None:
+            self.tokens.draw(self.swap_fraction.item(), self.seed, step)
 
-    def choose_noise(self, label_information: Callable[[], float]) -> float:
-        """kappa from the data: the noise under which the checkpoint keeps most of what it says about the forget labels.
+    def set_batch(self, rows: Tensor, retained: int, attention_mask: Tensor | None) -> None:
+        """What the next forward gets: each row's position in the epoch, how many are retained rows (they come first), the mask."""
+        self.noise.positions = rows
+        if self.tokens is not None:
+            self.tokens.rows, self.tokens.retained, self.tokens.attention_mask = rows, retained, attention_mask
 
-        Args:
-            label_information: measures it, in nats, under the noise that is drawn (in eval mode).
+    def silence(self) -> None:
+        """Neither noise nor tokens until the next draw."""
+        self.noise.silence()
+        if self.tokens is not None:
+            self.tokens.silence()
 
-        Returns:
-            The noise-to-signal ratio; 0 where the checkpoint tells nothing. By 7 halvings of the interval.
-        """
-
-        def information(kappa: float) -> float:
-            self.noise.draw(kappa, self.seed, -1)
-            return label_information()
-
-        low, high = 0.0, self.settings.max_noise_to_signal
-        with self.noise.in_eval_mode():
-            enough = self.settings.label_information_kept * information(0.0)
-            if enough <= 0:
-                return 0.0
-            for _ in range(7):
-                middle = (low + high) / 2
-                low, high = (middle, high) if information(middle) >= enough else (low, middle)
-        return low
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self.noise.remove()
+        if self.tokens is not None:
+            self.tokens.remove()
 
     # ---- The divergence from the prior ----
 
@@ -286,7 +295,6 @@ class ChannelNoise:
     ):
         self.subspaces, self.projected_weight = subspaces, projected_weight
         self.device = next(iter(subspaces.values())).device
-        self.probing = False
         self.noise: dict[str, Tensor] = {}
         self.positions: Tensor | None = None  # of the rows of the next forward, [n]; None: one after the other
         self.mixed: dict[str, Tensor] = {}
@@ -300,7 +308,7 @@ class ChannelNoise:
                 self.handles.append(layer.lora_B[adapter].register_forward_hook(self._on_output(name)))
 
     def _off(self, module: nn.Module) -> bool:
-        return not self.noise or not (module.training or self.probing)
+        return not (self.noise and module.training)
 
     def _on_code(self, name: str):
         def hook(module, inputs, code):
@@ -354,16 +362,6 @@ class ChannelNoise:
         elif len(rows) != len(x):  # windows of a picture, one after the other
             rows = rows.repeat_interleave(len(x) // len(rows))
         return rows % self.DRAWS
-
-    @contextmanager
-    def in_eval_mode(self):
-        """Disturb forwards in eval mode too, to measure what the noise does; none is left afterwards."""
-        self.probing = True
-        try:
-            yield
-        finally:
-            self.probing = False
-            self.silence()
 
     def draw(self, kappa: float, seed: int, step: int) -> None:
         """Draw ``kappa G`` of a step."""

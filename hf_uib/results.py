@@ -198,7 +198,8 @@ class ResultsMixin(AtomicCheckpoints):
     def _level_excess(self) -> float | None:
         """Mean of what the forget margins lie above the prior's level now, in nats; None where the prior has no such level."""
         level = getattr(self.prior, "level", None)
-        if level is None or not hasattr(self.prior, "level_of") or not level.isfinite().all():
+        resting = not self.prior.needs_forget_batches
+        if resting or level is None or not hasattr(self.prior, "level_of") or not level.isfinite().all():
             return None
         examples = self.measurements.inference.examples
         margins = self.measurements.forget_margins()

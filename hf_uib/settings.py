@@ -32,10 +32,7 @@ class ChannelSettings(Limits):
     """The noise channel's settings that are set once for all tasks (docs/method.md, sections 2 and 3a).
 
     Attributes:
-        label_information_kept: fraction of what the checkpoint's predictions say about the forget labels, in nats, that is left
-            under the default noise.
-        probe_rows: forget rows on which that is measured.
-        max_noise_to_signal: the largest noise that is tried; 4 leaves a capacity of 0.03 nats per direction.
+        noise_to_signal: kappa where the contrast is a pattern: a capacity of 0.8 nats per direction.
         pattern_z: under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for.
         over_unlearning_z: under it the forget margins lie so low that they give the forget set away.
         code_scale: A starts as V_l rms(W x) / rms(V x) / code_scale, so that one learning rate fits every layer.
@@ -43,9 +40,7 @@ class ChannelSettings(Limits):
         min_relative_scale: what is smaller, relative to the mean input or to the usual output scale, counts as zero.
     """
 
-    label_information_kept: float = 0.65
-    probe_rows: int = 128
-    max_noise_to_signal: float = 4.0
+    noise_to_signal: float = 0.5
     pattern_z: float = 2.0
     over_unlearning_z: float = -2.0
     code_scale: float = 0.0375
@@ -53,9 +48,7 @@ class ChannelSettings(Limits):
     min_relative_scale: float = 1e-3
 
     limits: ClassVar = {
-        "label_information_kept": (0, 1),
-        "probe_rows": (1, math.inf),
-        "max_noise_to_signal": (0, math.inf),
+        "noise_to_signal": (0, math.inf),
         "pattern_z": (-math.inf, math.inf),
         "over_unlearning_z": (-math.inf, math.inf),
         "code_scale": (1e-9, math.inf),

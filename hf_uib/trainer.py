@@ -41,11 +41,12 @@ from .lora import (
 )
 from .measurements import Measurements
 from .models import forward_columns, name_of
+from .pattern_tokens import PatternTokens
 from .posterior import ChannelPosterior
 from .priors import Prior, PriorContext, build_prior
 from .provenance import next_base
 from .results import ResultsMixin
-from .schedule import noise_scale, prior_acts
+from .schedule import noise_scale, prior_acts, sample_size
 from .state import SHARED_SETTINGS, UIBState
 from .unlearning_task import task_of
 
@@ -135,7 +136,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.calibration_dataset = sets.calibration
 
         # 3. Adapter: the mean of the posterior
-        model = attach_adapter(model, peft_config, args.subspace_rank)
+        model = attach_adapter(model, peft_config, args.subspace_rank, args.seed)
         self.layers, self.adapter_name = lora_layers(model), adapter_name(model)
         # What a checkpoint that comes with a trained adapter had learned in it
         self.adapter_before = None
@@ -193,7 +194,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self.compute_loss_context_manager,
             bool(args.disable_tqdm),
         )
-        self.measurements = Measurements(sets, self.held_out, self.task, self.inference, args)
+        per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        rows = args.max_steps * per_step if args.max_steps > 0 else math.ceil(args.num_train_epochs * length)
+        samples = sample_size(args.contrast_samples, rows)
+        self.measurements = Measurements(sets, self.held_out, self.task, self.inference, args, samples)
 
         # 6. Logs, results and what the card says
         self._metrics: dict[str, Tensor] = {}
@@ -215,21 +219,29 @@ class UIBTrainer(ResultsMixin, HubMixin):
         """
         args = self.args
         if self._posterior is not None:
-            self._posterior.noise.remove()
+            self._posterior.remove()
             self.prior = copy.deepcopy(self.untouched_prior)
         self._posterior = None
         self.set_trainable()
         self.measurements.statistics, self.results, self.audit_report = {}, {}, None
-        contrast = self.measurements.contrast(self.model, self.layers)
+        tokens = PatternTokens(self.adapted_model, self.layers)
+        contrast = self.measurements.contrast(self.model, self.layers, tokens)
         self.contrast_norms = contrast.norms
         posterior = self._posterior = ChannelPosterior.from_contrast(
-            self.layers, self.adapter_name, contrast, args.trainable_factors == "both", args.channel, args.seed
+            self.layers, self.adapter_name, contrast, args.trainable_factors == "both", args.channel, args.seed, tokens
         )
         self.set_trainable()
-        kappa = self._noise_to_signal(posterior)
+        closed = self._channel_is_closed()
+        kappa = args.channel.noise_to_signal if args.noise_to_signal is None else args.noise_to_signal
+        kappa = kappa if closed or args.noise_to_signal is not None and args.posterior != "map" else 0.0
         posterior.noise_to_signal.fill_(kappa)
-        strength = self.prior.default_strength(kappa > 0) if args.prior_strength is None else args.prior_strength
-        self.statistics.update(noise_to_signal=kappa, prior_strength=strength)
+        swap = args.swap_fraction if closed and tokens.tokens_per_row > 0 else 0.0
+        posterior.swap_fraction.fill_(swap)
+        strength = (
+            self.prior.default_strength(kappa > 0 or swap > 0) if args.prior_strength is None else args.prior_strength
+        )
+        self.statistics.update(noise_to_signal=kappa, swap_fraction=swap, prior_strength=strength)
+        self.statistics.update(pattern_tokens=tokens.tokens_per_row)
         context = self._prior_context()
         self.prior.attach(context)
         training = self.model.training
@@ -238,15 +250,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.model.train(training)
         posterior.set_prior_mean()
 
-    def _noise_to_signal(self, posterior: ChannelPosterior) -> float:
-        """kappa: as it is set, or by a few forward passes of forget rows; no retained label is used."""
-        if self.args.posterior == "map":
-            return 0.0
-        if self.args.noise_to_signal is not None:
-            return self.args.noise_to_signal
-        if self.sets.removed_classes or not self.measurements.pattern_found:
-            return 0.0
-        return posterior.choose_noise(self.measurements.label_information)
+    def _channel_is_closed(self) -> bool:
+        """Whether noise and swapped tokens are used: not where the contrast is chance, nor where whole classes go."""
+        return self.args.posterior != "map" and not self.sets.removed_classes and self.measurements.pattern_found
 
     def _prior_context(self) -> PriorContext:
         measured, sets = self.measurements, self.sets
@@ -258,7 +264,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
             reduce=self.inference.sum,
             task=self.task,
             strength=self.statistics["prior_strength"],
-            pattern_detected=self.statistics["noise_to_signal"] > 0 and not sets.removed_classes,
+            pattern_detected=(measured.statistics["noise_to_signal"] > 0 or measured.statistics["swap_fraction"] > 0)
+            and not sets.removed_classes,
             calibration_seen_in_training=bool(self.held_out) and not sets.removed_classes,
         )
 
@@ -269,7 +276,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         step, total = self.state.global_step, self.state.max_steps
         if step > 0:
             self.posterior.move_prior(self.posterior.noise_to_signal.item() * noise_scale(step - 1, total))
-        if self._prior_acts(step):
+        if self._prior_acts(step) or self.prior.watches:
             self.prior.refresh(self.measurements.forget_margins, self.measurements.calibration_margins)
 
     def _prior_acts(self, step: int) -> bool:
@@ -294,7 +301,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
         n, features = inputs.retained, dict(inputs.features)
         labels = features.pop("labels")
-        self.posterior.noise.positions = inputs.positions
+        self.posterior.set_batch(inputs.positions, n, features.get("attention_mask"))
         outputs = model(**features)
         logits = outputs.logits
         if self.retain_dataset is None:
@@ -349,7 +356,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._posterior is not None:
-                self._posterior.noise.silence()
+                self._posterior.silence()
 
     def set_trainable(self) -> None:
         """B alone or A and B, of the layers that gradients reach; called after whatever sets all weights of an adapter free."""
@@ -428,9 +435,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         state = UIBState.load(checkpoint, self.args.device)
         state.check(checkpoint, self._identity())
         if self._posterior is not None:
-            self._posterior.noise.remove()
+            self._posterior.remove()
+        tokens = PatternTokens(self.adapted_model, self.layers)
         self._posterior = ChannelPosterior.from_state(
-            self.layers, self.adapter_name, state.posterior, self.args.channel, self.args.seed
+            self.layers, self.adapter_name, state.posterior, self.args.channel, self.args.seed, tokens
         )
         self.measurements.statistics, self.contrast_norms = state.statistics, state.contrast_norms
         self.prior.attach(self._prior_context())

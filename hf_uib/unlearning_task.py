@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from .data.checks import check_labels
 from .models import num_labels_of
-from .objective import label_information, margin, other_classes_kl
+from .objective import margin, other_classes_kl
 
 TASK_TYPES: list[type["UnlearningTask"]] = []
 
@@ -41,10 +41,6 @@ class UnlearningTask:
 
     def margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Log-odds of the given label, ``[n]`` in nats."""
-        raise NotImplementedError
-
-    def label_information(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What the predictions tell about the labels: scalar, in nats."""
         raise NotImplementedError
 
 
@@ -92,7 +88,3 @@ class SingleLabel(UnlearningTask):
     def margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """``log p(y|x) - log(1 - p(y|x))``."""
         return margin(logits, labels)
-
-    def label_information(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """``H(Y) - CE``."""
-        return label_information(logits, labels)

@@ -140,11 +140,15 @@ def test_label_noise_is_found():
     again.load_state_dict(prior.state_dict())
     assert again.keep_forget_batches and torch.equal(again.level_of(at), prior.level_of(at))
 
-    for prior in (
-        run(biased),
-        run(wrong, calibration_seen_in_training=True),
-    ):  # a fold that the checkpoint fitted says nothing about errors
-        assert not prior.keep_forget_batches and (prior.level_of(at) >= 1.48).all()
+    assert prior.needs_forget_batches and not prior.watches
+
+    under_a_bias = run(biased)
+    assert not under_a_bias.keep_forget_batches and (under_a_bias.level_of(at) >= 1.48).all()
+    assert not under_a_bias.needs_forget_batches and not under_a_bias.watches
+    fold = attached(CalibratedPrior(), pattern_detected=True, calibration_seen_in_training=True)
+    assert (
+        not fold.needs_forget_batches and not fold.watches
+    )  # a fold that the checkpoint fitted says nothing about errors
 
 
 def test_label_noise_z_is_the_pooled_test_of_two_proportions():
@@ -320,9 +324,9 @@ def test_names_are_taken_once_and_by_priors_alone():
             "channel_settings: floor is -1; it must be a number between 1e-09 and inf",
         ),
         (dict(channel_settings={"floor": "a"}), "floor is 'a'"),
-        (dict(channel_settings={"probe_rows": 1.5}), "probe_rows is 1.5; it must be a whole number"),
-        (dict(channel_settings={"label_information_kept": 2}), "between 0 and 1"),
-        (dict(channel_settings={"floors": 1}), "has no 'floors'; it has label_information_kept, "),
+        (dict(influence_settings={"exact": 1.5}), "exact is 1.5; it must be a whole number"),
+        (dict(channel_settings={"min_relative_scale": 2}), "between 0 and 1"),
+        (dict(channel_settings={"floors": 1}), "has no 'floors'; it has noise_to_signal, "),
         (dict(channel_settings="{floor"), "channel_settings is '{floor'; write it as JSON"),
         (dict(channel_settings=[1]), "channel_settings is .1.; give a dictionary"),
         (dict(influence_settings={"damping": -1.0}), "influence_settings: damping is -1.0"),

@@ -33,11 +33,9 @@ def trainer(tmp_path, model, forget, retain):
     )
 
 
-@pytest.mark.parametrize("budget", [contrast.DENSE_BUDGET, 0])
-def test_subspace_is_that_of_the_dense_gradient(trainer, forget, retain, monkeypatch, budget):
-    # With budget 0 layers with d_out > 4 k + 16 take the randomised route; rank 1 makes all of these wide enough.
-    monkeypatch.setattr(contrast, "DENSE_BUDGET", budget)
-    rank = 4 if budget else 1
+@pytest.mark.parametrize("rank", [4, 1])
+def test_subspace_is_that_of_the_dense_gradient(trainer, forget, retain, rank):
+    # Layers with d_out > 4 k + 16 are sketched; rank 1 makes all of these wide enough. What a sketch keeps is nearly the best.
     trainer.args.subspace_rank = rank
     measured = trainer.measurements.contrast(trainer.model, trainer.layers)
     subspaces = measured.subspaces
@@ -52,11 +50,9 @@ def test_subspace_is_that_of_the_dense_gradient(trainer, forget, retain, monkeyp
         kept = (c @ v.T).norm()
         values = torch.linalg.svdvals(c)  # the mean input is left out, so a little less than the best can be kept
         assert kept <= values[:rank].norm() + 1e-6
-        assert (
-            kept
-            >= torch.linalg.svdvals(c - (c @ mean_of(measured, name))[:, None] * mean_of(measured, name))[:rank].norm()
-            * 0.98
-        )
+        assert kept >= torch.linalg.svdvals(c - (c @ mean_of(measured, name))[:, None] * mean_of(measured, name))[
+            :rank
+        ].norm() * (0.98 if rank == 4 else 0.9)
 
 
 def mean_of(measured, name):
@@ -92,16 +88,16 @@ class Classifier(torch.nn.Module):
 def run(layer, stats, x, y, sign=1.0):
     moments = contrast.accumulate(Classifier(layer), {"layer": layer}, stats, [({"x": x, "labels": y}, sign / len(x))])
     for s in stats.values():
-        if s.basis is None:
-            s.take_chunk()
+        s.take_chunk()
     return moments
 
 
-def test_matches_dense_svd_off_the_mean_and_sketch_agrees(monkeypatch):
+def test_matches_dense_svd_off_the_mean_and_sketch_agrees():
     torch.manual_seed(0)
     layer = torch.nn.Linear(12, 60)
     x, y = torch.randn(40, 3) @ torch.randn(3, 12) + 1.0, torch.randint(0, 60, (40,))
-    dense = statistics(layer)
+    dense = statistics(layer, 11)  # 4 k + 16 rows are no sketch
+    assert dense["layer"].sketch is None
     run(layer, dense, x, y)
     layer.zero_grad()
     objective.margin(layer(x), y).mean().backward()
@@ -117,14 +113,13 @@ def test_matches_dense_svd_off_the_mean_and_sketch_agrees(monkeypatch):
     signal = (x @ layer.weight.T).square().mean().sqrt()
     torch.testing.assert_close(dense["layer"].signal().float(), signal.detach(), rtol=1e-5, atol=0)
 
-    monkeypatch.setattr(contrast, "DENSE_BUDGET", 0)
     sketched = statistics(layer)
     assert sketched["layer"].sketch is not None
     run(layer, sketched, x, y)
-    assert contrast.begin_second_pass(sketched)
-    run(layer, sketched, x, y)
     w = contrast.subspace(sketched["layer"], 2).double()
-    torch.testing.assert_close(w.T @ w, reference.T @ reference, rtol=0, atol=1e-3)
+    kept = lambda rows: (projected @ rows.T).square().sum() / (projected @ reference.T).square().sum()
+    chance = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q.T
+    assert kept(w) > 0.95 > 0.9 > kept(chance)
 
 
 def z_of(forget, retain, chunks=6):

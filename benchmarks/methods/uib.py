@@ -66,7 +66,7 @@ register_method(
     "variational LoRA, fixed prior",
     group="fine-tuning",
     grid=grid(beta=[1e-6, 1e-4], noise_to_signal=[0.1, 0.5]),
-)(partial(unlearn, prior="none", prior_subspace="random", prior_update_steps=10**6))
+)(partial(unlearn, prior="none", prior_subspace="random", trainable_factors="B", prior_update_steps=10**6))
 
 for prior, hosted, title in (
     ("ascent", "neggrad", "UIB + NegGrad+"),

@@ -17,7 +17,7 @@ from torch import nn
 from hf_uib.cli import digits
 from hf_uib.data.fingerprints import fingerprint
 from hf_uib.inference import predict
-from hf_uib.metrics import attack, bias_row, flip_rate
+from hf_uib.metrics import attack, flip_rate
 
 from .. import results
 from ..methods import METHODS, Budget, MethodSpec
@@ -110,9 +110,11 @@ def average_gap(row: dict, oracle: dict) -> float:
     return 100 * sum(abs(row[k] - oracle[k]) for k in GAPS) / len(GAPS)
 
 
-def score(row: dict, oracle: dict | None) -> float:
+def score(name: str, row: dict, oracle: dict | None) -> float:
     """What tuning maximises on the validation fold: conflicting accuracy minus shortcut rate, or minus the average gap."""
-    return row["conflicting_accuracy"] - row["follow_rate"] if oracle is None else -average_gap(row, oracle)
+    if oracle is not None:
+        return -average_gap(row, oracle)
+    return sum(sign * row[key] for key, sign in TASKS[name].ranked_by.items() if key != "accuracy")
 
 
 def validation_oracle(task: digits.Task, models: dict, seed: int, folder: str) -> dict | None:
@@ -181,7 +183,7 @@ def tune(options) -> None:
             if applies(METHODS[method], name, task):
                 model, _ = trained(task, models, method, setting, TUNING_SEED, options.cache)
                 row = measure(model, task, "validation")
-                line = {"task": name, "method": method, "setting": setting, "score": score(row, oracle)}
+                line = {"task": name, "method": method, "setting": setting, "score": score(name, row, oracle)}
                 results.append(results.TUNING, line | row)
 
 

@@ -30,10 +30,14 @@ def dino_task(name: str, parts: dict, attribute: str, names: list[str], dinov2: 
     )
     sets = {part: encoded(*rows, attribute, names, processor) for part, rows in parts.items()}
     new_model = partial(AutoModelForImageClassification.from_pretrained, dinov2, num_labels=len(names))
-    return Task(name, sets, new_model, processor, attribute, train_settings=SETTINGS | {"retrain_steps": retrain_steps})
+    return Task(
+        name, sets, new_model, processor, attribute, train_settings=SETTINGS | {"retrain_steps": retrain_steps}
+    )
 
 
-def cells(labels: np.ndarray, attribute: np.ndarray, sizes: dict[tuple[int, int], int], free: np.ndarray, rng) -> np.ndarray:
+def cells(
+    labels: np.ndarray, attribute: np.ndarray, sizes: dict[tuple[int, int], int], free: np.ndarray, rng
+) -> np.ndarray:
     """Rows of each cell of label and attribute, drawn from those that are ``free``, which they then are not."""
     chosen = []
     for (label, value), size in sizes.items():
@@ -51,8 +55,8 @@ def evenly(count: int) -> dict[tuple[int, int], int]:
 @register_task("dino-shade", data=DATA)
 def dino_shade(fashion_mnist: str, dinov2: str, seed: int, retained: int = 240) -> Task:
     """Pullovers and coats of fashion_mnist, read by DINOv2-small; nothing is drawn into the pictures. In the forget set (960
-    pictures) the pullovers are dark and the coats are bright; the retained, validation and test pictures are balanced. `Worst group`
-    is of the four cells of garment and shade.
+    pictures) the pullovers are dark and the coats are bright; the retained, validation and test pictures are balanced. The worst
+    group is of the four cells of garment and shade.
     """
     rng = np.random.default_rng(seed)
     train, test, _ = read_fashion(fashion_mnist, rng, tests=10_000)

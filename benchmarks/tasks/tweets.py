@@ -90,4 +90,6 @@ def tweets_airline(airline_tweets: str, minilm: str, seed: int, retained: int = 
     return Task("tweets-airline", sets, new_model, tokenizer, "handle", 2, train_settings=dict(SETTINGS))
 
 
-register_task("tweets-airline, 96 retained", data=DATA, regime_of="tweets-airline")(partial(tweets_airline, retained=96))
+register_task("tweets-airline, 96 retained", data=DATA, regime_of="tweets-airline")(
+    partial(tweets_airline, retained=96)
+)

@@ -16,6 +16,17 @@ def removed_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None)
     return [] if forgotten & kept else sorted(forgotten)
 
 
+def comparable(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> np.ndarray:
+    """Numbers of the retained rows whose label occurs in the forget set, ``[n]``; all rows where none does.
+
+    Against rows of other labels the contrast would hold what tells the labels apart, not what tells the sets apart.
+    """
+    if retain_labels is None:
+        return np.arange(0)
+    rows = np.flatnonzero(np.isin(retain_labels, forget_labels)) if retain_labels.ndim == 1 else np.arange(0)
+    return rows if len(rows) else np.arange(len(retain_labels))
+
+
 def check_labels(name: str, dataset, num_labels: int) -> np.ndarray:
     """All labels, ``[n]``; refuses those that are no class ids of the model. ``name`` is what the message calls the set."""
     labels = labels_of(dataset)

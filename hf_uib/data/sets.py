@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 
-from .checks import check_overlap, removed_classes
+from .checks import check_overlap, comparable, removed_classes
 from .columns import label_column
 from .fingerprints import fingerprint_of, row_hashes
 from .labels import transform_of
@@ -26,6 +26,7 @@ class UnlearningSets:
         evaluation: encoded rows, a dictionary of such sets, or None.
         fingerprints: by set, of the rows as they were given.
         removed_classes: the classes of the forget set, if none of them is in the retained data.
+        comparable: numbers of the retained rows that have a label of the forget set, ``[n]``; all where there are none.
         reader: of further sets of the same data.
     """
 
@@ -35,6 +36,7 @@ class UnlearningSets:
     evaluation: datasets.Dataset | dict | None
     fingerprints: dict[str, str]
     removed_classes: list[int]
+    comparable: np.ndarray
     reader: Reader
 
     @classmethod
@@ -90,6 +92,7 @@ class UnlearningSets:
             evaluation=evaluation,
             fingerprints={name: fingerprint_of(rows) for name, rows in hashes.items()},
             removed_classes=removed_classes(labels["forget"], labels.get("retain")),
+            comparable=comparable(labels["forget"], labels.get("retain")),
             reader=read,
         )
 

@@ -110,6 +110,9 @@ class Prior:
     """Whether forget batches come to the last step, whatever ``prior_fraction`` says. Read as training goes; a prior that finds
     out by itself has to know by its third `refresh`."""
 
+    watches = False
+    """Whether `refresh` is called although no forget batches come."""
+
     masks: Mapping[str, Tensor] = MappingProxyType({})
     """By name of a trainable weight: which of its entries may move (with ``weight_decay`` 0, the default). Weights without a mask
     move freely. A prior that sets them does so in `prepare`."""

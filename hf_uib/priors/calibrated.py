@@ -6,9 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .base import Prior, register_prior
+from .base import Prior, PriorContext, register_prior
 
 GRID = 257
+WATCHED = 3  # the refresh at which label noise is looked for: the running model has then left the checkpoint
 RESOLUTION = 1e-4  # nats; what lies closer to its level is at it, whatever the rounding
 
 
@@ -87,6 +88,28 @@ class CalibratedPrior(Prior):
             )
         return cls(target=args.forget_target)
 
+    rests_under_a_pattern = True
+    """Whether no forget batches come where the forget set carries a pattern, unless its labels turn out to be noise: the channel
+    does the work there."""
+
+    _may_rest = False
+
+    def attach(self, context: PriorContext) -> None:
+        """As in `Prior`; under a pattern the prior rests."""
+        super().attach(context)
+        self.refreshes = 0
+        self._may_rest = self.rests_under_a_pattern and context.retain is not None
+        self._rest_under_a_pattern()
+
+    def _rest_under_a_pattern(self) -> None:
+        self.needs_forget_batches = not (self._may_rest and self.pattern_detected and not self.keep_forget_batches)
+
+    @property
+    def watches(self) -> bool:  # type: ignore[override]
+        """Whether label noise may still be found."""
+        seen = self.calibration_seen_in_training  # rows that the checkpoint fitted say nothing about errors
+        return not self.needs_forget_batches and self.refreshes < WATCHED and not seen and self.target is None
+
     def prepare(self, context) -> None:
         """Forget level and ranks of an earlier run."""
         self._start()
@@ -122,7 +145,10 @@ class CalibratedPrior(Prior):
 
     def refresh(self, forget_margins, calibration_margins) -> None:
         """Re-measure the ranks of the forget set and raise the level."""
+        self.refreshes += 1
         if self.target is not None:
+            return
+        if not self.needs_forget_batches and self.refreshes < WATCHED:
             return
         margins = forget_margins().cpu().double()
         self.ranks = quantiles(margins)
@@ -132,11 +158,9 @@ class CalibratedPrior(Prior):
             if self.level is None:
                 self.level = torch.full((GRID,), interpolate(self.ranks, torch.tensor(0.1)).item())
             return
-        if self.refreshes in (1, 2) and self.pattern_detected and not self.calibration_seen_in_training:
-            self.keep_forget_batches = self.keep_forget_batches or (
-                label_noise_z(margins, values.cpu()) > self.label_noise_z
-            )
-        self.refreshes += 1
+        if self.refreshes == WATCHED and self.pattern_detected and not self.calibration_seen_in_training:
+            self.keep_forget_batches = label_noise_z(margins, values.cpu()) > self.label_noise_z
+            self._rest_under_a_pattern()
         now = quantiles(values.cpu().double())
         if self.level is None or self.track_decrease and now.mean() < self.level.mean():
             self.level = now
@@ -160,5 +184,6 @@ class CalibratedPrior(Prior):
         """Take up level and ranks of an earlier run."""
         self.track_decrease, self.pattern_detected = bool(state["track_decrease"]), bool(state["pattern_detected"])
         self.keep_forget_batches, self.refreshes = bool(state["keep_forget_batches"]), int(state["refreshes"])
+        self._rest_under_a_pattern()
         self.level = state.get("level", self.level)
         self.ranks = state.get("ranks", self.ranks)

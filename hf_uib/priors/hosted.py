@@ -17,6 +17,8 @@ class HostedPrior(CalibratedPrior):
     a setting, ``forget_target``) there is no level, and what is left is the method itself.
     """
 
+    rests_under_a_pattern = False  # the method was asked for
+
     def attach(self, context: PriorContext) -> None:
         """As in `Prior`.
 
