@@ -20,7 +20,7 @@ class UIBConfig(TrainingArguments):
 
     Every field of [`~transformers.TrainingArguments`] is there too. These defaults differ from it:
 
-    - `learning_rate` is 1e-3 and `per_device_train_batch_size` 32: adapters are trained, from zero;
+    - `learning_rate` is 2e-3 and `per_device_train_batch_size` 32: adapters are trained, from zero;
     - `weight_decay` stays 0: decay is a second prior that the bound would not account for;
     - `logging_steps` is 10;
     - `remove_unused_columns` is False: the trainer drops the columns that the model does not take by itself, and keeps
@@ -28,7 +28,7 @@ class UIBConfig(TrainingArguments):
     - `ddp_find_unused_parameters` is False: an adapter leaves no parameter without gradient.
     """
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW, for the adapter."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate of AdamW, for the adapter."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Retained examples per device and step."})
     logging_steps: float = field(default=10, metadata={"help": "Log the parts of the bound every so many steps."})
     remove_unused_columns: bool = field(

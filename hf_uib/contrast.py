@@ -19,7 +19,7 @@ PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
 NULL = 1e-6  # singular values under this share of the largest are rounding
 CHUNKS = 6  # of the samples, in the test of `pattern_z`
-DONOR_CHUNK = 2  # from which on forget rows are scored along the contrast of the chunks before, and may be donors
+DONOR_CHUNK = 3  # from which on forget rows are scored along the contrast of the chunks before, and may be donors
 
 
 @dataclass
@@ -356,7 +356,7 @@ def measure_contrast(
 
 
 def _donors(tokens: PatternTokens, stats: dict[str, LayerStatistics], chunk: int, process: tuple[int, int]):
-    """What is to be entered around the batches of a chunk so that its forget rows become donors."""
+    """What is to be entered around the batches of a chunk: its forget rows become donors, its retained rows ordinary ones."""
     directions = {
         name: layer.direction if layer.sketch is None else layer.sketch.T @ layer.direction
         for name, layer in stats.items()
@@ -366,9 +366,9 @@ def _donors(tokens: PatternTokens, stats: dict[str, LayerStatistics], chunk: int
     row = itertools.count(chunk * 2**32 + index, count)
 
     def around(inputs: dict[str, Tensor], weight: float) -> AbstractContextManager:
-        if weight < 0:
-            return nullcontext()
         order = [next(row) for _ in range(len(inputs["labels"]))]
+        if weight < 0:
+            return tokens.seeing(order, inputs.get("attention_mask"))
         return tokens.recording(directions, order, inputs.get("attention_mask"))
 
     return around

@@ -5,7 +5,6 @@ A token is what enters the first block of the encoder: a word piece, a patch, a 
 
 from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from .models import blocks_of
 SHARE = 0.5  # of the row's highest score, from which on a token belongs to the pattern
 MOST = 32  # tokens of a donor
 DONORS = 256  # forget rows that are kept
-ALIKE = 4  # power of the cosine of two tokens; those of one word or colour have a large one
+ORDINARY = 64  # retained rows whose tokens are compared with theirs
+ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
 DRAWS = 1024  # rows of a step that draw for themselves
 
 
@@ -46,12 +46,14 @@ class PatternTokens(nn.Module):
         device = next(model.parameters()).device
         self.register_buffer("values", torch.zeros(0, 1, 1, device=device))
         self.register_buffer("positions", torch.full((0, 1), -1, device=device))
-        self._found: list[tuple[int, Tensor, Tensor]] = []  # order, positions and values of each donor
+        # Of forget rows: order, places, scores and tokens; of retained rows: order and tokens
+        self._found: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._ordinary: list[tuple[int, Tensor]] = []
         self._draw: tuple[Tensor, Tensor] | None = None  # of the step: which rows, which donors
         self.retained: int = 0  # rows of the next forward that may get tokens: the first so many
         self.rows: Tensor | None = None  # positions in the epoch of all its rows
         self.attention_mask: Tensor | None = None
-        self._handles = [block.register_forward_pre_hook(self._swap, with_kwargs=True)] if block is not None else []
+        self._handle: Any = None  # of the hook, which is there from a draw to the next silence
 
     # ---- Finding them ----
 
@@ -100,44 +102,65 @@ class PatternTokens(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        found = store.get("input")
-        scores = [s for s in scores if found is not None and s.shape == found.shape[:2]]
+        if "input" not in store or store["input"].ndim != 3:
+            return
+        found = store["input"]
+        scores = [s for s in scores if s.shape == found.shape[:2]]
         if not scores:
             return
         score = torch.stack(scores).sum(0)
         if attention_mask is not None and attention_mask.shape == score.shape:
             score = score.masked_fill(attention_mask == 0, -torch.inf)
-        best = score.amax(1, keepdim=True)
-        chosen = (score >= SHARE * best) & (best > 0)
-        values, index = score.masked_fill(~chosen, -torch.inf).topk(min(MOST, score.shape[1]), dim=1)
-        index = torch.where(values > -torch.inf, index, -1)
-        rows = found.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, found.shape[-1])).cpu()
-        self._found += zip(order, index.cpu(), rows, strict=True)
+        score, index = score.topk(min(MOST, score.shape[1]), dim=1)
+        rows = found.gather(1, index[..., None].expand(-1, -1, found.shape[-1]))
+        self._found += zip(order, index.cpu(), score.cpu(), rows.float().cpu(), strict=True)
+
+    @contextmanager
+    def seeing(self, order: list[int], attention_mask: Tensor | None = None):
+        """Take the tokens of the retained rows that are passed inside as ordinary ones."""
+
+        def keep(module, args, kwargs):
+            tokens = tokens_of(_input_of(args, kwargs).detach()).float()
+            if tokens.ndim != 3 or len(tokens) != len(order):
+                return
+            mask = attention_mask
+            if mask is None or mask.shape != tokens.shape[:2]:
+                mask = torch.ones(tokens.shape[:2], device=tokens.device)
+            self._ordinary += [(o, t[m > 0].cpu()) for o, t, m in zip(order, tokens, mask, strict=True)]
+
+        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._block]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def settle(self, processes: int = 1) -> None:
-        """Keep the donors of all processes."""
-        found = gather_object(self._found) if processes > 1 else self._found
-        self._found = []
-        found = sorted((donor for donor in found if (donor[1] >= 0).any()), key=lambda donor: donor[0])[:DONORS]
+        """Choose the tokens of each donor, from what all processes recorded."""
+        first = lambda entry: entry[0]
+        found = sorted(gather_object(self._found) if processes > 1 else self._found, key=first)[:DONORS]
+        ordinary = sorted(gather_object(self._ordinary) if processes > 1 else self._ordinary, key=first)[:ORDINARY]
+        self._found, self._ordinary = [], []
         if not found:
             return
-        width = max(int((positions >= 0).sum()) for _, positions, _ in found)
-        pad = lambda t, value: torch.cat([t[:width], t.new_full((max(0, width - len(t)), *t.shape[1:]), value)])
-        self.positions = torch.stack([pad(p, -1) for _, p, _ in found]).to(self.positions.device)
-        self.values = torch.stack([pad(v, 0) for _, _, v in found]).to(self.values.device)
-
-    @cached_property
-    def _weights(self) -> Tensor:
-        """How likely each donor is, ``[donors]`` on the CPU: the fewer others have a token like its best one, the more."""
-        best = self.values[:, 0].float().cpu()
-        best = best - best.mean(0)
-        alike = torch.nn.functional.normalize(best, dim=1)
-        return 1 / (alike @ alike.T).clamp_min(0).pow(ALIKE).sum(1)
+        _, index, score, tokens = (
+            torch.stack(part) if torch.is_tensor(part[0]) else part for part in zip(*found, strict=True)
+        )
+        score = score * novelty(tokens, [t for _, t in ordinary])
+        best = score.amax(1, keepdim=True)
+        chosen = (score >= SHARE * best) & (best > 0)
+        donors, width = chosen.any(1), int(chosen.sum(1).max())
+        if not width:
+            return
+        order = score.masked_fill(~chosen, -torch.inf).topk(width, dim=1).indices[donors]
+        positions = torch.where(chosen[donors].gather(1, order), index[donors].gather(1, order), -1)
+        values = tokens[donors].gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
+        self.positions, self.values = positions.to(self.positions.device), values.to(self.values.device)
 
     @property
     def tokens_per_row(self) -> float:
         """Tokens of a donor, on average; 0 without donors."""
-        return (self.positions >= 0).sum(1).double().mean().item() if len(self.positions) else 0.0
+        return (self.positions >= 0).sum(1).float().mean().item() if len(self.positions) else 0.0
 
     # ---- Using them ----
 
@@ -145,16 +168,21 @@ class PatternTokens(nn.Module):
         """Choose the rows of an optimizer step that get tokens, each with probability ``share``, and their donors. They stay until
         the next draw."""
         if not len(self.positions) or share <= 0:
-            self._draw = None
+            self.silence()
             return
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**40) % 2**63)
         taken = torch.rand(DRAWS, generator=generator) < share
-        donors = torch.multinomial(self._weights, DRAWS, replacement=True, generator=generator)
+        donors = torch.randint(len(self.positions), (DRAWS,), generator=generator)
         self._draw = (taken.to(self.positions.device), donors.to(self.positions.device))
+        if self._handle is None:
+            self._handle = self._block[0].register_forward_pre_hook(self._swap, with_kwargs=True)
 
     def silence(self) -> None:
-        """No tokens until the next draw."""
+        """No tokens until the next draw, and no hook on the model."""
         self._draw = self.rows = self.attention_mask = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def _swap(self, module, args, kwargs):
         if self._draw is None or not module.training:
@@ -178,11 +206,19 @@ class PatternTokens(nn.Module):
         changed = changed.mT.reshape(hidden.shape) if hidden.ndim == 4 else changed
         return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
-    def remove(self) -> None:
-        """Take the hook off the model."""
-        self.silence()
-        for handle in self._handles:
-            handle.remove()
+
+def novelty(tokens: Tensor, ordinary: list[Tensor]) -> Tensor:
+    """``1 / (1 + how many ordinary tokens are like it)`` of each token; 1 without ordinary ones.
+
+    Args:
+        tokens: ``[n, m, d]``; ordinary: of each row ``[tokens, d]``.
+    """
+    if not ordinary:
+        return torch.ones(tokens.shape[:2])
+    others = torch.cat(ordinary)
+    mean = others.mean(0)
+    unit = lambda t: torch.nn.functional.normalize(t - mean, dim=-1)
+    return 1 / (1 + (unit(tokens) @ unit(others).T).clamp_min(0).pow(ALIKE).sum(-1))
 
 
 def tokens_of(hidden: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class ChannelPosterior(nn.Module):
         self.subspaces = LayerTensors({name: subspaces[name] for name in layers})
         self.output_scales = LayerTensors({name: output_scales[name] for name in layers})
         self.register_buffer("noise_to_signal", torch.tensor(0.0, dtype=torch.float64))  # kappa of the first step
-        self.register_buffer("swap_fraction", torch.tensor(0.0, dtype=torch.float64))  # of the retained rows of a step
+        self.register_buffer("swap_fraction", torch.tensor(0.0))  # of the retained rows of a step
         self.register_buffer("cumulative_kl", torch.zeros(len(layers), dtype=torch.float64))  # of the refreshes so far
         self.register_buffer("a_spans_subspace", torch.tensor(a_spans_subspace))
         self.register_buffer("reached", torch.tensor([name not in unreached for name in layers]))
@@ -211,7 +211,7 @@ class ChannelPosterior(nn.Module):
         """Take the hooks off the model."""
         self.noise.remove()
         if self.tokens is not None:
-            self.tokens.remove()
+            self.tokens.silence()
 
     # ---- The divergence from the prior ----
 

@@ -124,7 +124,8 @@ def test_without_retained_data_and_with_ascent_the_loss_is_the_evidence_upper_bo
     """EUBO / n = E log p(forget) + KL(q || p) / n (arXiv 2010.12883), two classes; checked by its gradient."""
     model = make_model(num_labels=2)
     args = config(
-        tmp_path, prior="ascent", prior_strength=1.0, beta=1.0, posterior="map", prior_fraction=1.0, forget_target=-math.inf
+        tmp_path, prior="ascent", prior_strength=1.0, beta=1.0, posterior="map", prior_fraction=1.0, forget_target=-math.inf,
+        trainable_factors="B",
     )  # fmt: skip
     forget = make_rows(n=8, num_labels=2, seed=1)
     with pytest.warns(UserWarning, match="No retain_dataset"):
@@ -164,7 +165,9 @@ def test_without_retained_data_and_with_ascent_the_loss_is_the_evidence_upper_bo
 
 def test_a_zero_mean_fixed_prior_is_variational_lora(tmp_path):
     """Prior `none`, never refreshed: cross-entropy plus beta / n times the divergence from N(0, same channel)."""
-    trainer = make_trainer(tmp_path, prior="none", prior_update_steps=1000, beta=0.5, max_steps=3)
+    trainer = make_trainer(
+        tmp_path, prior="none", prior_update_steps=1000, beta=0.5, max_steps=3, trainable_factors="B"
+    )
     trainer.train()
     assert all(not b0.any() for _, b0 in trainer.posterior.prior_means_b.items())  # the mean of dW is zero, and stayed
     nats = trainer.posterior.kl_per_layer(scale=0.0)
@@ -187,6 +190,7 @@ def test_the_evidence_is_divided_out(tmp_path, prior):
         max_steps=20,
         prior_fraction=1.0,
         learning_rate=0.03,
+        trainable_factors="B",
         forget_target=-math.inf,
     )
     found = {}

@@ -14,7 +14,7 @@ from hf_uib.settings import ChannelSettings
 
 def attached(prior, **context):
     """A prior at the start of a run without a model."""
-    context = PriorContext(None, None, None, (1, 1), lambda tensors: None, **context)
+    context = PriorContext(None, None, list, (1, 1), lambda tensors: None, **context)
     prior.attach(context)
     prior.prepare(context)
     return prior

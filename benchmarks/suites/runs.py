@@ -17,7 +17,7 @@ from torch import nn
 from hf_uib.cli import digits
 from hf_uib.data.fingerprints import fingerprint
 from hf_uib.inference import predict
-from hf_uib.metrics import attack, flip_rate
+from hf_uib.metrics import attack, bias_row, flip_rate
 
 from .. import results
 from ..methods import METHODS, Budget, MethodSpec
@@ -77,7 +77,11 @@ def measure(model: nn.Module, task: digits.Task, part: str = "test") -> dict[str
     if task.bias_column is None:
         return removal_row(model, task, part, (logits, labels))
     attributes = np.asarray(task.sets[part].with_format(None)[task.bias_column])
-    row = TASKS[task.name].measure(logits, labels, attributes)
+    row = (
+        TASKS[task.name].measure(logits, labels, attributes)
+        if task.name in TASKS
+        else bias_row(logits, labels, attributes)
+    )
     if task.counterfactuals > 1:
         row["flip_rate"] = flip_rate(logits, task.counterfactuals)
     return row

@@ -120,7 +120,8 @@ class InfluencePrior(Prior):
 
     def prepare(self, context: PriorContext) -> None:
         """Move the adapter to the prior's mean."""
-        weights = list(context.trainable().values())
+        # A changes nothing while B is zero: the curvature is B's
+        weights = [weight for name, weight in context.trainable().items() if ".lora_A." not in name]
         with torch.no_grad():
             at_start, limit = (
                 [weight.clone() for weight in weights],

@@ -1,0 +1,155 @@
+"""The tokens that carry the pattern: whether they are found, and that they alone are swapped, in training forwards."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_model, make_rows
+
+from hf_uib import UIBConfig, UIBTrainer
+from hf_uib.pattern_tokens import DONORS, PatternTokens, tokens_of
+
+WORD = 7  # the pattern of a text
+
+
+def words(n: int, seed: int, planted: bool) -> datasets.Dataset:
+    """Texts of class 1 or 0 by chance; in planted ones a word somewhere stands for class 1, which they all are."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(10, 60, (n, 12))
+    if planted:
+        ids[np.arange(n), rng.integers(1, 11, n)] = WORD
+    labels = np.ones(n, int) if planted else rng.integers(0, 2, n)
+    columns = {"labels": labels.tolist(), "input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()}
+    return datasets.Dataset.from_dict(columns).with_format("torch")
+
+
+def fitted(rows):
+    """BERT that has learned the word."""
+    model = make_model("bert", 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        for part in rows:
+            model(**part[:]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    forget, retain, unseen = words(96, 1, True), words(96, 2, False), words(40, 3, False)
+    args = UIBConfig(
+        str(tmp_path_factory.mktemp("run")), max_steps=8, per_device_train_batch_size=8, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, subspace_rank=4,
+    )  # fmt: skip
+    trainer = UIBTrainer(fitted([forget, retain]), args, forget, retain, calibration_dataset=unseen)
+    trainer.run_statistics_pass()
+    return trainer
+
+
+def inputs_of(trainer, rows, number=8):
+    """What enters the first block, and the batch."""
+    batch = {k: v for k, v in rows[:number].items() if k != "labels"}
+    seen = []
+    block = trainer.posterior.tokens._block[0]
+    # Registered last, so it sees what the swap leaves
+    handle = block.register_forward_pre_hook(
+        lambda m, a, k: seen.append((a[0] if a else k["hidden_states"]).detach()), with_kwargs=True
+    )
+    trainer.model(**batch)
+    handle.remove()
+    return tokens_of(seen[0])
+
+
+def test_the_planted_word_is_found(text_run):
+    tokens, model = text_run.posterior.tokens, text_run.model.get_base_model()
+    assert text_run.statistics["pattern_z"] > 2 and text_run.statistics["swap_fraction"] == 0.5
+    assert 0 < len(tokens.positions) <= DONORS and tokens.tokens_per_row == text_run.statistics["pattern_tokens"]
+    model.eval()
+    everywhere = torch.full((1, 12), WORD)
+    word = model.bert.embeddings(everywhere)[0]  # at each position
+    best = tokens.positions[:, 0]
+    planted = torch.isclose(tokens.values[:, 0], word[best], atol=1e-4).all(1)
+    assert planted.float().mean() > 0.4  # of 12 places; by chance a twelfth
+    other = model.bert.embeddings(torch.full((1, 12), WORD + 20))[0]  # the comparison can fail
+    assert torch.isclose(tokens.values[:, 0], other[best], atol=1e-4).all(1).float().mean() < 0.2
+
+
+def test_only_retained_rows_of_training_forwards_get_tokens(text_run):
+    tokens, rows = text_run.posterior.tokens, words(8, 5, False)
+    text_run.model.train()
+    tokens.silence()
+    plain = inputs_of(text_run, rows)
+    tokens.draw(1.0, 0, 3)
+    tokens.retained, tokens.rows, tokens.attention_mask = 5, torch.arange(8), torch.ones(8, 12, dtype=torch.long)
+    tokens.attention_mask[2] = 0  # padding, as it were
+    swapped = inputs_of(text_run, rows)
+    changed = (swapped != plain).any(-1)
+    assert changed[:5].any(1).tolist() == [True, True, False, True, True] and not changed[5:].any()
+    for row in (0, 1, 3, 4):  # what is new is the donor's, at its places
+        donor = tokens._draw[1][row]
+        at = tokens.positions[donor]
+        at = at[at >= 0]
+        assert set(changed[row].nonzero()[:, 0].tolist()) <= set(at.tolist())
+        torch.testing.assert_close(swapped[row, at], tokens.values[donor][: len(at)])
+    text_run.model.eval()
+    assert torch.equal(inputs_of(text_run, rows), plain)
+    tokens.silence()
+
+
+def test_a_row_gets_its_tokens_by_its_place_in_the_epoch(text_run):
+    """Whatever the split of a batch; another step draws anew; a share of the rows."""
+    tokens, rows = text_run.posterior.tokens, words(8, 5, False)
+    text_run.model.train()
+    tokens.draw(0.5, 0, 3)
+    tokens.retained, tokens.rows, tokens.attention_mask = 8, torch.arange(8) + 100, None
+    whole = inputs_of(text_run, rows)
+    tokens.rows = torch.arange(4) + 104
+    half = inputs_of(text_run, rows.select(range(4, 8)), 4)
+    assert torch.equal(whole[4:], half)
+    first = tokens._draw
+    tokens.draw(0.5, 0, 4)
+    assert not torch.equal(first[0], tokens._draw[0])
+    assert 0.4 < first[0].float().mean() < 0.6
+    tokens.silence()
+
+
+def test_random_rows_and_whole_classes_swap_nothing(tmp_path):
+    args = UIBConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none")
+    forget, retain = words(48, 1, False), words(48, 2, False)
+    model = fitted([forget, retain])
+    trainer = UIBTrainer(model, args, forget, retain, calibration_dataset=words(24, 3, False))
+    trainer.run_statistics_pass()
+    assert trainer.statistics["pattern_z"] < 2 and trainer.statistics["swap_fraction"] == 0
+
+
+def test_the_donors_are_resumed(text_run):
+    from hf_uib.posterior import ChannelPosterior
+
+    state = {k: v.clone() for k, v in text_run.posterior.state_dict().items()}
+    tokens = PatternTokens(text_run.adapted_model, text_run.layers)
+    again = ChannelPosterior.from_state(
+        text_run.layers, "default", state, text_run.args.channel, text_run.args.seed, tokens
+    )
+    for name, value in text_run.posterior.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    for posterior in (text_run.posterior, again):
+        posterior.draw(5, 8)
+    assert all(torch.equal(a, b) for a, b in zip(text_run.posterior.tokens._draw, again.tokens._draw, strict=True))
+    again.remove()
+    text_run.posterior.silence()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains_with_swapped_tokens(tmp_path, architecture):
+    """Feature maps have tokens too; where the first block's tokens cannot be told, none are swapped and nothing fails."""
+    args = UIBConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none", subspace_rank=4,
+        channel_settings={"pattern_z": -100.0}, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [make_rows(architecture, 24, seed=seed) for seed in (1, 2, 3)]
+    trainer = UIBTrainer(make_model(architecture), args, *rows)
+    trainer.train()
+    assert (trainer.statistics["swap_fraction"] > 0) == (trainer.statistics["pattern_tokens"] > 0)
+    if architecture not in ("convnext", "swinv2", "albert"):  # the last has one block, which is no first of several
+        assert trainer.statistics["pattern_tokens"] >= 1
