@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class PatternTokens(nn.Module):
         self.register_buffer("values", torch.zeros(0, 1, 1, device=device))
         self.register_buffer("positions", torch.full((0, 1), -1, device=device))
         # Of forget rows: order, places, scores and tokens; of retained rows: order and tokens
-        self._found: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._found: list[tuple[Any, ...]] = []
         self._ordinary: list[tuple[int, Tensor]] = []
         self._draw: tuple[Tensor, Tensor] | None = None  # of the step: which rows, which donors
         self.retained: int = 0  # rows of the next forward that may get tokens: the first so many
@@ -70,7 +71,8 @@ class PatternTokens(nn.Module):
         scores: list[Tensor] = []
 
         def keep(module, args, kwargs):
-            store["input"] = tokens_of(_input_of(args, kwargs).detach())
+            if (tokens := tokens_of(_input_of(args, kwargs))) is not None:
+                store["input"] = tokens.detach()
 
         def hook_of(layer, direction: Tensor):
             def hook(module, inputs, output):
@@ -102,17 +104,18 @@ class PatternTokens(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        if "input" not in store or store["input"].ndim != 3:
-            return
-        found = store["input"]
-        scores = [s for s in scores if s.shape == found.shape[:2]]
-        if not scores:
+        found = store.get("input")
+        scores = [s for s in scores if found is not None and s.shape == found.shape[:2]]
+        if found is None or not scores:
             return
         score = torch.stack(scores).sum(0)
         if attention_mask is not None and attention_mask.shape == score.shape:
             score = score.masked_fill(attention_mask == 0, -torch.inf)
         score, index = score.topk(min(MOST, score.shape[1]), dim=1)
         rows = found.gather(1, index[..., None].expand(-1, -1, found.shape[-1]))
+        lacking = MOST - score.shape[1]  # batches of texts have lengths of their own
+        score, index = F.pad(score, (0, lacking), value=-torch.inf), F.pad(index, (0, lacking))
+        rows = F.pad(rows, (0, 0, 0, lacking))
         self._found += zip(order, index.cpu(), score.cpu(), rows.float().cpu(), strict=True)
 
     @contextmanager
@@ -120,10 +123,10 @@ class PatternTokens(nn.Module):
         """Take the tokens of the retained rows that are passed inside as ordinary ones."""
 
         def keep(module, args, kwargs):
-            tokens = tokens_of(_input_of(args, kwargs).detach()).float()
-            if tokens.ndim != 3 or len(tokens) != len(order):
+            tokens = tokens_of(_input_of(args, kwargs))
+            if tokens is None or len(tokens) != len(order):
                 return
-            mask = attention_mask
+            tokens, mask = tokens.detach().float(), attention_mask
             if mask is None or mask.shape != tokens.shape[:2]:
                 mask = torch.ones(tokens.shape[:2], device=tokens.device)
             self._ordinary += [(o, t[m > 0].cpu()) for o, t, m in zip(order, tokens, mask, strict=True)]
@@ -143,9 +146,7 @@ class PatternTokens(nn.Module):
         self._found, self._ordinary = [], []
         if not found:
             return
-        _, index, score, tokens = (
-            torch.stack(part) if torch.is_tensor(part[0]) else part for part in zip(*found, strict=True)
-        )
+        index, score, tokens = (torch.stack([entry[i] for entry in found]) for i in (1, 2, 3))
         score = score * novelty(tokens, [t for _, t in ordinary])
         best = score.amax(1, keepdim=True)
         chosen = (score >= SHARE * best) & (best > 0)
@@ -189,6 +190,8 @@ class PatternTokens(nn.Module):
             return None
         hidden = _input_of(args, kwargs)
         tokens = tokens_of(hidden)
+        if tokens is None:
+            return None
         n, length, _ = tokens.shape
         rows = torch.arange(n, device=tokens.device) if self.rows is None or len(self.rows) != n else self.rows
         taken, donors = (drawn[rows % DRAWS] for drawn in self._draw)
@@ -217,14 +220,16 @@ def novelty(tokens: Tensor, ordinary: list[Tensor]) -> Tensor:
         return torch.ones(tokens.shape[:2])
     others = torch.cat(ordinary)
     mean = others.mean(0)
-    unit = lambda t: torch.nn.functional.normalize(t - mean, dim=-1)
+    unit = lambda t: F.normalize(t - mean, dim=-1)
     return 1 / (1 + (unit(tokens) @ unit(others).T).clamp_min(0).pow(ALIKE).sum(-1))
 
 
-def tokens_of(hidden: Tensor) -> Tensor:
-    """What enters a block, ``[n, tokens, d]``; a feature map ``[n, d, h, w]`` has a token at each place."""
+def tokens_of(hidden: Any) -> Tensor | None:
+    """What enters a block, as ``[n, tokens, d]``; of a feature map ``[n, d, h, w]`` each place is a token. None: it is neither."""
+    if not torch.is_tensor(hidden) or hidden.ndim not in (3, 4):
+        return None
     return hidden.flatten(2).mT if hidden.ndim == 4 else hidden
 
 
-def _input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+def _input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("hidden_states")

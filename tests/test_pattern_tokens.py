@@ -153,3 +153,16 @@ def test_every_architecture_trains_with_swapped_tokens(tmp_path, architecture):
     assert (trainer.statistics["swap_fraction"] > 0) == (trainer.statistics["pattern_tokens"] > 0)
     if architecture not in ("convnext", "swinv2", "albert"):  # the last has one block, which is no first of several
         assert trainer.statistics["pattern_tokens"] >= 1
+
+
+def test_batches_of_texts_may_have_lengths_of_their_own(text_run):
+    tokens = PatternTokens(text_run.adapted_model, text_run.layers)
+    directions = {n: torch.ones(layer.out_features, layer.in_features) for n, layer in tokens.layers.items()}
+    model = text_run.adapted_model.eval()
+    for start, length in ((0, 9), (4, 12)):
+        rows = words(4, 6 + start, True)
+        with tokens.recording(directions, list(range(start, start + 4)), torch.ones(4, length)):
+            model(input_ids=rows["input_ids"][:][:, :length]).logits[:, 1].sum().backward()
+    model.zero_grad()
+    tokens.settle()
+    assert len(tokens.positions) == 8 and tokens.positions[:4].max() < 9
