@@ -1,9 +1,10 @@
 """Where the change in the distribution lives: the contrast C_l and its subspace V_l (method, section 3a)."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -299,7 +300,7 @@ def measure_contrast(
     min_relative_scale: float = 1e-3,
     sum_over_processes: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
     tokens: PatternTokens | None = None,
-    process: tuple[int, int] = (0, 1),
+    numbers: Callable[[int, float], Iterator[int]] = lambda chunk, weight: itertools.count(),
 ) -> ContrastStatistics:
     """One pass over samples of both sets, and a short one over forget rows.
 
@@ -314,7 +315,8 @@ def measure_contrast(
         random: take random subspaces instead, for comparison.
         min_relative_scale: what is smaller, relative to the mean input or the usual output scale, counts as zero.
         tokens: gets the forget rows of the later chunks as donors.
-        process: this process's number, and how many there are.
+        numbers: of the rows of a chunk in their set, the forget set (a weight above 0) or the retained one, as ``batches`` gives
+            them.
 
     Raises:
         ValueError: a statistic is NaN or infinite.
@@ -324,7 +326,9 @@ def measure_contrast(
     stats = new_statistics({name: base_of(layer) for name, layer in layers.items()}, rank, seed)
     moments = []
     for chunk in range(CHUNKS):
-        around = _donors(tokens, stats, chunk, process) if tokens is not None and chunk >= DONOR_CHUNK else None
+        around = (
+            _donors(tokens, stats, partial(numbers, chunk)) if tokens is not None and chunk >= DONOR_CHUNK else None
+        )
         moments.append(accumulate(model, layers, stats, batches(chunk), margin, around))
         sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
         for layer in stats.values():
@@ -355,21 +359,20 @@ def measure_contrast(
     )
 
 
-def _donors(tokens: PatternTokens, stats: dict[str, LayerStatistics], chunk: int, process: tuple[int, int]):
+def _donors(tokens: PatternTokens, stats: dict[str, LayerStatistics], numbers: Callable[[float], Iterator[int]]):
     """What is to be entered around the batches of a chunk: its forget rows become donors, its retained rows ordinary ones."""
     directions = {
         name: layer.direction if layer.sketch is None else layer.sketch.T @ layer.direction
         for name, layer in stats.items()
         if name in tokens.layers and layer.direction is not None
     }
-    index, count = process
-    row = itertools.count(chunk * 2**32 + index, count)
+    of = {True: numbers(1.0), False: numbers(-1.0)}
 
     def around(inputs: dict[str, Tensor], weight: float) -> AbstractContextManager:
-        order = [next(row) for _ in range(len(inputs["labels"]))]
+        rows = [next(of[weight > 0]) for _ in range(len(inputs["labels"]))]
         if weight < 0:
-            return tokens.seeing(order, inputs.get("attention_mask"))
-        return tokens.recording(directions, order, inputs.get("attention_mask"))
+            return tokens.seeing(rows, inputs.get("attention_mask"))
+        return tokens.recording(directions, rows, inputs.get("attention_mask"))
 
     return around
 

@@ -11,7 +11,7 @@ from .config import UIBConfig
 from .contrast import CHUNKS, PROBE_ROWS, ContrastStatistics, measure_contrast
 from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
-from .inference import SharedInference
+from .inference import SharedInference, batches_of
 from .lora import AdaptedLayer
 from .pattern_tokens import PatternTokens
 from .unlearning_task import UnlearningTask
@@ -58,10 +58,11 @@ class Measurements:
             min_relative_scale=self.args.channel.min_relative_scale,
             sum_over_processes=self.inference.sum,
             tokens=tokens if self.compared else None,
-            process=(self.inference.accelerator.process_index, self.inference.accelerator.num_processes),
+            numbers=self._numbers,
         )
         if tokens is not None:
             tokens.settle(self.inference.accelerator.num_processes)
+            self.fill(tokens, model)
         self.statistics["pattern_z"] = found.pattern_z
         return found
 
@@ -75,12 +76,33 @@ class Measurements:
         """Whether the contrast of forget and retained rows is more than chance."""
         return self.statistics["pattern_z"] >= self.args.channel.pattern_z
 
+    def fill(self, tokens: PatternTokens, model: nn.Module) -> None:
+        """Read the donors' tokens; every process reads all."""
+        shared = self.inference
+        rows = batches_of(
+            self.sets.forget,
+            tokens.donors.tolist(),
+            shared.collator,
+            shared.move,
+            batch_size=shared.batch_size,
+            quiet=True,
+        )
+        tokens.fill(shared.accelerator.unwrap_model(model), rows)
+        shared.examples += len(tokens.donors)
+
+    def _compared_rows(self) -> tuple[list[int], list[int]]:
+        """Numbers of the forget and of the retained rows whose margin gradients are compared."""
+        kept = self._sample(self.sets.comparable) if self.compared else []
+        return self._sample(self.sets.forget), self.sets.comparable[kept].tolist()
+
+    def _numbers(self, chunk: int, weight: float) -> Iterator[int]:
+        """Of this process's rows of a chunk, as `_contrast_batches` gives them."""
+        index, count = self.inference.accelerator.process_index, self.inference.accelerator.num_processes
+        return iter(self._compared_rows()[weight < 0][chunk::CHUNKS][index::count])
+
     def _contrast_batches(self, chunk: int) -> Iterator[tuple[dict[str, Tensor], float]]:
-        compared = self._sample(self.sets.comparable) if self.compared else []
-        sampled = (self.sets.forget, self._sample(self.sets.forget), 1.0), (
-            self.sets.retain, self.sets.comparable[compared].tolist(), -1.0,
-        )  # fmt: skip
-        for dataset, rows, sign in sampled:
+        forget, kept = self._compared_rows()
+        for dataset, rows, sign in ((self.sets.forget, forget, 1.0), (self.sets.retain, kept, -1.0)):
             if rows:
                 for inputs in self.inference.batches(dataset, rows[chunk::CHUNKS], "Contrast"):
                     yield inputs, sign / len(rows)

@@ -3,7 +3,7 @@
 A token is what enters the first block of the encoder: a word piece, a patch, a place of a feature map.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,13 +30,17 @@ class PatternTokens(nn.Module):
     A token's score is the part of the row's margin gradient along the contrast that goes through it, in the linear layers of the
     first block. A row of the epoch at position i takes draw i of (seed, step), so a step does not depend on how a batch is split.
 
+    The state holds which rows of the forget set are donors and where their tokens stand, never the tokens: `fill` reads them off
+    the rows again, so that nothing of a forget row is saved or published.
+
     Args:
         model: the classifier, with or without an adapter.
         layers: the adapted layers; those of the first block are `layers` of this object.
     """
 
     values: Tensor  # [donors, tokens, d]
-    positions: Tensor  # [donors, tokens]; -1: no token
+    positions: Tensor  # [donors, tokens], counted from the row's first token that is no padding; -1: no token
+    donors: Tensor  # [donors], their numbers in the forget set
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any]):
         super().__init__()
@@ -45,9 +49,10 @@ class PatternTokens(nn.Module):
         self._block = [] if block is None else [block]  # in a list: not a part of this module
         self.layers = {name: layer for name, layer in layers.items() if id(layer) in inside}
         device = next(model.parameters()).device
-        self.register_buffer("values", torch.zeros(0, 1, 1, device=device))
+        self.register_buffer("values", torch.zeros(0, 1, 1, device=device), persistent=False)
         self.register_buffer("positions", torch.full((0, 1), -1, device=device))
-        # Of forget rows: order, places, scores and tokens; of retained rows: order and tokens
+        self.register_buffer("donors", torch.zeros(0, dtype=torch.long))
+        # Of forget rows: number, places, scores and tokens; of retained rows: number and tokens
         self._found: list[tuple[Any, ...]] = []
         self._ordinary: list[tuple[int, Tensor]] = []
         self._draw: tuple[Tensor, Tensor] | None = None  # of the step: which rows, which donors
@@ -59,12 +64,12 @@ class PatternTokens(nn.Module):
     # ---- Finding them ----
 
     @contextmanager
-    def recording(self, directions: Mapping[str, Tensor], order: list[int], attention_mask: Tensor | None = None):
+    def recording(self, directions: Mapping[str, Tensor], numbers: list[int], attention_mask: Tensor | None = None):
         """Take the rows of the forward and backward pass inside as donors.
 
         Args:
             directions: the contrast of each layer, ``[d_out, d_in]`` or sketched.
-            order: a number for each row, the same whatever the number of processes.
+            numbers: of the rows in the forget set.
             attention_mask: ``[n, tokens]``; other tokens are no candidates.
         """
         store: dict[str, Tensor] = {}
@@ -78,7 +83,7 @@ class PatternTokens(nn.Module):
             def hook(module, inputs, output):
                 x = inputs[0].detach().float()
                 if (
-                    len(x) != len(order)
+                    len(x) != len(numbers)
                     or x.ndim < 3
                     or isinstance(base_of(layer), nn.Conv2d)
                     or not output.requires_grad
@@ -116,20 +121,21 @@ class PatternTokens(nn.Module):
         lacking = MOST - score.shape[1]  # batches of texts have lengths of their own
         score, index = F.pad(score, (0, lacking), value=-torch.inf), F.pad(index, (0, lacking))
         rows = F.pad(rows, (0, 0, 0, lacking))
-        self._found += zip(order, index.cpu(), score.cpu(), rows.float().cpu(), strict=True)
+        index = index - first_of(attention_mask, found)[:, None]
+        self._found += zip(numbers, index.cpu(), score.cpu(), rows.float().cpu(), strict=True)
 
     @contextmanager
-    def seeing(self, order: list[int], attention_mask: Tensor | None = None):
+    def seeing(self, numbers: list[int], attention_mask: Tensor | None = None):
         """Take the tokens of the retained rows that are passed inside as ordinary ones."""
 
         def keep(module, args, kwargs):
             tokens = tokens_of(_input_of(args, kwargs))
-            if tokens is None or len(tokens) != len(order):
+            if tokens is None or len(tokens) != len(numbers):
                 return
             tokens, mask = tokens.detach().float(), attention_mask
             if mask is None or mask.shape != tokens.shape[:2]:
                 mask = torch.ones(tokens.shape[:2], device=tokens.device)
-            self._ordinary += [(o, t[m > 0].cpu()) for o, t, m in zip(order, tokens, mask, strict=True)]
+            self._ordinary += [(o, t[m > 0].cpu()) for o, t, m in zip(numbers, tokens, mask, strict=True)]
 
         handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._block]
         try:
@@ -139,7 +145,7 @@ class PatternTokens(nn.Module):
                 handle.remove()
 
     def settle(self, processes: int = 1) -> None:
-        """Choose the tokens of each donor, from what all processes recorded."""
+        """Choose the tokens of each donor, from what all processes recorded; `fill` then has to read their values."""
         first = lambda entry: entry[0]
         found = sorted(gather_object(self._found) if processes > 1 else self._found, key=first)[:DONORS]
         ordinary = sorted(gather_object(self._ordinary) if processes > 1 else self._ordinary, key=first)[:ORDINARY]
@@ -155,8 +161,38 @@ class PatternTokens(nn.Module):
             return
         order = score.masked_fill(~chosen, -torch.inf).topk(width, dim=1).indices[donors]
         positions = torch.where(chosen[donors].gather(1, order), index[donors].gather(1, order), -1)
-        values = tokens[donors].gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
-        self.positions, self.values = positions.to(self.positions.device), values.to(self.values.device)
+        self.positions = positions.to(self.positions.device)
+        self.donors = torch.tensor([entry[0] for entry in found])[donors]
+
+    @torch.no_grad()
+    def fill(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Read the values of the donors' tokens off the donors.
+
+        Args:
+            model: a `PeftModel`; its adapter is switched off for the time of it, so that a resumed run finds the same.
+            batches: the rows `donors` of the forget set, in their order, as ``inputs with labels``.
+        """
+        seen: list[Any] = []
+        keep = lambda module, args, kwargs: seen.append(tokens_of(_input_of(args, kwargs)))
+        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._block]
+        training, values, done = model.training, [], 0
+        model.eval()
+        try:
+            with model.disable_adapter():
+                for inputs in batches:
+                    model(**{name: value for name, value in inputs.items() if name != "labels"})
+                    tokens = seen.pop()
+                    at = self.positions[done : done + len(tokens)]
+                    done += len(tokens)
+                    at = at.clamp_min(0) + first_of(inputs.get("attention_mask"), tokens)[:, None]
+                    at = at.clamp(0, tokens.shape[1] - 1)[..., None].expand(-1, -1, tokens.shape[-1])
+                    values.append(tokens.float().gather(1, at))
+        finally:
+            model.train(training)
+            for handle in handles:
+                handle.remove()
+        if values:
+            self.values = torch.cat(values)
 
     @property
     def tokens_per_row(self) -> float:
@@ -168,7 +204,7 @@ class PatternTokens(nn.Module):
     def draw(self, share: float, seed: int, step: int) -> None:
         """Choose the rows of an optimizer step that get tokens, each with probability ``share``, and their donors. They stay until
         the next draw."""
-        if not len(self.positions) or share <= 0:
+        if not len(self.values) or share <= 0:
             self.silence()
             return
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**40) % 2**63)
@@ -196,7 +232,9 @@ class PatternTokens(nn.Module):
         rows = torch.arange(n, device=tokens.device) if self.rows is None or len(self.rows) != n else self.rows
         taken, donors = (drawn[rows % DRAWS] for drawn in self._draw)
         at = self.positions[donors]  # [n, m]
-        valid = taken[:, None] & (at >= 0) & (at < length)
+        valid = taken[:, None] & (at >= 0)
+        at = at + first_of(self.attention_mask, tokens)[:, None]
+        valid &= at < length
         valid &= (torch.arange(n, device=tokens.device) < self.retained)[:, None]
         at = at.clamp(0, length - 1)
         mask = self.attention_mask
@@ -222,6 +260,13 @@ def novelty(tokens: Tensor, ordinary: list[Tensor]) -> Tensor:
     mean = others.mean(0)
     unit = lambda t: F.normalize(t - mean, dim=-1)
     return 1 / (1 + (unit(tokens) @ unit(others).T).clamp_min(0).pow(ALIKE).sum(-1))
+
+
+def first_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """Where each row's first token stands that is no padding, ``[n]``."""
+    if attention_mask is None or attention_mask.shape != tokens.shape[:2]:
+        return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    return attention_mask.to(tokens.device).argmax(1)
 
 
 def tokens_of(hidden: Any) -> Tensor | None:

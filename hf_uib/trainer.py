@@ -441,6 +441,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self.layers, self.adapter_name, state.posterior, self.args.channel, self.args.seed, tokens
         )
         self.measurements.statistics, self.contrast_norms = state.statistics, state.contrast_norms
+        self.measurements.fill(tokens, self.model)
         self.prior.attach(self._prior_context())
         self.prior.masks = state.masks
         self.prior.load_state_dict(state.prior)
