@@ -13,7 +13,7 @@ import sys
 
 from .methods import METHODS
 from .report import write_report
-from .suites import audits, cost, lifecycle, research, runs, scale, smoke, truth
+from .suites import audits, cost, lifecycle, research, runs, scale, smoke, truth, whole
 from .tasks import TASKS
 
 COMMANDS = {
@@ -22,6 +22,7 @@ COMMANDS = {
     "tune": (runs.tune, "the methods' grids, on the validation fold of one more seed"),
     "cost": (cost.run_cost, "step time and memory, on two CPU cores"),
     "gpu-cost": (cost.run_gpu_cost, "the same at ViT-B and BERT-base size in bf16, on a GPU"),
+    "whole": (whole.run_whole, "whole runs against LoRA fine-tuning, in pairs"),
     "processes": (cost.run_processes, "throughput under one and two processes"),
     "scaling": (cost.run_scaling, "how the statistics pass grows"),
     "scale": (scale.run_scale, "one process against two, kills and resumes, memory of a million rows"),

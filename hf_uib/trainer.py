@@ -235,7 +235,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         kappa = args.channel.noise_to_signal if args.noise_to_signal is None else args.noise_to_signal
         kappa = kappa if closed or args.noise_to_signal is not None and args.posterior != "map" else 0.0
         posterior.noise_to_signal.fill_(kappa)
-        swap = args.swap_fraction if closed and tokens.tokens_per_row > 0 else 0.0
+        enough = len(self.train_dataset.retain) >= args.channel.swap_from
+        swap = args.swap_fraction if closed and enough and tokens.tokens_per_row > 0 else 0.0
         posterior.swap_fraction.fill_(swap)
         strength = (
             self.prior.default_strength(kappa > 0 or swap > 0) if args.prior_strength is None else args.prior_strength

@@ -20,7 +20,9 @@ def meets_the_bars(row: dict, results: dict) -> bool:
     return (
         row["conflicting_accuracy"] >= oracle["conflicting_accuracy"]
         and row["accuracy"] >= lora["accuracy"]
-        and all(row[k] - oracle[k] <= 0.6 * (lora[k] - oracle[k]) for k in ("follow_rate", "cramers_v"))
+        and row["follow_rate"] - oracle["follow_rate"] <= 0.6 * (lora["follow_rate"] - oracle["follow_rate"])
+        and row["cramers_v"] <= lora["cramers_v"]
+        and row["worst_group_accuracy"] >= lora["worst_group_accuracy"]
         and row["conflicting_accuracy"] > full["conflicting_accuracy"]
         and row["follow_rate"] < full["follow_rate"]
     )

@@ -127,6 +127,7 @@ def scale_tables() -> list[str]:
         if x["kind"] == "memory"
     ]
     return [
+        results.FIRST_EDITION,
         "Largest difference between one process and two, relative where values are larger than 1 (uneven forget and "
         "calibration sets, six steps, world size asserted; other seed: the control):\n",
         *table(["", *equality], differences),
