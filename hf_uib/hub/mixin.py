@@ -280,7 +280,7 @@ class HubMixin(AtomicCheckpoints):
     def _is_calibrated(self) -> bool:
         """Whether the level to forget to was measured on a calibration set."""
         measured = getattr(self.prior, "level", None) is not None and getattr(self.prior, "target", None) is None
-        return measured and self.calibration_dataset is not None
+        return measured and self.calibration_dataset is not None and self.prior.needs_forget_batches
 
     def _shown_settings(self) -> dict[str, Any]:
         adapter: Any = self.model.peft_config[self.adapter_name]
