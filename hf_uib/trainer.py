@@ -268,6 +268,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             pattern_detected=(measured.statistics["noise_to_signal"] > 0 or measured.statistics["swap_fraction"] > 0)
             and not sets.removed_classes,
             calibration_seen_in_training=bool(self.held_out) and not sets.removed_classes,
+            one_label=sets.one_label,
         )
 
     # ---- Section 3: the dynamic prior -------------------------------------------------------------------------------

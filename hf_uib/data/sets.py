@@ -27,6 +27,7 @@ class UnlearningSets:
         fingerprints: by set, of the rows as they were given.
         removed_classes: the classes of the forget set, if none of them is in the retained data.
         comparable: numbers of the retained rows that have a label of the forget set, ``[n]``; all where there are none.
+        one_label: whether all forget rows have the same label.
         reader: of further sets of the same data.
     """
 
@@ -37,6 +38,7 @@ class UnlearningSets:
     fingerprints: dict[str, str]
     removed_classes: list[int]
     comparable: np.ndarray
+    one_label: bool
     reader: Reader
 
     @classmethod
@@ -93,6 +95,7 @@ class UnlearningSets:
             fingerprints={name: fingerprint_of(rows) for name, rows in hashes.items()},
             removed_classes=removed_classes(labels["forget"], labels.get("retain")),
             comparable=comparable(labels["forget"], labels.get("retain")),
+            one_label=len(np.unique(labels["forget"], axis=0)) == 1,
             reader=read,
         )
 

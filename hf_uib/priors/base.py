@@ -56,6 +56,7 @@ class PriorContext:
         strength: gamma.
         pattern_detected: whether the forget set carries a pattern, which the channel noise then closes.
         calibration_seen_in_training: whether the calibration rows are a fold of the retained data, which the checkpoint has fitted.
+        one_label: whether all forget rows have one label. Unlearning what goes with it then makes them wrong, whatever it was.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class PriorContext:
     strength: float = 1.0
     pattern_detected: bool = False
     calibration_seen_in_training: bool = False
+    one_label: bool = False
 
     def retained_batches(self) -> Iterable[dict[str, Tensor]]:
         """``retain()``.

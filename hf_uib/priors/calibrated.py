@@ -93,12 +93,15 @@ class CalibratedPrior(Prior):
     does the work there."""
 
     _may_rest = False
+    _seeks_label_noise = False
 
     def attach(self, context: PriorContext) -> None:
         """As in `Prior`; under a pattern the prior rests."""
         super().attach(context)
         self.refreshes = 0
         self._may_rest = self.rests_under_a_pattern and context.retain is not None
+        # Neither rows that the checkpoint fitted nor forget rows of one label say anything about errors
+        self._seeks_label_noise = not (context.calibration_seen_in_training or context.one_label)
         self._rest_under_a_pattern()
 
     def _rest_under_a_pattern(self) -> None:
@@ -107,8 +110,8 @@ class CalibratedPrior(Prior):
     @property
     def watches(self) -> bool:  # type: ignore[override]
         """Whether label noise may still be found."""
-        seen = self.calibration_seen_in_training  # rows that the checkpoint fitted say nothing about errors
-        return not self.needs_forget_batches and self.refreshes < WATCHED and not seen and self.target is None
+        seeks = self._seeks_label_noise and self.target is None
+        return seeks and not self.needs_forget_batches and self.refreshes < WATCHED
 
     def prepare(self, context) -> None:
         """Forget level and ranks of an earlier run."""
@@ -158,7 +161,7 @@ class CalibratedPrior(Prior):
             if self.level is None:
                 self.level = torch.full((GRID,), interpolate(self.ranks, torch.tensor(0.1)).item())
             return
-        if self.refreshes == WATCHED and self.pattern_detected and not self.calibration_seen_in_training:
+        if self.refreshes == WATCHED and self.pattern_detected and self._seeks_label_noise:
             self.keep_forget_batches = label_noise_z(margins, values.cpu()) > self.label_noise_z
             self._rest_under_a_pattern()
         now = quantiles(values.cpu().double())
