@@ -78,10 +78,11 @@ class UIBConfig(TrainingArguments):
     subspace_rank: int = field(
         default=16, metadata={"help": "k: directions of the subspace per layer; also LoRA's r."}
     )
-    trainable_factors: str = field(
-        default="both",
+    trainable_factors: str | None = field(
+        default=None,
         metadata={
-            "help": "`both`: A and B are trained, from where PEFT starts them. `B`: A is frozen to the subspace, B is trained.",
+            "help": "`both`: A and B are trained, from where PEFT starts them. `B`: A is frozen to the subspace, B is trained. By "
+            "default `both` where the forget set carries a pattern, `B` where it is a random draw or a whole class.",
             "choices": ["B", "both"],
         },
     )
@@ -175,7 +176,7 @@ class UIBConfig(TrainingArguments):
         self.influence  # noqa: B018
         for name in ("prior_subspace", "trainable_factors", "posterior", "hub_artifact"):
             choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in choices and getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
         if self.hub_artifact == "merged" and self.hub_strategy in ("checkpoint", "all_checkpoints"):
             raise ValueError(

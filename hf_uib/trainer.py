@@ -142,7 +142,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.adapter_before = None
         if not is_fresh(self.layers, self.adapter_name):
             self.adapter_before = copy.deepcopy(get_peft_model_state_dict(model, adapter_name=self.adapter_name))
-        freeze_factors(model, args.trainable_factors)
+        freeze_factors(model, args.trainable_factors or "both")
         freeze_running_statistics(model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(self._tag_names)
@@ -222,27 +222,27 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self._posterior.remove()
             self.prior = copy.deepcopy(self.untouched_prior)
         self._posterior = None
-        self.set_trainable()
         self.measurements.statistics, self.results, self.audit_report = {}, {}, None
+        self.set_trainable()
         tokens = PatternTokens(self.adapted_model, self.layers)
         contrast = self.measurements.contrast(self.model, self.layers, tokens)
         self.contrast_norms = contrast.norms
-        posterior = self._posterior = ChannelPosterior.from_contrast(
-            self.layers, self.adapter_name, contrast, args.trainable_factors == "both", args.channel, args.seed, tokens
-        )
-        self.set_trainable()
         closed = self._channel_is_closed()
         kappa = args.channel.noise_to_signal if args.noise_to_signal is None else args.noise_to_signal
         kappa = kappa if closed or args.noise_to_signal is not None and args.posterior != "map" else 0.0
-        posterior.noise_to_signal.fill_(kappa)
         enough = len(self.train_dataset.retain) >= args.channel.swap_from
         swap = args.swap_fraction if closed and enough and tokens.tokens_per_row > 0 else 0.0
+        self.statistics.update(noise_to_signal=kappa, swap_fraction=swap, pattern_tokens=tokens.tokens_per_row)
+        posterior = self._posterior = ChannelPosterior.from_contrast(
+            self.layers, self.adapter_name, contrast, self._factors() == "both", args.channel, args.seed, tokens
+        )
+        self.set_trainable()
+        posterior.noise_to_signal.fill_(kappa)
         posterior.swap_fraction.fill_(swap)
         strength = (
             self.prior.default_strength(kappa > 0 or swap > 0) if args.prior_strength is None else args.prior_strength
         )
-        self.statistics.update(noise_to_signal=kappa, swap_fraction=swap, prior_strength=strength)
-        self.statistics.update(pattern_tokens=tokens.tokens_per_row)
+        self.statistics["prior_strength"] = strength
         context = self._prior_context()
         self.prior.attach(context)
         training = self.model.training
@@ -363,7 +363,12 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def set_trainable(self) -> None:
         """B alone or A and B, of the layers that gradients reach; called after whatever sets all weights of an adapter free."""
         unreached = () if self._posterior is None else self._posterior.unreached
-        freeze_factors(self.model, self.args.trainable_factors, unreached)
+        freeze_factors(self.model, self._factors(), unreached)
+
+    def _factors(self) -> str:
+        """Which factors are trained: as it is set, or A and B where a channel is closed, and B along the contrast where none is."""
+        closed = any(self.statistics.get(name, 0) > 0 for name in ("noise_to_signal", "swap_fraction"))
+        return self.args.trainable_factors or ("both" if closed else "B")
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in Trainer; raw sets are encoded."""

@@ -145,10 +145,9 @@ def test_label_noise_is_found():
     under_a_bias = run(biased)
     assert not under_a_bias.keep_forget_batches and (under_a_bias.level_of(at) >= 1.48).all()
     assert not under_a_bias.needs_forget_batches and not under_a_bias.watches
-    fold = attached(CalibratedPrior(), pattern_detected=True, calibration_seen_in_training=True)
-    assert (
-        not fold.needs_forget_batches and not fold.watches
-    )  # a fold that the checkpoint fitted says nothing about errors
+    for silent in ("calibration_seen_in_training", "one_label"):  # neither says anything about errors
+        prior = run(wrong, **{silent: True})
+        assert not prior.needs_forget_batches and not prior.watches and not prior.keep_forget_batches
 
 
 def test_label_noise_z_is_the_pooled_test_of_two_proportions():
