@@ -39,8 +39,7 @@ def panel(axis, task: str, rows: dict[str, list[dict]]) -> None:
 
     removal, key = TASKS[task].kind == "removal", next(iter(TASKS[task].ranked_by))
     quality = {
-        m: float(np.mean(gaps(mine, rows["retrained"]))) if removal else mean(mine, key)
-        for m, mine in rows.items()
+        m: float(np.mean(gaps(mine, rows["retrained"]))) if removal else mean(mine, key) for m, mine in rows.items()
     }
     for method in (m for m in rows if METHODS[m].ranked or m == "retrained"):
         point = max(mean(rows[method], "seconds"), 0.1), quality[method]
