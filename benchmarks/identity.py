@@ -1,6 +1,7 @@
 """How a classifier treats statements about a group of people: the measures of hate-identity."""
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 NO_GROUP, OTHERS, TARGET = 0, 2, 1  # codes of the column ``group``: ordinary rows, other groups, the group in question
 
@@ -18,10 +19,11 @@ TITLES = {
 
 
 def auc(negative: np.ndarray, positive: np.ndarray) -> float:
-    """Share of pairs in which a positive row's score is above a negative row's; ties count half. NaN without pairs."""
+    """That the positive rows' scores are above the negative rows'. NaN where either are lacking."""
     if not len(negative) or not len(positive):
         return float("nan")
-    return float(((positive[:, None] > negative).mean() + (positive[:, None] >= negative).mean()) / 2)
+    truth = np.repeat([0, 1], [len(negative), len(positive)])
+    return float(roc_auc_score(truth, np.concatenate([negative, positive])))
 
 
 def identity_row(logits: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, float]:

@@ -64,9 +64,8 @@ class OverUnlearningCorrection(TrainerCallback):
         if over >= args.channel.over_unlearning_z:
             return
         seen = f"the forget set's margins are lower than unseen rows' (z = {over:.1f}), which gives it away as high ones do"
-        if (
-            trainer.adapter_before is not None or z(0.0) <= 0
-        ):  # the line did not begin at B = 0, or not above unseen rows
+        # The line did not begin at B = 0, or not above unseen rows
+        if trainer.adapter_before is not None or z(0.0) <= 0:
             z(1.0)
             warnings.warn(
                 f"Over-unlearning: {seen}. Train again with a smaller prior_strength (a third, say).", stacklevel=2

@@ -274,15 +274,12 @@ MIN_STEPS = 100  # of a run whose length nobody set
 USUAL_EPOCHS = 3.0  # Transformers' default
 
 
-def set_default_steps(args: UIBConfig, rows: int) -> str | None:
+def set_default_steps(args: UIBConfig, rows: int) -> None:
     """Give a run whose length nobody set at least `MIN_STEPS` steps, and warn of one that was set too short to forget.
 
     Args:
         args: ``max_steps`` is set where the default number of epochs makes too few steps.
         rows: of an epoch.
-
-    Returns:
-        What was said, if anything.
     """
     per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / per_step))
@@ -292,6 +289,5 @@ def set_default_steps(args: UIBConfig, rows: int) -> str | None:
     elif steps < args.prior_update_steps and args.max_steps <= 0:
         said = f"{steps} steps are too few to forget anything; set max_steps to {MIN_STEPS} or more."
     else:
-        return None
+        return
     warnings.warn(said, stacklevel=3)
-    return said

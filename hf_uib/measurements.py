@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ class Measurements:
         tokens.fill(shared.accelerator.unwrap_model(model), rows)
         shared.examples += len(tokens.donors)
 
+    @cached_property
     def _compared_rows(self) -> tuple[list[int], list[int]]:
         """Numbers of the forget and of the retained rows whose margin gradients are compared."""
         kept = self._sample(self.sets.comparable) if self.compared else []
@@ -98,10 +99,10 @@ class Measurements:
     def _numbers(self, chunk: int, weight: float) -> Iterator[int]:
         """Of this process's rows of a chunk, as `_contrast_batches` gives them."""
         index, count = self.inference.accelerator.process_index, self.inference.accelerator.num_processes
-        return iter(self._compared_rows()[weight < 0][chunk::CHUNKS][index::count])
+        return iter(self._compared_rows[weight < 0][chunk::CHUNKS][index::count])
 
     def _contrast_batches(self, chunk: int) -> Iterator[tuple[dict[str, Tensor], float]]:
-        forget, kept = self._compared_rows()
+        forget, kept = self._compared_rows
         for dataset, rows, sign in ((self.sets.forget, forget, 1.0), (self.sets.retain, kept, -1.0)):
             if rows:
                 for inputs in self.inference.batches(dataset, rows[chunk::CHUNKS], "Contrast"):

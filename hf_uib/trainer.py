@@ -227,22 +227,15 @@ class UIBTrainer(ResultsMixin, HubMixin):
         tokens = PatternTokens(self.adapted_model, self.layers)
         contrast = self.measurements.contrast(self.model, self.layers, tokens)
         self.contrast_norms = contrast.norms
-        closed = self._channel_is_closed()
-        kappa = args.channel.noise_to_signal if args.noise_to_signal is None else args.noise_to_signal
-        kappa = kappa if closed or args.noise_to_signal is not None and args.posterior != "map" else 0.0
-        enough = len(self.train_dataset.retain) >= args.channel.swap_from
-        swap = args.swap_fraction if closed and enough and tokens.tokens_per_row > 0 else 0.0
-        self.statistics.update(noise_to_signal=kappa, swap_fraction=swap, pattern_tokens=tokens.tokens_per_row)
+        self._set_channels(tokens)
         posterior = self._posterior = ChannelPosterior.from_contrast(
             self.layers, self.adapter_name, contrast, self._factors() == "both", args.channel, args.seed, tokens
         )
         self.set_trainable()
-        posterior.noise_to_signal.fill_(kappa)
-        posterior.swap_fraction.fill_(swap)
-        strength = (
-            self.prior.default_strength(kappa > 0 or swap > 0) if args.prior_strength is None else args.prior_strength
-        )
-        self.statistics["prior_strength"] = strength
+        posterior.noise_to_signal.fill_(self.statistics["noise_to_signal"])
+        posterior.swap_fraction.fill_(self.statistics["swap_fraction"])
+        usual = self.prior.default_strength(self._closed)
+        self.statistics["prior_strength"] = usual if args.prior_strength is None else args.prior_strength
         context = self._prior_context()
         self.prior.attach(context)
         training = self.model.training
@@ -251,9 +244,21 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.model.train(training)
         posterior.set_prior_mean()
 
-    def _channel_is_closed(self) -> bool:
-        """Whether noise and swapped tokens are used: not where the contrast is chance, nor where whole classes go."""
-        return self.args.posterior != "map" and not self.sets.removed_classes and self.measurements.pattern_found
+    def _set_channels(self, tokens: PatternTokens) -> None:
+        """Noise and share of swapped rows: none where the contrast is chance, nor where whole classes go."""
+        args, kappa, swap = self.args, self.args.noise_to_signal, 0.0
+        if not self.sets.removed_classes and self.measurements.pattern_found:
+            kappa = args.channel.noise_to_signal if kappa is None else kappa
+            if tokens.tokens_per_row > 0 and len(self.train_dataset.retain) >= args.channel.swap_from:
+                swap = args.swap_fraction
+        if args.posterior == "map":
+            kappa = swap = 0.0
+        self.statistics.update(noise_to_signal=kappa or 0.0, swap_fraction=swap, pattern_tokens=tokens.tokens_per_row)
+
+    @property
+    def _closed(self) -> bool:
+        """Whether a channel for the pattern is closed, by noise or by swapped tokens."""
+        return any(self.statistics.get(name, 0) > 0 for name in ("noise_to_signal", "swap_fraction"))
 
     def _prior_context(self) -> PriorContext:
         measured, sets = self.measurements, self.sets
@@ -265,8 +270,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             reduce=self.inference.sum,
             task=self.task,
             strength=self.statistics["prior_strength"],
-            pattern_detected=(measured.statistics["noise_to_signal"] > 0 or measured.statistics["swap_fraction"] > 0)
-            and not sets.removed_classes,
+            pattern_detected=self._closed and not sets.removed_classes,
             calibration_seen_in_training=bool(self.held_out) and not sets.removed_classes,
             one_label=sets.one_label,
         )
@@ -367,8 +371,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     def _factors(self) -> str:
         """Which factors are trained: as it is set, or A and B where a channel is closed, and B along the contrast where none is."""
-        closed = any(self.statistics.get(name, 0) > 0 for name in ("noise_to_signal", "swap_fraction"))
-        return self.args.trainable_factors or ("both" if closed else "B")
+        return self.args.trainable_factors or ("both" if self._closed else "B")
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in Trainer; raw sets are encoded."""

@@ -247,7 +247,8 @@ def cost_tables() -> list[str]:
     for path, where in ((COST, "two CPU cores"), (GPU_COST, "GPU, bf16")):
         parts += step_table(lines, where) if (lines := results.read(path)) else []
     parts += processes_table(lines) if (lines := results.read(PROCESSES)) else []
-    return parts + (scaling_table(points) if (points := results.read(SCALING)) else [])
+    parts += scaling_table(points) if (points := results.read(SCALING)) else []
+    return ["## Steps and processes\n", results.FIRST_EDITION, *parts] if parts else []
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 from hf_uib.cli.digits import Task, biased_pictures, paint
-from hf_uib.schedule import sample_size
 
 from .. import results
 from ..markdown import table
@@ -89,13 +88,12 @@ def whole_table() -> list[str]:
         ["contrast and tokens", backward, backward, f"{backward:.0f}"],
         ["lengths, donors, label noise", one["measured"] - backward, 0, f"{(one['measured'] - backward) / 3:.0f}"],
     ]
-    limit = sample_size(512, STEPS * BATCH)
     return [
         "## Whole runs against LoRA fine-tuning\n",
         f"{STEPS} steps of {BATCH} rows under a pattern, everything included (loading the trainer too), {one['threads']} threads; "
         f"medians of {REPEATS} pairs, LoRA and UIB in turn.\n",
         *table(["", "LoRA, seconds", "UIB, seconds", "ratio", "range"], rows),
-        f"Rows that pass through the model ({limit} of each set in the statistics pass). A step's row counts as one unit, forward "
-        "and backward; a forward alone as a third.\n",
+        f"Rows that pass through the model ({one['samples']} of each set in the statistics pass). A step's row counts as one "
+        "unit, forward and backward; a forward alone as a third.\n",
         *table(["part", "forward", "backward", "units"], [[str(c) for c in row] for row in parts]),
     ]

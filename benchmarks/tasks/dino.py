@@ -23,16 +23,14 @@ def encoded(pictures: np.ndarray, labels, attribute, name: str, names: list[str]
     return encode(picture_dataset(pictures, labels, attribute, name, names), processor, "pixel_values")
 
 
-def dino_task(name: str, parts: dict, attribute: str, names: list[str], dinov2: str, retrain_steps: int = 150) -> Task:
+def dino_task(name: str, parts: dict, attribute: str, names: list[str], dinov2: str) -> Task:
     """A task of ``parts``: pictures in uint8, labels and attribute of each set."""
     processor = AutoImageProcessor.from_pretrained(
         dinov2, size={"height": SIDE, "width": SIDE}, do_center_crop=False, use_fast=False
     )
     sets = {part: encoded(*rows, attribute, names, processor) for part, rows in parts.items()}
     new_model = partial(AutoModelForImageClassification.from_pretrained, dinov2, num_labels=len(names))
-    return Task(
-        name, sets, new_model, processor, attribute, train_settings=SETTINGS | {"retrain_steps": retrain_steps}
-    )
+    return Task(name, sets, new_model, processor, attribute, train_settings=dict(SETTINGS))
 
 
 def cells(

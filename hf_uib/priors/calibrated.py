@@ -98,7 +98,6 @@ class CalibratedPrior(Prior):
     def attach(self, context: PriorContext) -> None:
         """As in `Prior`; under a pattern the prior rests."""
         super().attach(context)
-        self.refreshes = 0
         self._may_rest = self.rests_under_a_pattern and context.retain is not None
         # Neither rows that the checkpoint fitted nor forget rows of one label say anything about errors
         self._seeks_label_noise = not (context.calibration_seen_in_training or context.one_label)
