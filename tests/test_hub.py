@@ -28,7 +28,8 @@ ADAPTER = {
 ADAPTER |= {"uib_state.safetensors"}
 MERGED = {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 STRATEGIES = {"end": None, "every_save": None, "checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}
-SAME = 1e-5  # of logits; the trained ones are over 1 away from the base's
+SAME = 1e-5  # of logits
+CHANGED = 0.1  # of a logit: what a run of a few steps does at least
 
 
 class Played:
@@ -113,7 +114,7 @@ def test_push_and_reload(played):
     seen = played["push"]
     assert played.files("vit-uib") == ADAPTER
     assert [commit.oid for commit in played.commits("vit-uib")] == [seen["commit"]]
-    assert seen["changed"] > 1 and seen["peft"] < SAME and seen["auto"] < SAME
+    assert seen["changed"] > CHANGED and seen["peft"] < SAME and seen["auto"] < SAME
     assert seen["processor"] == [0.5]
 
 
@@ -261,7 +262,7 @@ def test_to_a_named_revision(played):
 def test_merged(played):
     seen = played["merged"]
     assert played.files("vit-merged") == MERGED and seen["kind"] == "ViTForImageClassification"
-    assert seen["apart"] < SAME and seen["changed"] > 1 and seen["processor"] == [0.5]
+    assert seen["apart"] < SAME and seen["changed"] > CHANGED and seen["processor"] == [0.5]
     assert seen["data"]["base_model_relation"] == "finetune" and seen["data"]["library_name"] == "transformers"
     assert seen["requests"] == seen["data"]["unlearning"]["requests"] and len(seen["requests"]) == 1
     assert 'from_pretrained("tester/vit-merged")' in seen["text"] and "withdraw" in seen["text"]
