@@ -52,9 +52,9 @@ PUBLISHED = [
     Published("ERM, the start of DPE", "DPE", "not used in training", figures(77.9, 66.5, 66.5, 69.4), "original"),
     Published("JTT", "AFR", "not used in training", figures(86.7, 81.1, 72.6, 69.3)),
     Published("AFR", "AFR", "not used in training", figures(90.4, 82.0, 73.4, 68.7)),
-    Published("DFR", "DFR", "to fit the head", figures(92.9, 88.3, 74.7, 70.1), "dfr"),
-    Published("DPE", "DPE", "not used in training", figures(None, 84.6, 70.9, 68.9)),
-    Published("DPE", "DPE", "of the validation split, to fit the heads", figures(94.1, 90.3, 75.3, 70.8)),
+    Published("DFR", "DFR", "of the rows that the head is fitted on", figures(92.9, 88.3, 74.7, 70.1), "dfr"),
+    Published("DPE", "DPE", "not used in training", figures(94.1, 84.6, 70.9, 68.9)),
+    Published("DPE", "DPE", "of the validation split, to fit the heads", figures(None, 90.3, 75.3, 70.8)),
 ]
 HEAD = """# Standard sets
 
@@ -69,11 +69,11 @@ tuned on the validation split first: `python -m benchmarks tune --tasks waterbir
 The published figures for Waterbirds and CelebA are of a ResNet-50; the recipes take a ViT-B/16. A figure of ours beside a
 published one therefore compares methods and models at once.
 """
-REMOVAL = """Compared by the average gap to the retrained model, in points: accuracy on forget set, retained rows and test split, and the
-membership attack. This is the protocol of SalUn ([Fan et al., ICLR 2024](https://arxiv.org/abs/2310.12508)), whose attack is
-*MIA-Efficacy* where the gap here takes the attack's AUC, and whose model is a ResNet-18. For ViTs there are
+REMOVAL = """Compared by the average gap to the retrained model, in points: accuracy on forget set, retained rows and test split,
+and the membership attack. This is the protocol of SalUn ([Fan et al., ICLR 2024](https://arxiv.org/abs/2310.12508)) on a
+ResNet-18; its attack is *MIA-Efficacy*, where the gap here takes the AUC. For ViTs there are
 [LetheViT](https://arxiv.org/abs/2508.01569) and [a benchmark](https://arxiv.org/abs/2602.20114). Their tables could not be read
-here, so there is no published figure in the table.
+here, so the column of published figures is empty.
 """
 UNVERIFIED = """## What could not be checked here
 
@@ -81,16 +81,17 @@ The Hub cannot be reached from where this page was written.
 
 - The columns were read off the cards and off public code that loads the sets: `grodino/waterbirds` (`image`, `label`, `place`),
   `flwrlabs/celeba` (`image`, `Blond_Hair`, `Male`, truth values; split `valid`), `nyu-mll/multi_nli` (`premise`, `hypothesis`,
-  `label`), `uoft-cs/cifar10` (`img`, `label`), `uoft-cs/cifar100` (`img`, `fine_label`). That label 1 of Waterbirds is the
-  waterbird and place 1 the water was read off code, too.
+  `label`), `uoft-cs/cifar10` (`img`, `label`), `uoft-cs/cifar100` (`img`, `fine_label`). In Waterbirds
+  place 1 is water, as such code says; that label 1 is the waterbird is the usual coding, and was not seen.
 - `google/civil_comments` has no identities. The recipe takes `pietrolesci/civilcomments-wilds`, configuration `raw`, a copy of
   WILDS's `all_data_with_identities.csv` (448,000 rows with a column `split`). Its card could be read in part: the columns
   `comment_text`, `split` and `toxicity`; the eight identities are WILDS's names. A missing column is refused by name.
 - Which CivilComments groups a published figure is of: AFR takes WILDS's data and scripts, DPE the 16 finer groups of
   SubpopBench, as public code that repeats it says. DFR's could not be checked.
 - Steps, batch sizes and learning rates are ordinary ones for these models, and were not tried.
-- DPE's and DFR's figures were given to the author of this page, and not read off the papers; AFR's table (ERM and JTT too) was
-  read off its repository.
+- The table of AFR (with its ERM and JTT) was read off its repository. The figures of DFR and DPE were passed on by a reader of
+  the papers, and only the start of DPE was found again, in public notes on it. Waterbirds has one figure of DPE; which use of the
+  groups it belongs to could not be checked.
 """
 
 

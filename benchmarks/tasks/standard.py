@@ -164,7 +164,7 @@ def apart(sets: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
 
 def vit_reader(vit: str, name: str, classes: int) -> tuple:
     """What reads the pictures of column ``name``: the image processor, a function that encodes rows, and a new model."""
-    processor = AutoImageProcessor.from_pretrained(vit, use_fast=False)
+    processor = AutoImageProcessor.from_pretrained(vit, backend="pil")
     new_model = partial(AutoModelForImageClassification.from_pretrained, vit, num_labels=classes)
     return processor, partial(pictures, processor=processor, name=name), new_model
 
