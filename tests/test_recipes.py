@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTImageProcessorPil, ViTModel
 
-from benchmarks import report, results
+from benchmarks import published, report, results
 from benchmarks.__main__ import build_parser
-from benchmarks.methods import METHODS
 from benchmarks.registry import suite
 from benchmarks.suites import runs
+from benchmarks.suites.smoke import first_setting
 from benchmarks.tasks import TASKS, standard
 from hf_uib.data.fingerprints import row_hashes
 
@@ -194,12 +194,23 @@ def test_groups_counted_by_hand():
 def test_uib_runs_on_a_recipe(name, paths, tmp_path):
     options = options_of(paths, tmp_path, "--tasks", name, "--methods", "uib")
     path = tmp_path / "results.jsonl"
-    runs.run(options, lambda task, method: METHODS[method].grid[0], path, steps=3)
+    runs.run(options, first_setting, path, steps=3)
     (line,) = results.read(path)
     assert line["steps"] == 3 and 0 <= line["worst_group_accuracy"] <= line["accuracy"] <= 1
-    page = report.pages([line])["standard_sets.md"]
-    assert f"{100 * line['worst_group_accuracy']:.1f}" in page
-    assert f"| {name}" not in report.pages([line])["index.md"] and f"{name}.md" not in report.pages([line])
+    made = report.pages([line])
+    assert f"{100 * line['worst_group_accuracy']:.1f} ± 0.0" in made["standard_sets.md"]
+    assert f"### {name}, measured" in made["standard_sets.md"]
+    assert f"| {name}" not in made["index.md"] and f"{name}.md" not in made
+
+
+@pytest.mark.parametrize("name", [*BIASED, "cifar10-random", "cifar100-random, 50%"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_command_of_the_page_runs(name, paths, tmp_path):
+    methods = published.RUN if name in BIASED else published.RUN_REMOVAL
+    options = options_of(paths, tmp_path, "--tasks", name, "--methods", *methods)
+    path = tmp_path / "results.jsonl"
+    runs.run(options, first_setting, path, steps=3)
+    assert {line["method"] for line in results.read(path)} == set(methods)
 
 
 @pytest.mark.parametrize("name", BIASED)
