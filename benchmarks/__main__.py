@@ -3,6 +3,7 @@
     python -m benchmarks smoke                          # a minute: every method on digits for ten steps, to a scratch file
     python -m benchmarks tune --fashion_mnist FOLDER    # the methods' grids, on a validation fold
     python -m benchmarks run --fashion_mnist FOLDER     # hours on two cores
+    python -m benchmarks run --tasks waterbirds         # a standard set of the field, from the Hub; for a GPU
     python -m benchmarks report                         # the tables and figures of the documentation
 
 From the root of the repository; `python scripts/benchmark.py` is the same from anywhere.
@@ -12,6 +13,7 @@ import argparse
 import sys
 
 from .methods import METHODS
+from .registry import suite
 from .report import write_report
 from .suites import audits, cost, lifecycle, research, runs, scale, smoke, truth, whole
 from .tasks import TASKS
@@ -45,7 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those above")
     parser.add_argument(
-        "--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="T", help=", ".join(TASKS).replace("%", "%%")
+        "--tasks",
+        nargs="+",
+        default=list(suite()),
+        choices=TASKS,
+        metavar="T",
+        help=", ".join(TASKS).replace("%", "%%"),
     )
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="M", help=", ".join(METHODS)

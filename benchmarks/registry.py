@@ -43,6 +43,7 @@ class TaskSpec:
         measure: of a test set's logits, labels and attributes; by default `hf_uib.metrics.bias_row`.
         ranked_by: the figures by which the methods are ranked on it, and 1 where more is better, -1 where less is.
         shown: the figures of its page, by key; by default those of its kind.
+        recipe: whether it is a standard set to be run by name alone: it is in no table but its own (see `suite`).
     """
 
     name: str
@@ -55,6 +56,7 @@ class TaskSpec:
     measure: Callable = bias_row
     ranked_by: dict[str, int] = field(default_factory=lambda: dict(BIAS))
     shown: tuple[str, ...] = ()
+    recipe: bool = False
 
     @property
     def about_an_attribute(self) -> bool:
@@ -114,11 +116,17 @@ TASKS: dict[str, TaskSpec] = {}
 METHODS: dict[str, MethodSpec] = {}
 
 
+def suite() -> dict[str, TaskSpec]:
+    """The tasks that are run, tuned and compared unless others are named: all but the recipes."""
+    return {name: spec for name, spec in TASKS.items() if not spec.recipe}
+
+
 def register_task(name: str, **described) -> Callable:
     """Decorator: the function makes the task ``name``. Keywords as in `TaskSpec`."""
 
     def register(make: Callable) -> Callable:
-        _add(TASKS, TaskSpec(name, make, **described), lambda spec: (spec.regime_of or "", KINDS.index(spec.kind)))
+        place = lambda spec: (spec.recipe, spec.regime_of or "", KINDS.index(spec.kind))
+        _add(TASKS, TaskSpec(name, make, **described), place)
         return make
 
     return register

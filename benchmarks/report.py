@@ -7,6 +7,8 @@ from pathlib import Path
 
 from . import figure, results, tables
 from .markdown import between_marks
+from .published import standard_sets_page
+from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
 from .suites.lifecycle import lifecycle_table
@@ -141,7 +143,7 @@ def by_task(runs: list[dict], task: str) -> list[dict]:
 
 def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
     """The pages of docs/benchmark by file name."""
-    tasks = [name for name, spec in TASKS.items() if not spec.regime_of and by_task(runs, name)]
+    tasks = [name for name, spec in suite().items() if not spec.regime_of and by_task(runs, name)]
     made = {name: task_page(name, runs) for name in tasks}
     for name, head, lines in (
         ("tuning", TUNING, tables.tuning_table()),
@@ -149,6 +151,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
         ("audit", AUDITS, audit_tables()),
     ):
         made |= {name: [head, *lines]} if lines else {}
+    made["standard_sets"] = standard_sets_page(runs)
     made = {"index": index_page(runs, list(made), figure_drawn)} | made
     return {f"{name}.md": "\n".join(lines).strip() + "\n" for name, lines in made.items()}
 

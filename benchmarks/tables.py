@@ -8,7 +8,7 @@ from hf_uib.metrics import METRICS
 from . import identity, results
 from .markdown import table
 from .methods import METHODS
-from .registry import BIAS
+from .registry import BIAS, suite
 from .suites.runs import GAPS, SEEDS, average_gap, best_of
 from .tasks import TASKS
 
@@ -28,7 +28,7 @@ SHOWN = {
 
 def tasks_of(kind: str) -> list[str]:
     """The ranked tasks of a kind."""
-    return [name for name, spec in TASKS.items() if spec.kind == kind and not spec.regime_of]
+    return [name for name, spec in suite().items() if spec.kind == kind and not spec.regime_of]
 
 
 def mean(rows: list[dict], key: str) -> float:
@@ -144,7 +144,7 @@ def conditions(rows: dict[str, list[dict]], variant: str) -> dict[str, bool]:
 
 def comparable(runs: list[dict], variant: str) -> dict[str, dict[str, list[dict]]]:
     """Runs by method of the bias tasks, regimes included, on which a variant can be held against the others."""
-    found = {name: by_method(runs, name) for name, spec in TASKS.items() if spec.about_an_attribute}
+    found = {name: by_method(runs, name) for name, spec in suite().items() if spec.about_an_attribute}
     return {name: rows for name, rows in found.items() if measured(rows, (variant, "lora", "full", "retrained"))}
 
 
@@ -195,7 +195,7 @@ def missed_table(runs: list[dict]) -> list[str]:
 def lora_table(runs: list[dict]) -> list[str]:
     """UIB minus tuned LoRA fine-tuning, seed by seed: mean difference ± standard error, **bold** where it is two of them behind."""
     lines = []
-    for task, spec in TASKS.items():
+    for task, spec in suite().items():
         rows = by_method(runs, task)
         if not measured(rows, ("uib", "lora")):
             continue
@@ -325,7 +325,7 @@ def hosting_table(runs: list[dict]) -> list[str]:
 def tuning_table() -> list[str]:
     """The settings that the validation folds chose."""
     tried = results.read(results.TUNING)
-    tasks = [task for task in TASKS if any(line["task"] == task for line in tried)]
+    tasks = [task for task in suite() if any(line["task"] == task for line in tried)]
     lines = []
     for method in (m for m in METHODS if any(line["method"] == m for line in tried)):
         best = [best_of(tried, task, method) or {} for task in tasks]

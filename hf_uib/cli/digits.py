@@ -4,7 +4,7 @@ import colorsys
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 
 import datasets
 import numpy as np
@@ -34,7 +34,8 @@ class Task:
     Attributes:
         name: as in docs/benchmark.
         sets: encoded datasets: ``pretrain`` (attribute at random; may be absent), ``forget``, ``retain``, ``calibration``
-            (never shown to the checkpoint), ``validation`` (for choosing settings) and ``test``.
+            (never shown to the checkpoint), ``validation`` (for choosing settings) and ``test``. ``further`` are rows that the
+            checkpoint was trained on and that no method is given; they may be absent.
         new_model: an untrained (or only pre-trained elsewhere) classifier, a function of the seed.
         processing_class: image processor or tokenizer.
         bias_column: the attribute, coded by the class it stands for; None where the forget set has no pattern.
@@ -222,6 +223,6 @@ def prepare_models(task: Task, seed: int, output_dir: str) -> dict[str, PreTrain
     if "pretrain" in task.sets:
         fit(model, task.sets["pretrain"], task, settings["pretrain_steps"], output_dir, seed, lr)
     start = copy.deepcopy(model)
-    everything = merged(task.sets["forget"], task.sets["retain"])
+    everything = reduce(merged, [task.sets[part] for part in ("forget", "retain", "further") if part in task.sets])
     fit(model, everything, task, settings["steps"], output_dir, seed + 1, settings.get("finetune_lr", lr))
     return {"start": start, "original": model}
