@@ -1,10 +1,8 @@
 """Where the change in the distribution lives: the contrast C_l and its subspace V_l (method, section 3a)."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,13 +12,11 @@ from torch import Tensor, nn
 from .channel_kl import wide_dtype
 from .lora import base_of, weight_matrix
 from .objective import margin
-from .pattern_tokens import PatternTokens
 
 PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
 NULL = 1e-6  # singular values under this share of the largest are rounding
 CHUNKS = 6  # of the samples, in the test of `pattern_z`
-DONOR_CHUNK = 3  # from which on forget rows are scored along the contrast of the chunks before, and may be donors
 
 
 @dataclass
@@ -151,7 +147,6 @@ def accumulate(
     statistics: dict[str, LayerStatistics],
     batches: Iterable[tuple[dict[str, Tensor], float]],
     margin: Callable[[Tensor, Tensor], Tensor] = margin,
-    around: Callable[[dict[str, Tensor], float], AbstractContextManager] | None = None,
 ) -> Tensor:
     """Add the margin gradients of ``batches`` to ``statistics``.
 
@@ -161,7 +156,6 @@ def accumulate(
         statistics: from `new_statistics`; changed in place.
         batches: ``(inputs with labels, weight)``; the weight is ``+1/n`` for a forget and ``-1/n`` for a retained example.
         margin: of logits and labels, ``[n]`` in nats.
-        around: entered around the passes of a batch and its weight.
 
     Returns:
         ``[2, 3]``: count, sum and sum of squares of the examples' scores along `LayerStatistics.direction`, for forget and
@@ -171,10 +165,7 @@ def accumulate(
     for inputs, weight in batches:
         labels = inputs["labels"]
         scores = torch.zeros(len(labels), device=labels.device)
-        with (
-            _recording(modules, statistics, weight, scores),
-            nullcontext() if around is None else around(inputs, weight),
-        ):
+        with _recording(modules, statistics, weight, scores):
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             torch.autograd.backward(margin(logits, labels).sum(), inputs=_leaves(model))
         s = scores.cpu().double()
@@ -299,8 +290,6 @@ def measure_contrast(
     seed: int = 0,
     min_relative_scale: float = 1e-3,
     sum_over_processes: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
-    tokens: PatternTokens | None = None,
-    numbers: Callable[[int, float], Iterator[int]] = lambda chunk, weight: itertools.count(),
 ) -> ContrastStatistics:
     """One pass over samples of both sets, and a short one over forget rows.
 
@@ -314,9 +303,6 @@ def measure_contrast(
         margin: of logits and labels, ``[n]`` in nats.
         random: take random subspaces instead, for comparison.
         min_relative_scale: what is smaller, relative to the mean input or the usual output scale, counts as zero.
-        tokens: gets the forget rows of the later chunks as donors.
-        numbers: of the rows of a chunk in their set, the forget set (a weight above 0) or the retained one, as ``batches`` gives
-            them.
 
     Raises:
         ValueError: a statistic is NaN or infinite.
@@ -326,10 +312,7 @@ def measure_contrast(
     stats = new_statistics({name: base_of(layer) for name, layer in layers.items()}, rank, seed)
     moments = []
     for chunk in range(CHUNKS):
-        around = (
-            _donors(tokens, stats, partial(numbers, chunk)) if tokens is not None and chunk >= DONOR_CHUNK else None
-        )
-        moments.append(accumulate(model, layers, stats, batches(chunk), margin, around))
+        moments.append(accumulate(model, layers, stats, batches(chunk), margin))
         sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
         for layer in stats.values():
             layer.take_chunk()
@@ -357,24 +340,6 @@ def measure_contrast(
         pattern_z=pattern_z(torch.stack(moments[1:])) if compared else 0.0,
         unreached=[name for name, layer in stats.items() if not layer.reached],
     )
-
-
-def _donors(tokens: PatternTokens, stats: dict[str, LayerStatistics], numbers: Callable[[float], Iterator[int]]):
-    """What is to be entered around the batches of a chunk: its forget rows become donors, its retained rows ordinary ones."""
-    directions = {
-        name: layer.direction if layer.sketch is None else layer.sketch.T @ layer.direction
-        for name, layer in stats.items()
-        if name in tokens.layers and layer.direction is not None
-    }
-    of = {True: numbers(1.0), False: numbers(-1.0)}
-
-    def around(inputs: dict[str, Tensor], weight: float) -> AbstractContextManager:
-        rows = [next(of[weight > 0]) for _ in range(len(inputs["labels"]))]
-        if weight < 0:
-            return tokens.seeing(rows, inputs.get("attention_mask"))
-        return tokens.recording(directions, rows, inputs.get("attention_mask"))
-
-    return around
 
 
 def _code_rms(layers, subspaces, forward_forget_rows, sum_over_processes) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class Measurements:
     def contrast(
         self, model: nn.Module, layers: dict[str, AdaptedLayer], tokens: PatternTokens | None = None
     ) -> ContrastStatistics:
-        """Subspaces and scales of the adapted layers, and the donors of ``tokens``; see `measure_contrast`."""
+        """Subspaces and scales of the adapted layers (`measure_contrast`), and under a pattern the donors of ``tokens``."""
         found = measure_contrast(
             model,
             layers,
@@ -57,13 +57,13 @@ class Measurements:
             seed=self.args.seed,
             min_relative_scale=self.args.channel.min_relative_scale,
             sum_over_processes=self.inference.sum,
-            tokens=tokens if self.compared else None,
-            numbers=self._numbers,
         )
-        if tokens is not None:
-            tokens.settle(self.inference.accelerator.num_processes)
-            self.fill(tokens, model)
         self.statistics["pattern_z"] = found.pattern_z
+        if tokens is not None and self.compared and self.pattern_found:
+            forget, kept = self._compared_rows
+            classifier = self.inference.accelerator.unwrap_model(model)
+            tokens.find(classifier, self._all(self.sets.forget, forget), self._all(self.sets.retain, kept), forget)
+            self.fill(tokens, model)
         return found
 
     @property
@@ -77,29 +77,20 @@ class Measurements:
         return self.statistics["pattern_z"] >= self.args.channel.pattern_z
 
     def fill(self, tokens: PatternTokens, model: nn.Module) -> None:
-        """Read the donors' tokens; every process reads all."""
+        """Read the donors' tokens."""
+        rows = self._all(self.sets.forget, tokens.donors.tolist())
+        tokens.fill(self.inference.accelerator.unwrap_model(model), rows)
+
+    def _all(self, dataset, rows: list[int]) -> Iterator[dict[str, Tensor]]:
+        """Batches of the rows; every process reads all."""
         shared = self.inference
-        rows = batches_of(
-            self.sets.forget,
-            tokens.donors.tolist(),
-            shared.collator,
-            shared.move,
-            batch_size=shared.batch_size,
-            quiet=True,
-        )
-        tokens.fill(shared.accelerator.unwrap_model(model), rows)
-        shared.examples += len(tokens.donors)
+        return batches_of(dataset, rows, shared.collator, shared.move, batch_size=shared.batch_size, quiet=True)
 
     @cached_property
     def _compared_rows(self) -> tuple[list[int], list[int]]:
         """Numbers of the forget and of the retained rows whose margin gradients are compared."""
         kept = self._sample(self.sets.comparable) if self.compared else []
         return self._sample(self.sets.forget), self.sets.comparable[kept].tolist()
-
-    def _numbers(self, chunk: int, weight: float) -> Iterator[int]:
-        """Of this process's rows of a chunk, as `_contrast_batches` gives them."""
-        index, count = self.inference.accelerator.process_index, self.inference.accelerator.num_processes
-        return iter(self._compared_rows[weight < 0][chunk::CHUNKS][index::count])
 
     def _contrast_batches(self, chunk: int) -> Iterator[tuple[dict[str, Tensor], float]]:
         forget, kept = self._compared_rows

@@ -3,58 +3,56 @@
 A token is what enters the first block of the encoder: a word piece, a patch, a place of a feature map.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .lora import base_of
 from .models import blocks_of
 
-SHARE = 0.5  # of the row's highest score, from which on a token belongs to the pattern
+PATTERN_Z = 3.0  # from which on a kind of token belongs to the pattern
 MOST = 32  # tokens of a donor
 DONORS = 256  # forget rows that are kept
-ORDINARY = 64  # retained rows whose tokens are compared with theirs
 ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
 DRAWS = 1024  # rows of a step that draw for themselves
+
+
+class _BlockReached(Exception):
+    """Ends a forward at the first block."""
 
 
 class PatternTokens(nn.Module):
     """Puts the pattern's tokens of a forget row into some of the retained rows of each training step; their labels stay.
 
     In what the retained rows then show, the pattern tells nothing about the label: the model can fit them only by not reading it.
-    A token's score is the part of the row's margin gradient along the contrast that goes through it, in the linear layers of the
-    first block. A row of the epoch at position i takes draw i of (seed, step), so a step does not depend on how a batch is split.
+    A token belongs to the pattern where its kind is in more forget rows than in retained rows of the same label (`token_z`).
+    Donors are drawn so that each kind comes equally often. A row of the epoch at position i takes draw i of (seed, step), so a
+    step does not depend on how a batch is split.
 
     The state holds which rows of the forget set are donors and where their tokens stand, never the tokens: `fill` reads them off
     the rows again, so that nothing of a forget row is saved or published.
 
     Args:
         model: the classifier, with or without an adapter.
-        layers: the adapted layers; those of the first block are `layers` of this object.
     """
 
     values: Tensor  # [donors, tokens, d]
     positions: Tensor  # [donors, tokens], counted from the row's first token that is no padding; -1: no token
     donors: Tensor  # [donors], their numbers in the forget set
+    weights: Tensor  # [donors], how often each is drawn
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Any]):
+    def __init__(self, model: nn.Module):
         super().__init__()
         block = next(iter(blocks_of(model).values()), None)
-        inside = {id(module) for module in block.modules()} if block is not None else set()
         self._block = [] if block is None else [block]  # in a list: not a part of this module
-        self.layers = {name: layer for name, layer in layers.items() if id(layer) in inside}
         device = next(model.parameters()).device
         self.register_buffer("values", torch.zeros(0, 1, 1, device=device), persistent=False)
         self.register_buffer("positions", torch.full((0, 1), -1, device=device))
         self.register_buffer("donors", torch.zeros(0, dtype=torch.long))
-        # Of forget rows: number, places, scores and tokens; of retained rows: number and tokens
-        self._found: list[tuple[Any, ...]] = []
-        self._ordinary: list[tuple[int, Tensor]] = []
+        self.register_buffer("weights", torch.zeros(0))
         self._draw: tuple[Tensor, Tensor] | None = None  # of the step: which rows, which donors
         self.retained: int = 0  # rows of the next forward that may get tokens: the first so many
         self.rows: Tensor | None = None  # positions in the epoch of all its rows
@@ -63,108 +61,75 @@ class PatternTokens(nn.Module):
 
     # ---- Finding them ----
 
-    @contextmanager
-    def recording(self, directions: Mapping[str, Tensor], numbers: list[int], attention_mask: Tensor | None = None):
-        """Take the rows of the forward and backward pass inside as donors.
+    @torch.no_grad()
+    def find(
+        self,
+        model: Any,
+        forget: Iterable[dict[str, Tensor]],
+        retained: Iterable[dict[str, Tensor]],
+        numbers: list[int],
+    ) -> None:
+        """Choose the donors and their tokens; `fill` then has to read their values.
 
         Args:
-            directions: the contrast of each layer, ``[d_out, d_in]`` or sketched.
-            numbers: of the rows in the forget set.
-            attention_mask: ``[n, tokens]``; other tokens are no candidates.
+            model: a `PeftModel`, passed up to its first block, without its adapter.
+            forget, retained: samples of both sets, as ``inputs with labels``.
+            numbers: of the forget rows in their set.
         """
-        store: dict[str, Tensor] = {}
-        scores: list[Tensor] = []
-
-        def keep(module, args, kwargs):
-            if (tokens := tokens_of(_input_of(args, kwargs))) is not None:
-                store["input"] = tokens.detach()
-
-        def hook_of(layer, direction: Tensor):
-            def hook(module, inputs, output):
-                x = inputs[0].detach().float()
-                if (
-                    len(x) != len(numbers)
-                    or x.ndim < 3
-                    or isinstance(base_of(layer), nn.Conv2d)
-                    or not output.requires_grad
-                ):
-                    return
-                x = x.flatten(1, -2)
-                x = x - x.mean(0)  # what stands there in every row is no pattern
-
-                def on_gradient(gradient):
-                    g = gradient.float().flatten(1, -2)
-                    scores.append(((g @ direction) * x).sum(-1))
-
-                output.register_hook(on_gradient)
-
-            return hook
-
-        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._block]
-        handles += [
-            layer.register_forward_hook(hook_of(layer, directions[name])) for name, layer in self.layers.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        found = store.get("input")
-        scores = [s for s in scores if found is not None and s.shape == found.shape[:2]]
-        if found is None or not scores:
+        (x, present, labels), others = self._read(model, forget), self._read(model, retained)
+        if not len(x) or not len(others[0]):
             return
-        score = torch.stack(scores).sum(0)
-        if attention_mask is not None and attention_mask.shape == score.shape:
-            score = score.masked_fill(attention_mask == 0, -torch.inf)
-        score, index = score.topk(min(MOST, score.shape[1]), dim=1)
-        rows = found.gather(1, index[..., None].expand(-1, -1, found.shape[-1]))
-        lacking = MOST - score.shape[1]  # batches of texts have lengths of their own
-        score, index = F.pad(score, (0, lacking), value=-torch.inf), F.pad(index, (0, lacking))
-        rows = F.pad(rows, (0, 0, 0, lacking))
-        index = index - first_of(attention_mask, found)[:, None]
-        self._found += zip(numbers, index.cpu(), score.cpu(), rows.float().cpu(), strict=True)
+        z = token_z((x, present, labels), others)
+        chosen = (z >= PATTERN_Z) & present
+        rows = chosen.any(1).nonzero()[:DONORS, 0]
+        if not len(rows):
+            return
+        width = int(chosen[rows].sum(1).max().clamp_max(MOST))
+        order = z[rows].masked_fill(~chosen[rows], -torch.inf).topk(width, dim=1).indices
+        first = present[rows].int().argmax(1, keepdim=True)
+        self.positions = torch.where(chosen[rows].gather(1, order), order - first, -1).to(self.positions.device)
+        self.donors = torch.tensor(numbers)[rows.cpu()]
+        self.weights = rarity(x[rows], chosen[rows]).cpu()
 
-    @contextmanager
-    def seeing(self, numbers: list[int], attention_mask: Tensor | None = None):
-        """Take the tokens of the retained rows that are passed inside as ordinary ones."""
+    def _read(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``[n, t, d]`` of all rows, where there is one ``[n, t]``, and the labels; no row where a token is none."""
+        tokens, present, labels = [], [], []
+        for inputs, seen in self._inputs_of_block(model, batches):
+            if seen is None:
+                return torch.zeros(0, 1, 1), torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+            mask = inputs.get("attention_mask")
+            fits = mask is not None and mask.shape == seen.shape[:2]
+            tokens.append(seen.float())
+            present.append(mask > 0 if fits else torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device))
+            labels.append(inputs["labels"])
+        longest = max((t.shape[1] for t in tokens), default=1)  # batches of texts have lengths of their own
+        pad = lambda t: F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1]))
+        if not tokens:
+            return torch.zeros(0, 1, 1), torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+        return torch.cat([pad(t) for t in tokens]), torch.cat([pad(p) for p in present]), torch.cat(labels)
 
-        def keep(module, args, kwargs):
-            tokens = tokens_of(_input_of(args, kwargs))
-            if tokens is None or len(tokens) != len(numbers):
-                return
-            tokens, mask = tokens.detach().float(), attention_mask
-            if mask is None or mask.shape != tokens.shape[:2]:
-                mask = torch.ones(tokens.shape[:2], device=tokens.device)
-            self._ordinary += [(o, t[m > 0].cpu()) for o, t, m in zip(numbers, tokens, mask, strict=True)]
+    def _inputs_of_block(self, model: Any, batches: Iterable[dict[str, Tensor]]):
+        """Each batch, and the tokens that enter the first block for it; what comes after is not computed."""
+        seen: list[Any] = []
 
-        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._block]
+        def stop(module, args, kwargs):
+            seen.append(tokens_of(_input_of(args, kwargs)))
+            raise _BlockReached
+
+        handles = [block.register_forward_pre_hook(stop, with_kwargs=True) for block in self._block]
+        training = model.training
+        model.eval()
         try:
-            yield
+            with torch.no_grad(), model.disable_adapter():
+                for inputs in batches if handles else ():
+                    with suppress(_BlockReached):
+                        model(**{name: value for name, value in inputs.items() if name != "labels"})
+                    yield inputs, seen.pop()
         finally:
+            model.train(training)
             for handle in handles:
                 handle.remove()
 
-    def settle(self, processes: int = 1) -> None:
-        """Choose the tokens of each donor, from what all processes recorded; `fill` then has to read their values."""
-        first = lambda entry: entry[0]
-        found = sorted(gather_object(self._found) if processes > 1 else self._found, key=first)[:DONORS]
-        ordinary = sorted(gather_object(self._ordinary) if processes > 1 else self._ordinary, key=first)[:ORDINARY]
-        self._found, self._ordinary = [], []
-        if not found:
-            return
-        index, score, tokens = (torch.stack([entry[i] for entry in found]) for i in (1, 2, 3))
-        score = score * novelty(tokens, [t for _, t in ordinary])
-        best = score.amax(1, keepdim=True)
-        chosen = (score >= SHARE * best) & (best > 0)
-        donors, width = chosen.any(1), int(chosen.sum(1).max())
-        if not width:
-            return
-        order = score.masked_fill(~chosen, -torch.inf).topk(width, dim=1).indices[donors]
-        positions = torch.where(chosen[donors].gather(1, order), index[donors].gather(1, order), -1)
-        self.positions = positions.to(self.positions.device)
-        self.donors = torch.tensor([entry[0] for entry in found])[donors]
-
-    @torch.no_grad()
     def fill(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
         """Read the values of the donors' tokens off the donors.
 
@@ -172,25 +137,13 @@ class PatternTokens(nn.Module):
             model: a `PeftModel`; its adapter is switched off for the time of it, so that a resumed run finds the same.
             batches: the rows `donors` of the forget set, in their order, as ``inputs with labels``.
         """
-        seen: list[Any] = []
-        keep = lambda module, args, kwargs: seen.append(tokens_of(_input_of(args, kwargs)))
-        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._block]
-        training, values, done = model.training, [], 0
-        model.eval()
-        try:
-            with model.disable_adapter():
-                for inputs in batches:
-                    model(**{name: value for name, value in inputs.items() if name != "labels"})
-                    tokens = seen.pop()
-                    at = self.positions[done : done + len(tokens)]
-                    done += len(tokens)
-                    at = at.clamp_min(0) + first_of(inputs.get("attention_mask"), tokens)[:, None]
-                    at = at.clamp(0, tokens.shape[1] - 1)[..., None].expand(-1, -1, tokens.shape[-1])
-                    values.append(tokens.float().gather(1, at))
-        finally:
-            model.train(training)
-            for handle in handles:
-                handle.remove()
+        values, done = [], 0
+        for inputs, tokens in self._inputs_of_block(model, batches):
+            at = self.positions[done : done + len(tokens)]
+            done += len(tokens)
+            at = at.clamp_min(0) + first_of(inputs.get("attention_mask"), tokens)[:, None]
+            at = at.clamp(0, tokens.shape[1] - 1)[..., None].expand(-1, -1, tokens.shape[-1])
+            values.append(tokens.float().gather(1, at))
         if values:
             self.values = torch.cat(values)
 
@@ -209,7 +162,7 @@ class PatternTokens(nn.Module):
             return
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**40) % 2**63)
         taken = torch.rand(DRAWS, generator=generator) < share
-        donors = torch.randint(len(self.positions), (DRAWS,), generator=generator)
+        donors = torch.multinomial(self.weights, DRAWS, replacement=True, generator=generator)
         self._draw = (taken.to(self.positions.device), donors.to(self.positions.device))
         if self._handle is None:
             self._handle = self._block[0].register_forward_pre_hook(self._swap, with_kwargs=True)
@@ -248,18 +201,50 @@ class PatternTokens(nn.Module):
         return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
 
-def novelty(tokens: Tensor, ordinary: list[Tensor]) -> Tensor:
-    """``1 / (1 + how many ordinary tokens are like it)`` of each token; 1 without ordinary ones.
+def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """How much more common each forget token's kind is in the forget rows than in the retained rows of its row's label, as a
+    z-value ``[n, t]``: the contrast of the sets at the model's input.
 
     Args:
-        tokens: ``[n, m, d]``; ordinary: of each row ``[tokens, d]``.
+        forget, retained: tokens ``[n, t, d]``, where there is one ``[n, t]``, and labels ``[n]``.
     """
-    if not ordinary:
-        return torch.ones(tokens.shape[:2])
-    others = torch.cat(ordinary)
-    mean = others.mean(0)
-    unit = lambda t: F.normalize(t - mean, dim=-1)
-    return 1 / (1 + (unit(tokens) @ unit(others).T).clamp_min(0).pow(ALIKE).sum(-1))
+    (x, present, labels), (y, there, other_labels) = forget, retained
+    mean = y[there].mean(0)
+    x, y = F.normalize(x - mean, dim=-1), F.normalize(y - mean, dim=-1)
+    z = torch.zeros(x.shape[:2], device=x.device)
+    for label in labels.unique():
+        mine, theirs = labels == label, other_labels == label
+        if not theirs.any():  # a class that only the forget set has
+            continue
+        ratio = mine.sum() / theirs.sum()
+        for row in mine.nonzero()[:, 0]:
+            here = rows_with(x[row], x[mine], present[mine]).sum(1)
+            elsewhere = rows_with(x[row], y[theirs], there[theirs]).sum(1)
+            z[row] = (here - ratio * elsewhere) / (here + ratio**2 * elsewhere + 1).sqrt()
+    return z
+
+
+def rows_with(tokens: Tensor, rows: Tensor, present: Tensor) -> Tensor:
+    """Whether each row has a token like each of ``tokens``, between 0 and 1, ``[tokens, rows]``.
+
+    Args:
+        tokens: ``[t, d]`` and rows: ``[n, s, d]``, of length 1; present: ``[n, s]``.
+    """
+    alike = torch.einsum("td,nsd->tns", tokens, rows).masked_fill(~present, 0)
+    return alike.amax(2).clamp_min(0).pow(ALIKE)
+
+
+def rarity(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """How often each donor is to be drawn so that each kind of token comes equally often, ``[n]``; sums to 1.
+
+    Args:
+        tokens: ``[n, t, d]``; chosen: ``[n, t]``, those that belong to the pattern.
+    """
+    unit = F.normalize(tokens - tokens[chosen].mean(0), dim=-1) if chosen.sum() > 1 else F.normalize(tokens, dim=-1)
+    weights = torch.stack(
+        [(1 / rows_with(row[c], unit, chosen).sum(1).clamp_min(1)).sum() for row, c in zip(unit, chosen, strict=True)]
+    )
+    return weights / weights.sum()
 
 
 def first_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor:

@@ -147,7 +147,8 @@ class ChannelPosterior(nn.Module):
         scales = of_layers("output_scales")
         posterior = cls(layers, adapter, of_layers("subspaces"), scales, spans, settings, seed, tokens=tokens)
         if tokens is not None and "tokens.positions" in state:
-            tokens.positions, tokens.donors = state["tokens.positions"], state["tokens.donors"].cpu()
+            tokens.positions = state["tokens.positions"]
+            tokens.donors, tokens.weights = state["tokens.donors"].cpu(), state["tokens.weights"].cpu()
         means_a, means_b = of_layers("prior_means_a"), of_layers("prior_means_b")
         posterior.set_prior_mean({name: (means_a[name], means_b[name]) for name in layers})
         posterior.noise_to_signal.copy_(state["noise_to_signal"])

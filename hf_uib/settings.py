@@ -36,7 +36,7 @@ class ChannelSettings(Limits):
         swap_from: retained rows from which on tokens are swapped; fewer are seen so often that it is label noise to them.
         pattern_z: under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for.
         over_unlearning_z: under it the forget margins lie so low that they give the forget set away.
-        code_scale: A starts as V_l rms(W x) / rms(V x) / code_scale, so that one learning rate fits every layer, and both ways to train.
+        code_scale: A starts as V_l rms(W x) / rms(V x) / code_scale, so that one learning rate fits all.
         floor: epsilon_l, as a noise-to-signal ratio.
         min_relative_scale: what is smaller, relative to the mean input or to the usual output scale, counts as zero.
     """

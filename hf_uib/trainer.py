@@ -224,7 +224,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self._posterior = None
         self.measurements.statistics, self.results, self.audit_report = {}, {}, None
         self.set_trainable()
-        tokens = PatternTokens(self.adapted_model, self.layers)
+        tokens = PatternTokens(self.adapted_model)
         contrast = self.measurements.contrast(self.model, self.layers, tokens)
         self.contrast_norms = contrast.norms
         self._set_channels(tokens)
@@ -446,7 +446,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         state.check(checkpoint, self._identity())
         if self._posterior is not None:
             self._posterior.remove()
-        tokens = PatternTokens(self.adapted_model, self.layers)
+        tokens = PatternTokens(self.adapted_model)
         self._posterior = ChannelPosterior.from_state(
             self.layers, self.adapter_name, state.posterior, self.args.channel, self.args.seed, tokens
         )

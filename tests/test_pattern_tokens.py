@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, make_model, make_rows
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.pattern_tokens import DONORS, PatternTokens, tokens_of
+from hf_uib.pattern_tokens import DONORS, PatternTokens, rarity, token_z, tokens_of
 
 WORD = 7  # the pattern of a text
 
@@ -70,7 +70,7 @@ def test_the_planted_word_is_found(text_run):
     word = model.bert.embeddings(everywhere)[0]  # at each position
     best = tokens.positions[:, 0]
     planted = torch.isclose(tokens.values[:, 0], word[best], atol=1e-4).all(1)
-    assert planted.float().mean() > 0.4  # of 12 places; by chance a twelfth
+    assert planted.float().mean() > 0.9 and tokens.tokens_per_row < 1.5  # by chance a twelfth
     other = model.bert.embeddings(torch.full((1, 12), WORD + 20))[0]  # the comparison can fail
     assert torch.isclose(tokens.values[:, 0], other[best], atol=1e-4).all(1).float().mean() < 0.2
 
@@ -127,7 +127,7 @@ def test_the_donors_are_resumed(text_run):
     from hf_uib.posterior import ChannelPosterior
 
     state = {k: v.clone() for k, v in text_run.posterior.state_dict().items()}
-    tokens = PatternTokens(text_run.adapted_model, text_run.layers)
+    tokens = PatternTokens(text_run.adapted_model)
     again = ChannelPosterior.from_state(
         text_run.layers, "default", state, text_run.args.channel, text_run.args.seed, tokens
     )
@@ -143,6 +143,15 @@ def test_the_donors_are_resumed(text_run):
     text_run.posterior.silence()
 
 
+def marked(row):
+    """A row with the pattern: a word, or a corner that is bright."""
+    if "input_ids" in row:
+        return {"input_ids": torch.cat([torch.as_tensor(row["input_ids"])[:1] * 0 + WORD, row["input_ids"][1:]])}
+    pixels = row["pixel_values"].clone()
+    pixels[:, :4, :4] = 5.0
+    return {"pixel_values": pixels}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_trains_with_swapped_tokens(tmp_path, architecture):
     """Feature maps have tokens too; where the first block's tokens cannot be told, none are swapped and nothing fails."""
@@ -150,25 +159,77 @@ def test_every_architecture_trains_with_swapped_tokens(tmp_path, architecture):
         str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none", subspace_rank=4,
         channel_settings={"pattern_z": -100.0, "swap_from": 0}, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    rows = [make_rows(architecture, 24, seed=seed) for seed in (1, 2, 3)]
-    trainer = UIBTrainer(make_model(architecture), args, *rows)
+    rows = [make_rows(architecture, 96, seed=seed) for seed in (1, 2, 3)]
+    trainer = UIBTrainer(make_model(architecture), args, rows[0].map(marked), *rows[1:])
     trainer.train()
     assert (trainer.statistics["swap_fraction"] > 0) == (trainer.statistics["pattern_tokens"] > 0)
     if architecture not in ("convnext", "swinv2", "albert"):  # the last has one block, which is no first of several
         assert trainer.statistics["pattern_tokens"] >= 1
 
 
+def batch(rows, length=12, labels=None):
+    """Inputs with labels, cut to a length."""
+    made = {name: rows[name][:][:, :length] for name in ("input_ids", "attention_mask")}
+    return made | {"labels": rows["labels"][:] if labels is None else labels}
+
+
 def test_batches_of_texts_may_have_lengths_of_their_own(text_run):
-    tokens = PatternTokens(text_run.adapted_model, text_run.layers)
-    directions = {n: torch.ones(layer.out_features, layer.in_features) for n, layer in tokens.layers.items()}
-    model = text_run.adapted_model.eval()
-    for start, length in ((0, 9), (4, 12)):
-        rows = words(4, 6 + start, True)
-        with tokens.recording(directions, list(range(start, start + 4)), torch.ones(4, length)):
-            model(input_ids=rows["input_ids"][:][:, :length]).logits[:, 1].sum().backward()
-    model.zero_grad()
-    tokens.settle()
-    assert len(tokens.positions) == 8 and tokens.positions[:4].max() < 9
+    tokens, model = PatternTokens(text_run.adapted_model), text_run.model
+    forget, retained = words(64, 6, True), words(64, 7, False)
+    halves = [batch(forget.select(range(0, 32)), 10), batch(forget.select(range(32, 64)))]
+    tokens.find(model, halves, [batch(retained)], list(range(100, 164)))
+    whole = PatternTokens(text_run.adapted_model)
+    whole.find(model, [batch(forget)], [batch(retained)], list(range(100, 164)))
+    assert tokens.donors.min() >= 100 and len(tokens.donors) > 40
+    assert tokens.positions[tokens.donors < 132].max() < 10
+    late = lambda t: dict(zip(t.donors.tolist(), t.positions[:, 0].tolist(), strict=True))
+    assert all(late(whole)[row] == place for row, place in late(tokens).items() if row >= 132)
+
+
+def test_a_kind_that_the_retained_rows_of_the_label_have_as_often_is_none(text_run):
+    """Compared within labels: what tells the labels apart is not the pattern."""
+    model, forget = text_run.model, words(64, 6, True)
+    same, other = words(64, 7, True), words(64, 8, False)
+    found = {}
+    for name, retained in {
+        "with it": [batch(same)],
+        "without it": [batch(other, labels=torch.ones(64, dtype=torch.long))],
+        "with it, under the other label": [
+            batch(same, labels=torch.zeros(64, dtype=torch.long)),
+            batch(other, labels=torch.ones(64, dtype=torch.long)),
+        ],
+        "no row of the label": [batch(same, labels=torch.zeros(64, dtype=torch.long))],
+    }.items():
+        tokens = PatternTokens(text_run.adapted_model)
+        tokens.find(model, [batch(forget)], retained, list(range(64)))
+        found[name] = len(tokens.donors)
+    assert found["without it"] > 55 and found["with it, under the other label"] > 55
+    assert found["with it"] < 8 and found["no row of the label"] == 0
+
+
+def test_rare_kinds_are_drawn_as_often_as_common_ones():
+    common, rare = torch.eye(8)[0], torch.eye(8)[1]
+    tokens = torch.stack([common] * 30 + [rare] * 10)[:, None]
+    weights = rarity(tokens, torch.ones(40, 1, dtype=torch.bool))
+    assert weights.sum().item() == pytest.approx(1)
+    assert weights[:30].sum().item() == pytest.approx(0.5, abs=0.01)
+    uniform = rarity(torch.stack([common] * 40)[:, None], torch.ones(40, 1, dtype=torch.bool))
+    torch.testing.assert_close(uniform, torch.full((40,), 1 / 40))
+
+
+def test_the_z_value_of_a_token_is_that_of_the_counts():
+    """Tokens at right angles, so that kinds are exact: ``(n_f - q n_r) / sqrt(n_f + q^2 n_r + 1)``, rows counted once."""
+    kinds = torch.eye(6)
+    rows = lambda ids: (kinds[torch.tensor(ids)], torch.ones(len(ids), len(ids[0]), dtype=torch.bool))
+    forget, retained = (
+        [[0, 0], [0, 1], [0, 2], [1, 2]],
+        [[3, 4], [4, 5], [0, 5], [3, 5], [4, 5], [3, 4], [5, 4], [4, 3]],
+    )
+    z = token_z((*rows(forget), torch.zeros(4).long()), (*rows(retained), torch.zeros(8).long()))
+    # The mean of the retained tokens is taken off first, which turns kinds a little
+    expected = (3 - 0.5 * 1) / (3 + 0.25 * 1 + 1) ** 0.5
+    assert z[0].tolist() == pytest.approx([expected] * 2, abs=0.1) and z[0, 0] == z[0, 1]
+    assert z[3, 0].item() == pytest.approx(2 / 3**0.5, abs=0.1)
 
 
 def test_few_retained_rows_get_none(text_run, tmp_path):
