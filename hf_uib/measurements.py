@@ -1,5 +1,6 @@
 """What is measured on the data, before the first step and at every refresh of the prior."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -74,7 +75,7 @@ class Measurements:
     @property
     def pattern_found(self) -> bool:
         """Whether the contrast of forget and retained rows is more than chance."""
-        return self.statistics["pattern_z"] >= self.args.channel.pattern_z
+        return self.statistics.get("pattern_z", -math.inf) >= self.args.channel.pattern_z
 
     def fill(self, tokens: PatternTokens, model: nn.Module) -> None:
         """Read the donors' tokens."""

@@ -33,7 +33,6 @@ class ChannelSettings(Limits):
 
     Attributes:
         noise_to_signal: kappa where the contrast is a pattern: a capacity of 0.8 nats per direction.
-        swap_from: retained rows from which on tokens are swapped; fewer are seen so often that it is label noise to them.
         pattern_z: under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for.
         over_unlearning_z: under it the forget margins lie so low that they give the forget set away.
         code_scale: A starts as V_l rms(W x) / rms(V x) / code_scale, so that one learning rate fits all.
@@ -42,7 +41,6 @@ class ChannelSettings(Limits):
     """
 
     noise_to_signal: float = 0.5
-    swap_from: int = 128
     pattern_z: float = 2.0
     over_unlearning_z: float = -2.0
     code_scale: float = 0.075
@@ -51,7 +49,6 @@ class ChannelSettings(Limits):
 
     limits: ClassVar = {
         "noise_to_signal": (0, math.inf),
-        "swap_from": (0, math.inf),
         "pattern_z": (-math.inf, math.inf),
         "over_unlearning_z": (-math.inf, math.inf),
         "code_scale": (1e-9, math.inf),

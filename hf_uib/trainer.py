@@ -247,13 +247,17 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def _set_channels(self, tokens: PatternTokens) -> None:
         """Noise and share of swapped rows: none where the contrast is chance, nor where whole classes go."""
         args, kappa, swap = self.args, self.args.noise_to_signal, 0.0
-        if not self.sets.removed_classes and self.measurements.pattern_found:
+        if self._pattern_to_unlearn:
             kappa = args.channel.noise_to_signal if kappa is None else kappa
-            if tokens.tokens_per_row > 0 and len(self.train_dataset.retain) >= args.channel.swap_from:
-                swap = args.swap_fraction
+            swap = args.swap_fraction if tokens.tokens_per_row > 0 else 0.0
         if args.posterior == "map":
             kappa = swap = 0.0
         self.statistics.update(noise_to_signal=kappa or 0.0, swap_fraction=swap, pattern_tokens=tokens.tokens_per_row)
+
+    @property
+    def _pattern_to_unlearn(self) -> bool:
+        """Whether the contrast is more than chance, and no whole classes go."""
+        return not self.sets.removed_classes and self.measurements.pattern_found
 
     @property
     def _closed(self) -> bool:
@@ -370,8 +374,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         freeze_factors(self.model, self._factors(), unreached)
 
     def _factors(self) -> str:
-        """Which factors are trained: as it is set, or A and B where a channel is closed, and B along the contrast where none is."""
-        return self.args.trainable_factors or ("both" if self._closed else "B")
+        """Which factors are trained: as it is set, or A and B under a pattern, and B along the contrast without one."""
+        return self.args.trainable_factors or ("both" if self._closed or self._pattern_to_unlearn else "B")
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in Trainer; raw sets are encoded."""
