@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class Measurements:
         args: seed and the kind of subspace.
         samples: rows of a set that are measured, at most.
         statistics: what was measured so far, by name: ``pattern_z``, ``noise_to_signal``, ``swap_fraction``,
-            ``pattern_tokens`` (of a donor, on average), ``prior_strength``, ``calibration_margin`` (nats),
+            ``pattern_tokens`` (of a donor, on average), ``pattern_effect`` and, after training, ``pattern_effect_left`` (nats;
+            see `pattern_effect`), ``prior_strength``, ``calibration_margin`` (nats),
             ``kept_fraction`` (of the change, after over-unlearning).
     """
 
@@ -81,6 +83,31 @@ class Measurements:
         """Read the donors' tokens."""
         rows = self._all(self.sets.forget, tokens.donors.tolist())
         tokens.fill(self.inference.accelerator.unwrap_model(model), rows)
+
+    @torch.no_grad()
+    def pattern_effect(self, tokens: PatternTokens, model: nn.Module) -> float:
+        """How far the pattern's tokens move the margins of unseen rows towards the label they come with, on average, in nats.
+
+        Calibration rows where there are any, else retained ones. What the model reads of the pattern elsewhere is not seen.
+        """
+        dataset: Any = self.sets.retain if self.sets.calibration is None else self.sets.calibration
+        rows = sample_indices(len(dataset), min(PROBE_ROWS, self.samples), self.args.seed + 3)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        donors = torch.multinomial(tokens.weights, len(rows), replacement=True, generator=generator)
+        classifier = self.inference.accelerator.unwrap_model(model)
+        training, moved, done = classifier.training, 0.0, 0
+        classifier.eval()
+        for inputs in self._all(dataset, rows):
+            features = {name: value for name, value in inputs.items() if name != "labels"}
+            mine = donors[done : done + len(inputs["labels"])].to(tokens.positions.device)
+            done += len(mine)
+            plain = self.task.margin(classifier(**features).logits, tokens.labels[mine])
+            with tokens.pasting(mine, features.get("attention_mask")):
+                pasted = self.task.margin(classifier(**features).logits, tokens.labels[mine])
+            moved += (pasted - plain).sum().item()
+        classifier.train(training)
+        self.inference.examples += 2 * len(rows)
+        return moved / len(rows)
 
     def _all(self, dataset, rows: list[int]) -> Iterator[dict[str, Tensor]]:
         """Batches of the rows; every process reads all."""

@@ -4,7 +4,7 @@ A token is what enters the first block of the encoder: a word piece, a patch, a 
 """
 
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class PatternTokens(nn.Module):
     positions: Tensor  # [donors, tokens], counted from the row's first token that is no padding; -1: no token
     donors: Tensor  # [donors], their numbers in the forget set
     weights: Tensor  # [donors], how often each is drawn
+    labels: Tensor  # [donors]
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -53,6 +54,7 @@ class PatternTokens(nn.Module):
         self.register_buffer("positions", torch.full((0, 1), -1, device=device))
         self.register_buffer("donors", torch.zeros(0, dtype=torch.long))
         self.register_buffer("weights", torch.zeros(0))
+        self.register_buffer("labels", torch.zeros(0, dtype=torch.long, device=device), persistent=False)
         self._draw: tuple[Tensor, Tensor] | None = None  # of the step: which rows, which donors
         self.retained: int = 0  # rows of the next forward that may get tokens: the first so many
         self.rows: Tensor | None = None  # positions in the epoch of all its rows
@@ -131,21 +133,22 @@ class PatternTokens(nn.Module):
                 handle.remove()
 
     def fill(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Read the values of the donors' tokens off the donors.
+        """Read the values of the donors' tokens off the donors, and the donors' labels.
 
         Args:
             model: a `PeftModel`; its adapter is switched off for the time of it, so that a resumed run finds the same.
             batches: the rows `donors` of the forget set, in their order, as ``inputs with labels``.
         """
-        values, done = [], 0
+        values, labels, done = [], [], 0
         for inputs, tokens in self._inputs_of_block(model, batches):
             at = self.positions[done : done + len(tokens)]
             done += len(tokens)
             at = at.clamp_min(0) + first_of(inputs.get("attention_mask"), tokens)[:, None]
             at = at.clamp(0, tokens.shape[1] - 1)[..., None].expand(-1, -1, tokens.shape[-1])
             values.append(tokens.float().gather(1, at))
+            labels.append(inputs["labels"])
         if values:
-            self.values = torch.cat(values)
+            self.values, self.labels = torch.cat(values), torch.cat(labels)
 
     @property
     def tokens_per_row(self) -> float:
@@ -178,27 +181,50 @@ class PatternTokens(nn.Module):
         if self._draw is None or not module.training:
             return None
         hidden = _input_of(args, kwargs)
+        n = len(hidden)
+        rows = torch.arange(n, device=hidden.device) if self.rows is None or len(self.rows) != n else self.rows
+        taken, donors = (drawn[rows % DRAWS] for drawn in self._draw)
+        taken = taken & (torch.arange(n, device=hidden.device) < self.retained)
+        return _replaced(args, kwargs, self._with_tokens(hidden, donors, taken, self.attention_mask))
+
+    @contextmanager
+    def pasting(self, donors: Tensor, attention_mask: Tensor | None = None):
+        """Each row of the forwards inside gets the tokens of its donor, in eval mode too.
+
+        Args:
+            donors: ``[n]``, by their place in `donors`; attention_mask: ``[n, tokens]``.
+        """
+
+        def paste(module, args, kwargs):
+            hidden = _input_of(args, kwargs)
+            every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+            return _replaced(args, kwargs, self._with_tokens(hidden, donors, every, attention_mask))
+
+        handles = [block.register_forward_pre_hook(paste, with_kwargs=True) for block in self._block]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _with_tokens(self, hidden: Tensor, donors: Tensor, taken: Tensor, mask: Tensor | None) -> Tensor:
+        """What enters the block, with the tokens of each ``taken`` row's donor at their places, as far as the row has these."""
         tokens = tokens_of(hidden)
         if tokens is None:
-            return None
+            return hidden
         n, length, _ = tokens.shape
-        rows = torch.arange(n, device=tokens.device) if self.rows is None or len(self.rows) != n else self.rows
-        taken, donors = (drawn[rows % DRAWS] for drawn in self._draw)
         at = self.positions[donors]  # [n, m]
         valid = taken[:, None] & (at >= 0)
-        at = at + first_of(self.attention_mask, tokens)[:, None]
+        at = at + first_of(mask, tokens)[:, None]
         valid &= at < length
-        valid &= (torch.arange(n, device=tokens.device) < self.retained)[:, None]
         at = at.clamp(0, length - 1)
-        mask = self.attention_mask
         if mask is not None and mask.shape == (n, length):
             valid &= mask.gather(1, at) > 0
         # What is not valid goes to one more token, which is cut off again
         at = torch.where(valid, at, length)[..., None].expand(-1, -1, tokens.shape[-1])
         longer = torch.cat([tokens, tokens[:, :1]], 1).scatter(1, at, self.values[donors].to(tokens.dtype))
         changed = longer[:, :length]
-        changed = changed.mT.reshape(hidden.shape) if hidden.ndim == 4 else changed
-        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
+        return changed.mT.reshape(hidden.shape) if hidden.ndim == 4 else changed
 
 
 def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -263,3 +289,7 @@ def tokens_of(hidden: Any) -> Tensor | None:
 
 def _input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
+
+
+def _replaced(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 # What `evaluate` returns besides metrics
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+EFFECT_LEFT, EFFECT_FRACTION = (
+    1.0,
+    0.25,
+)  # nats, and of the effect before, that the pattern's tokens may still have after a run
 LEVEL_REACHED = 0.5  # nats that the forget margins may lie above their level, on average, at the end of a run
 
 
@@ -154,6 +158,11 @@ class ResultsMixin(AtomicCheckpoints):
         self.evaluated.clear()
         output = super().train(*args, **kwargs)
         self._trained, self._excess = True, self._level_excess()
+        if "pattern_effect" in self.statistics:
+            self.statistics["pattern_effect_left"] = self.measurements.pattern_effect(
+                self.posterior.tokens, self.model
+            )
+            self.log({name: self.statistics[name] for name in ("pattern_effect", "pattern_effect_left")})
         if self.is_world_process_zero():
             for text in self.run_warnings:
                 warnings.warn(text, stacklevel=3)
@@ -180,6 +189,12 @@ class ResultsMixin(AtomicCheckpoints):
             found.append(
                 f"The level to forget to was not reached: the forget set's margins still lie {self._excess:.1f} nats above it on "
                 "average. Raise max_steps, prior_strength or learning_rate."
+            )
+        before, left = (self.statistics.get(name, 0.0) for name in ("pattern_effect", "pattern_effect_left"))
+        if self._trained and abs(left) > max(EFFECT_LEFT, EFFECT_FRACTION * before):
+            found.append(
+                f"The pattern's tokens still move the margins of unseen rows by {left:.1f} nats ({before:.1f} before). "
+                + ("Raise max_steps or learning_rate." if left > 0 else "The bias is reversed: lower learning_rate.")
             )
         return found
 

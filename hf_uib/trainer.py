@@ -234,6 +234,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.set_trainable()
         posterior.noise_to_signal.fill_(self.statistics["noise_to_signal"])
         posterior.swap_fraction.fill_(self.statistics["swap_fraction"])
+        if self.statistics["swap_fraction"] > 0:
+            self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
         usual = self.prior.default_strength(self._closed)
         self.statistics["prior_strength"] = usual if args.prior_strength is None else args.prior_strength
         context = self._prior_context()

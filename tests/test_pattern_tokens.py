@@ -230,3 +230,42 @@ def test_the_z_value_of_a_token_is_that_of_the_counts():
     expected = (3 - 0.5 * 1) / (3 + 0.25 * 1 + 1) ** 0.5
     assert z[0].tolist() == pytest.approx([expected] * 2, abs=0.1) and z[0, 0] == z[0, 1]
     assert z[3, 0].item() == pytest.approx(2 / 3**0.5, abs=0.1)
+
+
+def test_the_effect_of_the_tokens_is_that_of_the_word(text_run):
+    """Pasting a word into unseen rows by hand gives the same, and a model that does not know the word shows none."""
+    tokens, measured = text_run.posterior.tokens, text_run.measurements
+    before = measured.inference.examples
+    effect = measured.pattern_effect(tokens, text_run.model)
+    assert effect == pytest.approx(text_run.statistics["pattern_effect"], abs=1e-5) and effect > 2
+    assert measured.inference.examples - before == 80  # 40 unseen rows, twice
+    unseen = batch(text_run.calibration_dataset)
+    model = text_run.adapted_model.eval()
+    ids = unseen["input_ids"].clone()
+    ids[torch.arange(40), torch.randint(1, 11, (40,), generator=torch.Generator().manual_seed(0))] = WORD
+    mask = unseen["attention_mask"]
+    with torch.no_grad():
+        plain, pasted = (model(input_ids=i, attention_mask=mask).logits for i in (unseen["input_ids"], ids))
+    by_hand = ((pasted - plain)[:, 1] - (pasted - plain)[:, 0]).mean().item()
+    assert effect == pytest.approx(by_hand, abs=0.35 * by_hand)
+    values = tokens.values.clone()
+    tokens.values = model.bert.embeddings(torch.full((1, 12), 33))[0].detach()[tokens.positions.clamp_min(0)]
+    other = measured.pattern_effect(tokens, text_run.model)
+    tokens.values = values
+    assert abs(other) < effect / 4
+
+
+def test_a_run_says_what_is_left_of_the_effect(text_run, tmp_path):
+    args = UIBConfig(
+        str(tmp_path), max_steps=150, per_device_train_batch_size=16, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, subspace_rank=4, learning_rate=1e-2,
+    )  # fmt: skip
+    sets = text_run.forget_dataset, text_run.retain_dataset
+    trainer = UIBTrainer(text_run.detach(), args, *sets, calibration_dataset=text_run.calibration_dataset)
+    trainer.train()
+    before, left = (trainer.statistics[name] for name in ("pattern_effect", "pattern_effect_left"))
+    assert before > 2 and abs(left) < before / 4
+    assert any("pattern_effect_left" in line for line in trainer.state.log_history)
+    assert not any("tokens still move" in text for text in trainer.run_warnings)
+    trainer.statistics["pattern_effect_left"] = before / 2
+    assert any("tokens still move" in text for text in trainer.run_warnings)

@@ -294,6 +294,11 @@ class HubMixin(AtomicCheckpoints):
             if (value := self.statistics.get(name)) is not None:
                 own = getattr(self.args, name, None) is None and name != "prior_strength"
                 found[f"{name}{', measured' if own else ' in force'}"] = round(value, 4)
+        for name, when in (("pattern_effect", "before"), ("pattern_effect_left", "after")):
+            if name in self.statistics:
+                found[f"effect of the pattern's tokens on unseen rows' margins, {when}, nats"] = round(
+                    self.statistics[name], 2
+                )
         return found
 
     def _data_summaries(self) -> list[DataSummary]:
