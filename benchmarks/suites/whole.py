@@ -85,8 +85,13 @@ def whole_table() -> list[str]:
     backward = 2 * one["samples"]  # rows of the contrast: forward and backward
     parts = [
         ["steps", one["examples"], one["examples"], f"{one['examples']:.0f}"],
-        ["contrast and tokens", backward, backward, f"{backward:.0f}"],
-        ["lengths, donors, label noise", one["measured"] - backward, 0, f"{(one['measured'] - backward) / 3:.0f}"],
+        ["contrast", backward, backward, f"{backward:.0f}"],
+        [
+            "lengths, tokens' effect, label noise",
+            one["measured"] - backward,
+            0,
+            f"{(one['measured'] - backward) / 3:.0f}",
+        ],
     ]
     return [
         "## Whole runs against LoRA fine-tuning\n",

@@ -65,7 +65,7 @@ class CalibratedPrior(Prior):
 
     Another exception is label noise: forget labels that are *wrong* by what the retained data say (an older labelling scheme, say).
     It shows after the first steps: under a bias the running model gets the forget set right more often than unseen rows. Where it
-    gets it wrong more often by more than chance, at the second or third refresh, forget batches come to the end
+    gets it wrong more often by more than chance, at the third refresh, forget batches come to the end
     (``keep_forget_batches``), and rows on which the running model disagrees with their label (``m < 0``) have the level of a
     label it clearly refuses, minus the median.
 
