@@ -189,7 +189,7 @@ def test_the_evidence_is_divided_out(tmp_path, prior):
         posterior="map",
         max_steps=20,
         prior_fraction=1.0,
-        learning_rate=0.03,
+        learning_rate=0.06,
         trainable_factors="B",
         forget_target=-math.inf,
     )
