@@ -234,8 +234,6 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.set_trainable()
         posterior.noise_to_signal.fill_(self.statistics["noise_to_signal"])
         posterior.swap_fraction.fill_(self.statistics["swap_fraction"])
-        if self.statistics["swap_fraction"] > 0:
-            self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
         usual = self.prior.default_strength(self._closed)
         self.statistics["prior_strength"] = usual if args.prior_strength is None else args.prior_strength
         context = self._prior_context()
@@ -251,7 +249,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
         args, kappa, swap = self.args, self.args.noise_to_signal, 0.0
         if self._pattern_to_unlearn:
             kappa = args.channel.noise_to_signal if kappa is None else kappa
-            swap = args.swap_fraction if tokens.tokens_per_row > 0 else 0.0
+            if tokens.tokens_per_row > 0:
+                effect = self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
+                swap = args.swap_fraction if effect >= args.channel.pattern_effect else 0.0
         if args.posterior == "map":
             kappa = swap = 0.0
         self.statistics.update(noise_to_signal=kappa or 0.0, swap_fraction=swap, pattern_tokens=tokens.tokens_per_row)

@@ -157,7 +157,7 @@ def test_every_architecture_trains_with_swapped_tokens(tmp_path, architecture):
     """Feature maps have tokens too; where the first block's tokens cannot be told, none are swapped and nothing fails."""
     args = UIBConfig(
         str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none", subspace_rank=4,
-        channel_settings={"pattern_z": -100.0}, save_strategy="no", disable_tqdm=True,
+        channel_settings={"pattern_z": -100.0, "pattern_effect": -100.0}, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     rows = [make_rows(architecture, 96, seed=seed) for seed in (1, 2, 3)]
     trainer = UIBTrainer(make_model(architecture), args, rows[0].map(marked), *rows[1:])
@@ -269,3 +269,18 @@ def test_a_run_says_what_is_left_of_the_effect(text_run, tmp_path):
     assert not any("tokens still move" in text for text in trainer.run_warnings)
     trainer.statistics["pattern_effect_left"] = before / 2
     assert any("tokens still move" in text for text in trainer.run_warnings)
+
+
+def test_tokens_without_an_effect_are_not_swapped(text_run, tmp_path):
+    """What the checkpoint does not read needs no swapping: it would only be label noise."""
+    swapped = {}
+    for effect in (1.0, 100.0):
+        args = UIBConfig(
+            str(tmp_path), max_steps=2, use_cpu=True, report_to="none", channel_settings={"pattern_effect": effect}
+        )
+        sets = text_run.forget_dataset, text_run.retain_dataset
+        trainer = UIBTrainer(text_run.detach(), args, *sets, calibration_dataset=text_run.calibration_dataset)
+        trainer.run_statistics_pass()
+        assert trainer.statistics["pattern_effect"] > 2 and trainer.statistics["noise_to_signal"] == 0.5
+        swapped[effect] = trainer.statistics["swap_fraction"]
+    assert swapped == {1.0: 0.5, 100.0: 0.0}
