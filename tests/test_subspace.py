@@ -1,10 +1,12 @@
 """V_l against a dense SVD of gradients that autograd computes."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_rows
 
 from hf_uib import UIBConfig, UIBTrainer, contrast, objective
+from hf_uib.data.checks import comparable
 from hf_uib.lora import is_linear
 
 
@@ -152,3 +154,12 @@ def test_z_tells_a_pattern_from_chance():
 
 def test_z_needs_two_rows_of_each_set():
     assert contrast.pattern_z(torch.zeros(5, 2, 3)) == 0.0
+
+
+def test_which_retained_rows_are_compared():
+    """Rows of the forget set's labels where it has few of them; all where it has most, or none."""
+    retain = np.array([0, 1, 2, 3, 0, 1])
+    rows = lambda forget: comparable(np.array(forget), retain).tolist()
+    assert rows([0, 0]) == [0, 4] and rows([0, 1]) == [0, 1, 4, 5]
+    assert rows([0, 1, 2]) == rows([7]) == list(range(6))
+    assert comparable(np.array([0]), None).tolist() == []

@@ -17,14 +17,20 @@ def removed_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None)
 
 
 def comparable(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> np.ndarray:
-    """Numbers of the retained rows whose label occurs in the forget set, ``[n]``; all rows where none does.
+    """Numbers of the retained rows that the forget rows are compared with, ``[n]``: those with a label that occurs in the forget
+    set, where it has half of the retained rows' labels at most; all rows where it has more of them, or none.
 
-    Against rows of other labels the contrast would hold what tells the labels apart, not what tells the sets apart.
+    Against rows of other labels the contrast of a set of one label would hold what tells the labels apart, not what tells the sets
+    apart. A set of most labels lacks some because of the pattern itself (an older scheme that did not have them, say).
     """
     if retain_labels is None:
         return np.arange(0)
-    rows = np.flatnonzero(np.isin(retain_labels, forget_labels)) if retain_labels.ndim == 1 else np.arange(0)
-    return rows if len(rows) else np.arange(len(retain_labels))
+    everything = np.arange(len(retain_labels))
+    if retain_labels.ndim != 1:
+        return everything
+    shared = np.isin(retain_labels, forget_labels)
+    few = len(np.unique(retain_labels[shared])) <= len(np.unique(retain_labels)) / 2
+    return np.flatnonzero(shared) if few and shared.any() else everything
 
 
 def check_labels(name: str, dataset, num_labels: int) -> np.ndarray:
