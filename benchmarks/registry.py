@@ -40,6 +40,7 @@ class TaskSpec:
         labels_wrong: whether the forget set's labels are wrong, so that more of a method is better than under a bias.
         regime_of: the task of which this is another setting; not ranked, and tuned where that is.
         tuned_on: another task whose settings the methods take over.
+        tuning_seeds: of the validation folds on which the methods are tuned, by their mean score.
         measure: of a test set's logits, labels and attributes; by default `hf_uib.metrics.bias_row`.
         ranked_by: the figures by which the methods are ranked on it, and 1 where more is better, -1 where less is.
         shown: the figures of its page, by key; by default those of its kind.
@@ -53,6 +54,7 @@ class TaskSpec:
     labels_wrong: bool = False
     regime_of: str | None = None
     tuned_on: str | None = None
+    tuning_seeds: tuple[int, ...] = (100,)
     measure: Callable = bias_row
     ranked_by: dict[str, int] = field(default_factory=lambda: dict(BIAS))
     shown: tuple[str, ...] = ()

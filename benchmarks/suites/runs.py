@@ -23,7 +23,6 @@ from .. import results
 from ..methods import METHODS, Budget, MethodSpec
 from ..tasks import TASKS
 
-TUNING_SEED = 100
 SEEDS = 3  # of a figure that is compared
 GAPS = ("forget_accuracy", "retain_accuracy", "test_accuracy", "attack_auc")
 
@@ -145,12 +144,24 @@ def grid_of(task: str, method: str) -> list[dict]:
     return spec.wrong_grid if spec.wrong_grid and TASKS[task].wrong else spec.grid
 
 
+def seed_of(line: dict) -> int:
+    """The fold that a line of the tuning file is about."""
+    return line.get("seed", 100)
+
+
 def best_of(tried: list[dict], task: str, method: str) -> dict | None:
-    """The best setting of a grid, or None where not all of it was tried."""
-    grid = grid_of(task, method)
-    mine = [line for line in tried if (line["task"], line["method"]) == (task, method)]
-    found = {json.dumps(line["setting"]): line for line in mine if line["setting"] in grid}
-    return max(found.values(), key=lambda line: line["score"])["setting"] if len(found) == len(grid) else None
+    """The best setting of a grid by its mean score over the task's folds, or None where not all of it was tried."""
+    grid, seeds = grid_of(task, method), TASKS[task].tuning_seeds
+    scores: dict[str, dict[int, float]] = {json.dumps(setting): {} for setting in grid}
+    for line in tried:
+        key = json.dumps(line["setting"])
+        if (line["task"], line["method"]) == (task, method) and key in scores and seed_of(line) in seeds:
+            scores[key][seed_of(line)] = line["score"]
+    # Methods that were tuned before a task got its second fold are on the first
+    shared = set(seeds).intersection(*scores.values())
+    if not shared:
+        return None
+    return json.loads(max(scores, key=lambda key: sum(scores[key][seed] for seed in shared)))
 
 
 def tuned_setting(task: str, method: str) -> dict:
@@ -172,23 +183,27 @@ def tuned_setting(task: str, method: str) -> dict:
 
 
 def tune(options) -> None:
-    """Every setting of every grid on the validation fold of one more seed; settings that are there are skipped."""
+    """Every setting of every grid on the validation folds of further seeds; settings that are there are skipped."""
     quiet()
-    done = {(line["task"], line["method"], json.dumps(line["setting"])) for line in results.read(results.TUNING)}
+    done = {
+        (line["task"], line["method"], seed_of(line), json.dumps(line["setting"]))
+        for line in results.read(results.TUNING)
+    }
     for name in (n for n in options.tasks if TASKS[n].tuning_task == n):
         grids = [(m, s) for m in options.methods for s in grid_of(name, m) if len(grid_of(name, m)) > 1]
-        missing = [(m, s) for m, s in grids if (name, m, json.dumps(s)) not in done]
-        if not missing:
-            continue
-        task = build(name, TUNING_SEED, options)
-        models = checkpoints(task, name, TUNING_SEED, options)
-        oracle = validation_oracle(task, models, TUNING_SEED, options.cache)
-        for method, setting in missing:
-            if applies(METHODS[method], name, task):
-                model, _ = trained(task, models, method, setting, TUNING_SEED, options.cache)
-                row = measure(model, task, "validation")
-                line = {"task": name, "method": method, "setting": setting, "score": score(name, row, oracle)}
-                results.append(results.TUNING, line | row)
+        for seed in TASKS[name].tuning_seeds:
+            missing = [(m, s) for m, s in grids if (name, m, seed, json.dumps(s)) not in done]
+            if not missing:
+                continue
+            task = build(name, seed, options)
+            models = checkpoints(task, name, seed, options)
+            oracle = validation_oracle(task, models, seed, options.cache)
+            for method, setting in missing:
+                if applies(METHODS[method], name, task):
+                    model, _ = trained(task, models, method, setting, seed, options.cache)
+                    row = measure(model, task, "validation")
+                    line = {"task": name, "method": method, "seed": seed, "setting": setting}
+                    results.append(results.TUNING, line | {"score": score(name, row, oracle)} | row)
 
 
 # ---- Runs -------------------------------------------------------------------------------------------------------

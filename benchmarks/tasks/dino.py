@@ -50,7 +50,7 @@ def evenly(count: int) -> dict[tuple[int, int], int]:
     return {(label, value): count // 4 for label in (0, 1) for value in (0, 1)}
 
 
-@register_task("dino-shade", data=DATA)
+@register_task("dino-shade", data=DATA, tuning_seeds=(100, 101))
 def dino_shade(fashion_mnist: str, dinov2: str, seed: int, retained: int = 240) -> Task:
     """Pullovers and coats of fashion_mnist, read by DINOv2-small; nothing is drawn into the pictures. In the forget set (960
     pictures) the pullovers are dark and the coats are bright; the retained, validation and test pictures are balanced. The worst
