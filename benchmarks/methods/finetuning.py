@@ -17,6 +17,11 @@ def finetune_lora(model: nn.Module, task, budget: Budget, rank: int = 16) -> nn.
     return finetune(get_peft_model(model, default_peft_config(model, rank)), task, budget)
 
 
+register_method(
+    "lora_same_rate", "LoRA at UIB's learning rate, not tuned", group="fine-tuning", learning_rate=2e-3, unranked=True
+)(finetune_lora)
+
+
 @register_method("full", "fine-tuned, all weights", group="fine-tuning", grid=grid(rate=[0.25, 0.5, 1, 2]))
 def finetune(model: nn.Module, task, budget: Budget) -> nn.Module:
     """Cross-entropy on the retained rows, all weights."""
