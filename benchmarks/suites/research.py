@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict] = {
     "the default": {},
     "no tokens swapped": {"swap_fraction": 0.0},
     "no noise": {"noise_to_signal": 0.0},
-    "neither: LoRA in the bound": {"swap_fraction": 0.0, "noise_to_signal": 0.0},
+    "neither: the forget loss alone, as for random rows": {"swap_fraction": 0.0, "noise_to_signal": 0.0},
     "learning rate / 2": {"learning_rate": 1e-3},
     "learning rate x 2": {"learning_rate": 4e-3},
 }
