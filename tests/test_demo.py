@@ -1,4 +1,4 @@
-"""The demo meets its bars on real digits, twice; an untouched model does not."""
+"""The demo meets its bars on real digits; an untouched model does not."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def meets_the_bars(row: dict, results: dict) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [3])  # the README's block runs seed 0
 def test_demo(seed, tmp_path):
     out = str(tmp_path / "demo")
     args = UIBConfig(out, seed=seed, save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=50)
