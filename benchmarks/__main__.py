@@ -21,7 +21,7 @@ from .tasks import TASKS
 COMMANDS = {
     "run": (runs.run, "methods x tasks x seeds"),
     "smoke": (smoke.smoke, "every method on digits-colour for ten steps, to a scratch file"),
-    "tune": (runs.tune, "the methods' grids, on the validation fold of one more seed"),
+    "tune": (runs.tune, "the methods' grids, on validation folds of further seeds"),
     "cost": (cost.run_cost, "step time and memory, on two CPU cores"),
     "gpu-cost": (cost.run_gpu_cost, "the same at ViT-B and BERT-base size in bf16, on a GPU"),
     "whole": (whole.run_whole, "whole runs against LoRA fine-tuning, in pairs"),

@@ -1,8 +1,6 @@
 """The page of the standard sets: each recipe's command, what was published, and what was measured."""
 
-import inspect
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -113,19 +111,13 @@ def section(name: str, runs: list[dict]) -> list[str]:
         f"checkpoint, {settings['unlearn_steps']} of each method, {settings['retrain_steps']} of the retrained model, "
         f"{settings['batch']} rows each; learning rate {settings['lr']:g} (all weights).\n"
     )
-    lines = [f"## {name}\n", f"{inspect.getdoc(made_by(name))}\n", "```bash", *commands, "```\n", words]
+    lines = [f"## {name}\n", f"{spec.text}\n", "```bash", *commands, "```\n", words]
     lines += [REMOVAL] if removal and name == "cifar10-random" else []
     lines += removal_rows(name, runs) if removal else published_rows(name, runs)
     for task in (name, *regimes):
         if by_method(runs, task):
             lines += [f"### {task}, measured\n", *task_table(task, runs)]
     return lines
-
-
-def made_by(name: str):
-    """The function that makes a task."""
-    make = TASKS[name].make
-    return make.func if isinstance(make, partial) else make
 
 
 def measured(name: str, method: str | None, runs: list[dict]) -> str:

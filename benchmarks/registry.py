@@ -1,7 +1,9 @@
 """What can be run: tasks and methods by name, filled by the decorators in `benchmarks.tasks` and `benchmarks.methods`."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from itertools import product
 from pkgutil import iter_modules
@@ -59,6 +61,11 @@ class TaskSpec:
     ranked_by: dict[str, int] = field(default_factory=lambda: dict(BIAS))
     shown: tuple[str, ...] = ()
     recipe: bool = False
+
+    @property
+    def text(self) -> str:
+        """The docstring of the function that makes it; its pages quote it."""
+        return inspect.getdoc(self.make.func if isinstance(self.make, partial) else self.make) or ""
 
     @property
     def about_an_attribute(self) -> bool:

@@ -1,8 +1,5 @@
 """Writes what the documentation takes from the results files: pages, figures, and tables between the marks of other pages."""
 
-import inspect
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from . import figure, results, tables
@@ -110,7 +107,8 @@ def index_page(runs: list[dict], written: list[str], figure_drawn: bool) -> list
 def task_page(name: str, runs: list[dict]) -> list[str]:
     """What the task is, its table, those of its regimes, and the probes."""
     regimes = [regime for regime, spec in TASKS.items() if spec.regime_of == name]
-    parts = [f"# {name}\n", f"{description(TASKS[name].make)}\n", *run_table(name, runs)]
+    first_paragraph = TASKS[name].text.split("\n\n")[0]
+    parts = [f"# {name}\n", f"{first_paragraph}\n", *run_table(name, runs)]
     for regime in regimes:
         if run_table(regime, runs):
             parts += [f"## {regime}\n", *run_table(regime, runs)]
@@ -124,12 +122,6 @@ def run_table(task: str, runs: list[dict]) -> list[str]:
         return []
     head = f"Seeds {', '.join(map(str, seeds))}; mean ± standard deviation.\n"
     return [head, *tables.task_table(task, runs)]
-
-
-def description(make: Callable) -> str:
-    """The first paragraph of a task's docstring."""
-    make = make.func if isinstance(make, partial) else make
-    return (inspect.getdoc(make) or "").split("\n\n")[0]
 
 
 def readme_table(runs: list[dict]) -> list[str]:

@@ -95,19 +95,22 @@ class PatternTokens(nn.Module):
 
     def _read(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens ``[n, t, d]`` of all rows, where there is one ``[n, t]``, and the labels; no row where a token is none."""
-        tokens, present, labels = [], [], []
+        tokens: list[Tensor] = []
+        present: list[Tensor] = []
+        labels: list[Tensor] = []
         for inputs, seen in self._inputs_of_block(model, batches):
             if seen is None:
-                return torch.zeros(0, 1, 1), torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+                tokens.clear()
+                break
             mask = inputs.get("attention_mask")
             fits = mask is not None and mask.shape == seen.shape[:2]
             tokens.append(seen.float())
             present.append(mask > 0 if fits else torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device))
             labels.append(inputs["labels"])
-        longest = max((t.shape[1] for t in tokens), default=1)  # batches of texts have lengths of their own
-        pad = lambda t: F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1]))
         if not tokens:
             return torch.zeros(0, 1, 1), torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+        longest = max(t.shape[1] for t in tokens)  # batches of texts have lengths of their own
+        pad = lambda t: F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1]))
         return torch.cat([pad(t) for t in tokens]), torch.cat([pad(p) for p in present]), torch.cat(labels)
 
     def _inputs_of_block(self, model: Any, batches: Iterable[dict[str, Tensor]]):

@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 
 # What `evaluate` returns besides metrics
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-EFFECT_LEFT, EFFECT_FRACTION = (
-    1.0,
-    0.25,
-)  # nats, and of the effect before, that the pattern's tokens may still have after a run
+EFFECT_LEFT = 1.0  # nats that the pattern's tokens may still move unseen rows' margins after a run,
+EFFECT_FRACTION = 0.25  # or this share of what they moved before it
 LEVEL_REACHED = 0.5  # nats that the forget margins may lie above their level, on average, at the end of a run
 
 

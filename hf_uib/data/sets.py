@@ -26,7 +26,7 @@ class UnlearningSets:
         evaluation: encoded rows, a dictionary of such sets, or None.
         fingerprints: by set, of the rows as they were given.
         removed_classes: the classes of the forget set, if none of them is in the retained data.
-        comparable: numbers of the retained rows that have a label of the forget set, ``[n]``; all where there are none.
+        comparable: numbers of the retained rows that the forget rows are compared with, ``[n]``; see `checks.comparable`.
         one_label: whether all forget rows have the same label.
         reader: of further sets of the same data.
     """
