@@ -11,14 +11,14 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def displacement(
-    lora_a: Tensor, lora_b: Tensor, prior_a: Tensor, prior_b: Tensor, scaling: float = 1.0
+    lora_a: Tensor, lora_b: Tensor, prior_a: Tensor, prior_b: Tensor, scaling: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Thin factors ``left [out, 2r] @ right [2r, in] = scaling * (B A - B_0 A_0)``.
+    """Thin factors ``left [..., out, 2r] @ right [..., 2r, in] = scaling * (B A - B_0 A_0)``, of any number of layers.
 
     Written as ``(B - B_0) A + B_0 (A - A_0)``, which does not cancel when the adapter is near the prior's mean.
     """
-    left = torch.cat([lora_b - prior_b, prior_b], dim=1) * scaling
-    right = torch.cat([lora_a, lora_a - prior_a], dim=0)
+    left = torch.cat([lora_b - prior_b, prior_b], dim=-1) * scaling
+    right = torch.cat([lora_a, lora_a - prior_a], dim=-2)
     return left, right
 
 
@@ -28,13 +28,13 @@ def outside(left: Tensor, right: Tensor, subspace: Tensor) -> Tensor:
     Only thin products are formed, and the difference is taken on ``right``, so it cannot turn negative.
 
     Args:
-        left: ``[out, q]``; right: ``[q, in]``; subspace: V, ``[k, in]``, orthonormal (or zero) rows.
+        left: ``[..., out, q]``; right: ``[..., q, in]``; subspace: V, ``[..., k, in]``, orthonormal (or zero) rows.
 
     Returns:
-        Scalar.
+        ``[...]``.
     """
-    rest = right - (right @ subspace.T) @ subspace
-    return ((left.T @ left) * (rest @ rest.T)).sum()
+    rest = right - (right @ subspace.mT) @ subspace
+    return ((left.mT @ left) * (rest @ rest.mT)).sum((-2, -1))
 
 
 def channel_kl(

@@ -4,6 +4,7 @@ Docs: docs/method.md, sections 2 and 3a.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,23 @@ class LayerTensors(nn.Module):
     def items(self) -> list[tuple[str, Tensor]]:
         """Names and tensors."""
         return [(name, self[name]) for name in self.names]
+
+
+@dataclass(frozen=True)
+class LayersAlike:
+    """m layers whose factors have the same shapes.
+
+    Attributes:
+        names: of the layers.
+        subspaces: V_l, ``[m, k, d_in]``; base_projected_weight: W V', ``[m, d_out, k]``.
+        scalings: LoRA's s; units: s, times the gain where A is a multiple of V_l; both ``[m, 1, 1]``.
+    """
+
+    names: list[str]
+    subspaces: Tensor
+    base_projected_weight: Tensor
+    scalings: Tensor
+    units: Tensor
 
 
 class ChannelPosterior(nn.Module):
@@ -89,13 +107,17 @@ class ChannelPosterior(nn.Module):
             {name: code_gain(output_scales[name], settings).item() for name in layers} if a_spans_subspace else {}
         )
         # What each layer makes of the pattern before any adapter, W V' [d_out, k]
-        self.base_projected_weight = {
+        base_projected_weight = {
             name: weight_matrix(layer).detach().float() @ self.subspaces[name].T for name, layer in layers.items()
         }
+        self.groups = self._layers_alike(base_projected_weight)
         self.ranks = torch.stack([v.square().sum().round() for _, v in self.subspaces.items()])
         self.floors = torch.stack([settings.floor * scale for _, scale in self.output_scales.items()])
+        order = [list(layers).index(name) for group in self.groups for name in group.names]
+        self._grouped = torch.tensor(order, device=self.floors.device)  # numbers of the layers, in the groups' order
+        self._ungrouped = self._grouped.argsort()
         in_lora_units = {
-            name: weight / (self._unit(name)) for name, weight in self.base_projected_weight.items()
+            name: weight / self._unit(name) for name, weight in base_projected_weight.items()
         } if a_spans_subspace else None  # fmt: skip
         self.noise = ChannelNoise(layers, dict(self.subspaces.items()), adapter, in_lora_units)
         self.set_prior_mean()
@@ -174,13 +196,40 @@ class ChannelPosterior(nn.Module):
     def _unit(self, name: str) -> float:
         return self.layers[name].scaling[self.adapter] * self.gains.get(name, 1.0)
 
-    def projected_weight(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """``(W + s B A) V'`` of every layer, ``[d_out, k]``: what the layer makes of the pattern."""
-        projected = []
+    def _layers_alike(self, base_projected_weight: Mapping[str, Tensor]) -> list["LayersAlike"]:
+        """The layers by the shapes of their factors: those of one shape are multiplied together."""
+        groups: dict[tuple, list[str]] = {}
         for name in self.layers:
-            a, b = factors[name]
-            moved = b if self._spans else b @ (a @ self.subspaces[name].T)
-            projected.append(torch.add(self.base_projected_weight[name], moved, alpha=self._unit(name)))
+            groups.setdefault(tuple((factor.shape, factor.dtype) for factor in self.factors(name)), []).append(name)
+        stacked = lambda names, values: torch.stack([values[name] for name in names])
+        scalars = lambda values, like: torch.tensor(values, device=like.device)[:, None, None]
+        return [
+            LayersAlike(
+                names,
+                stacked(names, self.subspaces),
+                weight := stacked(names, base_projected_weight),
+                scalars([self.layers[name].scaling[self.adapter] for name in names], weight),
+                scalars([self._unit(name) for name in names], weight),
+            )
+            for names in groups.values()
+        ]
+
+    def _stacked(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """A and B of all layers, group by group."""
+        return [
+            (
+                torch.stack([factors[name][0] for name in group.names]),
+                torch.stack([factors[name][1] for name in group.names]),
+            )
+            for group in self.groups
+        ]
+
+    def projected_weight(self, stacked: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """``(W + s B A) V'`` of every layer, ``[d_out, k]``, in the groups' order: what the layers make of the pattern."""
+        projected: list[Tensor] = []
+        for group, (a, b) in zip(self.groups, stacked, strict=True):
+            moved = b if self._spans else b @ (a @ group.subspaces.mT)
+            projected += (group.base_projected_weight + group.units * moved).unbind()
         return projected
 
     # ---- The noise ----
@@ -222,10 +271,11 @@ class ChannelPosterior(nn.Module):
             factors = {name: self.factors(name) for name in self.layers}
         self.prior_means_a = LayerTensors({name: a for name, (a, _) in factors.items()})
         self.prior_means_b = LayerTensors({name: b for name, (_, b) in factors.items()})
+        self._prior = self._stacked(
+            {name: (self.prior_means_a[name], self.prior_means_b[name]) for name in self.layers}
+        )
         with self._in_full_precision():
-            self.prior_projected_weight = self.projected_weight(
-                {name: (self.prior_means_a[name], self.prior_means_b[name]) for name in self.layers}
-            )
+            self.prior_projected_weight = self.projected_weight(self._prior)
 
     def kl_per_layer(self, scale: float | None = None) -> Tensor:
         """R^(l) of section 3(a), ``[layers]``, in nats.
@@ -233,24 +283,20 @@ class ChannelPosterior(nn.Module):
         Args:
             scale: noise-to-signal ratio of both channels; that of this step by default.
         """
-        factors = {name: self.factors(name) for name in self.layers}
         scale = (self.scale if scale is None else scale) / len(self.subspaces[next(iter(self.layers))]) ** 0.5
+        stacked = self._stacked({name: self.factors(name) for name in self.layers})
+        floors = self.floors[self._grouped]
         with self._in_full_precision():
             nats = channel_kl(
-                self.projected_weight(factors), self.prior_projected_weight, self.ranks, scale, self.floors
+                self.projected_weight(stacked), self.prior_projected_weight, self.ranks[self._grouped], scale, floors
             )
-            if self._spans:  # nothing moves outside the subspace
-                return nats
-            beyond = [
-                outside(
-                    *displacement(
-                        *factors[name], self.prior_means_a[name], self.prior_means_b[name], layer.scaling[self.adapter]
-                    ),
-                    self.subspaces[name],
-                )
-                for name, layer in self.layers.items()
-            ]
-            return nats + torch.stack(beyond) / (2 * self.floors**2)
+            if not self._spans:  # else nothing moves outside the subspace
+                beyond = [
+                    outside(*displacement(*own, *prior, group.scalings), group.subspaces)
+                    for group, own, prior in zip(self.groups, stacked, self._prior, strict=True)
+                ]
+                nats = nats + torch.cat(beyond) / (2 * floors**2)
+        return nats[self._ungrouped]
 
     def move_prior(self, scale: float) -> None:
         """Chain rule of (2): the divergence so far is added up, and the prior's mean becomes the posterior's."""
