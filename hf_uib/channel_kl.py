@@ -10,31 +10,28 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def displacement(
-    lora_a: Tensor, lora_b: Tensor, prior_a: Tensor, prior_b: Tensor, scaling: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Thin factors ``left [..., out, 2r] @ right [..., 2r, in] = scaling * (B A - B_0 A_0)``, of any number of layers.
+def outside(
+    lora_a: Tensor, lora_b: Tensor, prior_a: Tensor, prior_b: Tensor, subspace: Tensor, scaling: Tensor | float = 1.0
+) -> Tensor:
+    """``|D|^2 - |D V'|^2`` of ``D = scaling * (B A - B_0 A_0)``: what layers moved outside their subspace.
 
-    Written as ``(B - B_0) A + B_0 (A - A_0)``, which does not cancel when the adapter is near the prior's mean.
-    """
-    left = torch.cat([lora_b - prior_b, prior_b], dim=-1) * scaling
-    right = torch.cat([lora_a, lora_a - prior_a], dim=-2)
-    return left, right
-
-
-def outside(left: Tensor, right: Tensor, subspace: Tensor) -> Tensor:
-    """``|D|^2 - |D V'|^2`` of ``D = left @ right``: what a layer moved outside the subspace.
-
-    Only thin products are formed, and the difference is taken on ``right``, so it cannot turn negative.
+    With ``D = (B - B_0) A + B_0 (A - A_0)``, which does not cancel near the prior's mean, it is a sum of products of ``[r, r]``
+    matrices; D itself is not formed.
 
     Args:
-        left: ``[..., out, q]``; right: ``[..., q, in]``; subspace: V, ``[..., k, in]``, orthonormal (or zero) rows.
+        lora_a, prior_a: A and A_0, ``[..., r, in]``; lora_b, prior_b: B and B_0, ``[..., out, r]``.
+        subspace: V, ``[..., k, in]``, orthonormal (or zero) rows.
+        scaling: ``[...]`` or one for all.
 
     Returns:
-        ``[...]``.
+        ``[...]``, up to rounding not negative.
     """
-    rest = right - (right @ subspace.mT) @ subspace
-    return ((left.mT @ left) * (rest @ rest.mT)).sum((-2, -1))
+    moved_a, moved_b = lora_a - prior_a, lora_b - prior_b
+    along_a, along_moved = lora_a @ subspace.mT, moved_a @ subspace.mT
+    products = (moved_b.mT @ moved_b) * (lora_a @ lora_a.mT - along_a @ along_a.mT)
+    products = products + 2 * (moved_b.mT @ prior_b) * (lora_a @ moved_a.mT - along_a @ along_moved.mT)
+    products = products + (prior_b.mT @ prior_b) * (moved_a @ moved_a.mT - along_moved @ along_moved.mT)
+    return products.sum((-2, -1)) * scaling**2
 
 
 def channel_kl(
@@ -58,7 +55,7 @@ def channel_kl(
     Args:
         projected, prior_projected: M and M_0 of each layer; differentiable in M alone.
         ranks: ``[layers]``, how many rows of V are not zero.
-        scale: of the noise, per direction of the subspace; floors: ``[layers]``, positive.
+        scale: of the noise, per direction of the subspace, ``[layers]`` or one for all; floors: ``[layers]``, positive.
 
     Returns:
         ``[layers]``, in nats.
@@ -71,7 +68,7 @@ class _ChannelKL(torch.autograd.Function):
     which is felt in every step of a small model."""
 
     @staticmethod
-    def forward(ctx, scale: float, ranks: Tensor, floors: Tensor, *matrices: Tensor) -> Tensor:
+    def forward(ctx, scale: Tensor | float, ranks: Tensor, floors: Tensor, *matrices: Tensor) -> Tensor:
         """``[layers]``; ``matrices`` are all M_0, then all M."""
         layers, k, device = len(matrices) // 2, matrices[0].shape[1], matrices[0].device
         wide = wide_dtype(device)
@@ -86,7 +83,7 @@ class _ChannelKL(torch.autograd.Function):
             factors.append(both)
         gram, along, moved = products[:, :k, :k], products[:, :k, k:], products[:, k:, k:]  # M_0'M_0, M_0'D, D'D
         ranks, squares = ranks.to(wide), floors.to(wide) ** 2
-        ratio, eye = scale**2 / squares[:, None, None], torch.eye(k, dtype=wide, device=device)
+        ratio, eye = (scale**2 / squares)[:, None, None], torch.eye(k, dtype=wide, device=device)
         trace = lambda m: m.diagonal(dim1=1, dim2=2).sum(1)
 
         def root(g: Tensor) -> Tensor:

@@ -75,8 +75,9 @@ def forward(
     model.train(training)
     if not logits:  # no row is this process's
         device, config = next(model.parameters()).device, getattr(model, "config", None)
-        classes = getattr(config, "num_labels", 1)
-        return torch.zeros(0, classes, device=device), torch.zeros(0, dtype=torch.long, device=device)
+        logits = torch.zeros(0, getattr(config, "num_labels", 1), device=device)
+        several = getattr(config, "problem_type", None) == "multi_label_classification"
+        return logits, logits.clone() if several else torch.zeros(0, dtype=torch.long, device=device)
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -119,11 +120,13 @@ class SharedInference:
         )
 
     def forward(self, dataset, rows: Sequence[int], description: str = "") -> tuple[Tensor, Tensor]:
-        """Logits ``[n, classes]`` and labels ``[n]`` of all the rows, on every process."""
+        """Logits ``[n, classes]`` and labels ``[n, ...]`` of all the rows, on every process."""
         pair = forward(self.model, self.batches(dataset, rows, description), self.context)
         if self.accelerator.num_processes > 1:
-            pair = self.accelerator.gather(self.accelerator.pad_across_processes(pair, dim=0, pad_index=-1))
-            pair = (pair[0][pair[1] >= 0], pair[1][pair[1] >= 0])
+            there = torch.ones(len(pair[0]), dtype=torch.bool, device=pair[0].device)
+            padded = self.accelerator.pad_across_processes((*pair, there), dim=0)
+            logits, labels, there = self.accelerator.gather(padded)
+            return logits[there], labels[there]
         return pair
 
     def sum(self, tensors: Iterable[Tensor]) -> None:

@@ -81,6 +81,10 @@ class PatternTokens(nn.Module):
         (x, present, labels), others = self._read(model, forget), self._read(model, retained)
         if not len(x) or not len(others[0]):
             return
+        if labels.ndim > 1:  # each combination of labels is one
+            rows_of_both, count = torch.cat([labels, others[2]]), len(labels)
+            ids = rows_of_both.unique(dim=0, return_inverse=True)[1]
+            labels, others = ids[:count], (*others[:2], ids[count:])
         z = token_z((x, present, labels), others)
         chosen = (z >= PATTERN_Z) & present
         rows = chosen.any(1).nonzero()[:DONORS, 0]
@@ -247,9 +251,10 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
             continue
         ratio = mine.sum() / theirs.sum()
         for row in mine.nonzero()[:, 0]:
-            here = rows_with(x[row], x[mine], present[mine]).sum(1)
-            elsewhere = rows_with(x[row], y[theirs], there[theirs]).sum(1)
-            z[row] = (here - ratio * elsewhere) / (here + ratio**2 * elsewhere + 1).sqrt()
+            tokens = x[row, present[row]]
+            here = rows_with(tokens, x[mine], present[mine]).sum(1)
+            elsewhere = rows_with(tokens, y[theirs], there[theirs]).sum(1)
+            z[row, present[row]] = (here - ratio * elsewhere) / (here + ratio**2 * elsewhere + 1).sqrt()
     return z
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .channel_kl import channel_kl, displacement, outside
+from .channel_kl import channel_kl, outside
 from .contrast import ContrastStatistics
 from .lora import AdaptedLayer, is_fresh, weight_matrix
 from .pattern_tokens import PatternTokens
@@ -116,10 +116,19 @@ class ChannelPosterior(nn.Module):
         order = [list(layers).index(name) for group in self.groups for name in group.names]
         self._grouped = torch.tensor(order, device=self.floors.device)  # numbers of the layers, in the groups' order
         self._ungrouped = self._grouped.argsort()
-        in_lora_units = {
-            name: weight / self._unit(name) for name, weight in base_projected_weight.items()
-        } if a_spans_subspace else None  # fmt: skip
-        self.noise = ChannelNoise(layers, dict(self.subspaces.items()), adapter, in_lora_units)
+        # What narrows reads what the layer before it has disturbed
+        noisy = [
+            name for name, weight in base_projected_weight.items() if len(weight) >= self.subspaces[name].shape[1]
+        ]
+        noisy = noisy or list(layers)
+        in_lora_units = {name: base_projected_weight[name] / self._unit(name) for name in noisy}
+        self.noise = ChannelNoise(
+            {name: layers[name] for name in noisy},
+            {name: self.subspaces[name] for name in noisy},
+            adapter,
+            in_lora_units if a_spans_subspace else None,
+        )
+        self._noisy = torch.tensor([name in noisy for name in layers], device=self.floors.device)
         self.set_prior_mean()
 
     @classmethod
@@ -285,14 +294,14 @@ class ChannelPosterior(nn.Module):
         """
         scale = (self.scale if scale is None else scale) / len(self.subspaces[next(iter(self.layers))]) ** 0.5
         stacked = self._stacked({name: self.factors(name) for name in self.layers})
-        floors = self.floors[self._grouped]
+        floors, scales = self.floors[self._grouped], scale * self._noisy[self._grouped]
         with self._in_full_precision():
             nats = channel_kl(
-                self.projected_weight(stacked), self.prior_projected_weight, self.ranks[self._grouped], scale, floors
+                self.projected_weight(stacked), self.prior_projected_weight, self.ranks[self._grouped], scales, floors
             )
             if not self._spans:  # else nothing moves outside the subspace
                 beyond = [
-                    outside(*displacement(*own, *prior, group.scalings), group.subspaces)
+                    outside(*own, *prior, group.subspaces, group.scalings[:, 0, 0])
                     for group, own, prior in zip(self.groups, stacked, self._prior, strict=True)
                 ]
                 nats = nats + torch.cat(beyond) / (2 * floors**2)

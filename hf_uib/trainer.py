@@ -48,7 +48,7 @@ from .provenance import next_base
 from .results import ResultsMixin
 from .schedule import noise_scale, prior_acts, sample_size
 from .state import SHARED_SETTINGS, UIBState
-from .unlearning_task import task_of
+from .unlearning_task import SingleLabel, task_of
 
 
 class UIBTrainer(ResultsMixin, HubMixin):
@@ -182,7 +182,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         # DeiT with its teacher takes none: Trainer then looks for none, and the loss is ours
-        self._takes_labels = "labels" in inspect.signature(self.model.get_base_model().forward).parameters
+        takes = "labels" in inspect.signature(self.model.get_base_model().forward).parameters
+        self._takes_labels = takes and isinstance(self.task, SingleLabel)
         self.label_names = self.label_names or ["labels"]
         self.inference = SharedInference(
             self.model,
@@ -303,7 +304,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         """CE_r(theta ~ q) + beta / n_r * sum_l KL(q_l || Q_l) + gamma * forget loss, in nats per retained example."""
         if not isinstance(inputs, UnlearningBatch):  # evaluation
             labels = inputs.get("labels")
-            if labels is not None and not self._takes_labels:  # DeiT with its teacher
+            if labels is not None and not self._takes_labels:  # DeiT with its teacher; labels that are not given
                 outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
                 loss = self.task.fit_loss(outputs.logits, labels)
             else:

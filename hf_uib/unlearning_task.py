@@ -1,11 +1,12 @@
 """What kind of labels a model gives: the one place where the loss and the margin of training are decided."""
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .data.checks import check_labels
+from .data.checks import check_label_vectors, check_labels
 from .models import num_labels_of
 from .objective import margin, other_classes_kl
 
@@ -60,7 +61,7 @@ def task_of(model: PreTrainedModel) -> UnlearningTask:
         if kind.matches(model):
             return kind()
     raise ValueError(
-        f"UIBTrainer unlearns single-label classifiers; the model's problem_type is {model.config.problem_type}."
+        f"UIBTrainer unlearns classifiers, of one label or several a row; the model's problem_type is {model.config.problem_type}."
     )
 
 
@@ -88,3 +89,46 @@ class SingleLabel(UnlearningTask):
     def margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """``log p(y|x) - log(1 - p(y|x))``."""
         return margin(logits, labels)
+
+
+@register_task_type
+class MultiLabel(UnlearningTask):
+    """Several labels per example: logits ``[n, labels]``, labels ``[n, labels]`` of 0 and 1; -1 or NaN: not given."""
+
+    @classmethod
+    def matches(cls, model: PreTrainedModel) -> bool:
+        """`problem_type` is multi-label classification."""
+        return getattr(model.config, "problem_type", None) == "multi_label_classification"
+
+    def check_labels(self, name: str, dataset, model: PreTrainedModel) -> np.ndarray:
+        """Label vectors, ``[n, labels]``; -1 where a label is not given."""
+        return check_label_vectors(name, dataset, num_labels_of(model))
+
+    def fit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Binary cross-entropy, mean over the labels that are given."""
+        given = is_given(labels).to(logits.dtype)
+        nats = F.binary_cross_entropy_with_logits(logits, given_or_zero(labels), weight=given)
+        return nats * (given.numel() / given.sum().clamp_min(1))
+
+    def fit_without_retained_data(self, logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
+        """Divergence from the checkpoint's predictions on the labels that a row does not have."""
+        others = (given_or_zero(labels) < 0.5).to(logits.dtype)
+        p = reference_logits.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(reference_logits, p, reduction="none")
+        nats = F.binary_cross_entropy_with_logits(logits, p, reduction="none") - entropy
+        return (nats * others).sum() / others.sum().clamp_min(1)
+
+    def margin(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum over the given labels of their log-odds, ``[n]``."""
+        signs = (2 * given_or_zero(labels).to(logits.dtype) - 1) * is_given(labels)
+        return (signs * logits).sum(-1)
+
+
+def is_given(labels: Tensor) -> Tensor:
+    """Which labels of a row are 0 or 1, and neither -1 nor NaN."""
+    return labels >= 0
+
+
+def given_or_zero(labels: Tensor) -> Tensor:
+    """Labels as floats, 0 where none is given."""
+    return torch.where(is_given(labels), labels, torch.zeros_like(labels)).float()

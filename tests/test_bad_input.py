@@ -99,7 +99,7 @@ TRAINER = {
     "a stream to forget": (lambda p: train(p, forget=make_rows().to_iterable_dataset()), "forget_dataset is a stream"),
     "a stream to keep": (lambda p: train(p, retain=make_rows().to_iterable_dataset()), "retain_dataset is a stream"),
     "regression": (lambda p: train(p, model=make_model(num_labels=1, problem_type="regression")), "problem_type"),
-    "several labels a row": (lambda p: train(p, model=make_model(problem_type="multi_label_classification")), "problem_type"),
+    "a model of several labels": (lambda p: train(p, model=make_model(problem_type="multi_label_classification")), "3 numbers"),
     "an adapter that cannot be trained": (lambda p: train(p, model=saved_adapter(p, False)), "is_trainable=True"),
     "an adapter and a peft_config": (
         lambda p: train(p, model=saved_adapter(p), peft_config=LoraConfig()), "leave peft_config out",

@@ -39,7 +39,6 @@ def test_the_kl_of_a_layer_is_that_of_dense_gaussians(empty_rows, width):
     padded = torch.cat([v, v.new_zeros(empty_rows, d)])
 
     def mine(subspace):
-        left, right = channel_kl.displacement(a, b, a0, b0, 2.0)
         projected_weight, prior_projected_weight = (
             [(w + 2 * b @ a) @ subspace.T] * 2,
             [(w + 2 * b0 @ a0) @ subspace.T] * 2,
@@ -52,22 +51,35 @@ def test_the_kl_of_a_layer_is_that_of_dense_gaussians(empty_rows, width):
             torch.tensor([floor, floor], dtype=torch.float64),
         )
         assert both[0] == both[1]
-        return both[0] + channel_kl.outside(left, right, subspace) / (2 * floor**2)
+        return both[0] + channel_kl.outside(a, b, a0, b0, subspace, 2.0) / (2 * floor**2)
 
     expected = dense_kl(2 * b @ a, 2 * b0 @ a0, w, v, width, floor)
     torch.testing.assert_close(mine(padded), expected, rtol=1e-10, atol=1e-10)
     assert width == 0 or abs(mine(orthonormal(k, d, g)) - expected) > 1e-3  # the subspace matters
 
 
-def test_displacement_and_outside_do_not_depend_on_the_gauge():
+def test_outside_is_that_of_the_dense_displacement_in_any_gauge():
     g = torch.Generator().manual_seed(1)
     a, b, a0, b0, r, v = new(g, 3, 6), new(g, 4, 3), new(g, 3, 6), new(g, 4, 3), new(g, 3, 3), orthonormal(2, 6, g)
-    left, right = channel_kl.displacement(a, b, a0, b0, 2.0)
-    torch.testing.assert_close(left @ right, 2 * (b @ a - b0 @ a0))
-    other = channel_kl.displacement(r @ a, b @ torch.linalg.inv(r), a0, b0, 2.0)
-    torch.testing.assert_close(channel_kl.outside(*other, v), channel_kl.outside(left, right, v), rtol=1e-9, atol=0)
-    inside = channel_kl.displacement(new(g, 3, 2) @ v, b, new(g, 3, 2) @ v, b0)
-    assert channel_kl.outside(*inside, v).abs() < 1e-20
+    moved = 2 * (b @ a - b0 @ a0)
+    dense = (moved - moved @ v.T @ v).square().sum()
+    torch.testing.assert_close(channel_kl.outside(a, b, a0, b0, v, 2.0), dense, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        channel_kl.outside(r @ a, b @ torch.linalg.inv(r), a0, b0, v, 2.0), dense, rtol=1e-9, atol=0
+    )
+    assert channel_kl.outside(new(g, 3, 2) @ v, b, new(g, 3, 2) @ v, b0, v).abs() < 1e-12 * b.square().sum()
+    many = [torch.stack([x, 2 * x]) for x in (a, b, a0, b0)]
+    one_by_one = [channel_kl.outside(*(x[i] for x in many), v, s) for i, s in enumerate((2.0, 3.0))]
+    together = channel_kl.outside(*many, torch.stack([v, v]), torch.tensor([2.0, 3.0]))
+    torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-12, atol=0)
+
+
+def test_outside_keeps_its_digits_near_the_mean():
+    g = torch.Generator().manual_seed(5)
+    a0, b0, v = new(g, 3, 6).float(), new(g, 4, 3).float(), orthonormal(2, 6, g).float()
+    a, b = a0 + 1e-4 * new(g, 3, 6).float(), b0 + 1e-4 * new(g, 4, 3).float()
+    expected = channel_kl.outside(*(x.double() for x in (a, b, a0, b0, v)))
+    torch.testing.assert_close(channel_kl.outside(a, b, a0, b0, v).double(), expected, rtol=1e-3, atol=0)
 
 
 def test_the_channel_kl_keeps_its_digits_near_the_mean():

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import bert_brand_bias  # noqa: E402
 import custom_prior  # noqa: E402
 import delete_rows  # noqa: E402
+import multi_label  # noqa: E402
 import outdated_labels  # noqa: E402
 import vit_colour_bias  # noqa: E402
 
@@ -89,6 +90,16 @@ def test_outdated_labels():
     assert rows["original"]["follow_rate"] > 0.5
     assert follows_less(rows, "UIB")
     assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_multi_label():
+    rows, verdict = multi_label.main(steps=100, train_steps=200)
+    assert rows["original"]["follow_rate"] > 0.35
+    assert rows["UIB"]["follow_rate"] < 0.75 * rows["original"]["follow_rate"]
+    assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.02
+    assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
+    assert "labels other than 'closed'" in verdict
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ class AuditContext:
         thresholds: the limits.
         seed: of every sample.
         deep: what `deep_audit` found; empty where it was not asked for.
+        label: the one that is looked at, where a row has several.
     """
 
     models: dict[str, nn.Module]
@@ -77,6 +78,7 @@ class AuditContext:
     thresholds: AuditThresholds = field(default_factory=AuditThresholds)
     seed: int = 0
     deep: dict[str, Any] = field(default_factory=dict)
+    label: str | None = None
     _memo: dict[tuple, Any] = field(default_factory=dict, repr=False)
 
     # ---- What there is ----

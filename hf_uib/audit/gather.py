@@ -9,17 +9,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import Subset
 
-from ..data.checks import check_labels
 from ..data.columns import Columns
-from ..data.labels import named_config
+from ..data.labels import model_names, named_config
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
-from ..inference import observe, processes
+from ..inference import ModelOutputs, observe, processes
 from ..lora import copy_without_hooks, require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import Name, load_classifier, name_of, num_labels_of
+from ..one_label import label_number, rows_with_label, two_classes
 from ..provenance import detached
-from ..unlearning_task import SingleLabel, task_of
+from ..unlearning_task import MultiLabel, SingleLabel, UnlearningTask, task_of
 from .context import AuditContext, BiasAttribute
 from .statistics import Resampler
 from .thresholds import AuditThresholds
@@ -93,6 +93,7 @@ def gather(
     seed: int = 0,
     thresholds: AuditThresholds | None = None,
     columns: Columns = Columns(),  # noqa: B008
+    label: str | int | None = None,
 ) -> AuditContext:
     """What the checks look at: the encoded samples of the sets, and what each plain model says about them.
 
@@ -101,18 +102,23 @@ def gather(
         datasets: ``forget``, ``test`` and, where there is one, ``retain``.
         deep: keep the features of every block, not of the last alone.
         columns: names of columns that are not the usual ones.
+        label: the label of a multi-label model that is looked at; see `one_label.label_number`.
 
     Raises:
-        ValueError: no forget or test rows, or a column is missing.
+        ValueError: no forget or test rows, or a column or the label is missing.
     """
     thresholds = thresholds or AuditThresholds()
     model: Any = models["model"]
     task = task_of(model)
-    if not isinstance(task, SingleLabel):
-        raise ValueError(f"The audit reads single-label classifiers; the task of this model is {type(task).__name__}.")
+    if not isinstance(task, (SingleLabel, MultiLabel)):
+        raise ValueError(
+            f"The audit reads classifiers of one label or several a row; the task of this model is {type(task).__name__}."
+        )
+    if label is not None and not isinstance(task, MultiLabel):
+        raise ValueError(f"label '{label}' is for a model of several labels a row; leave it out.")
     config = named_config({name: models[name].config for name in ("reference", *models)})
     read = Reader(config, getattr(models["model"], "main_input_name", "input_ids"), processing_class, columns)
-    sets = _samples(read, datasets, example_column, seed, thresholds)
+    sets, number = _samples(read, datasets, example_column, seed, thresholds, task, model, label)
     for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
         if name is not None and name not in _names(sets["test"]):
             raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
@@ -122,6 +128,8 @@ def gather(
         }
         for name, model in models.items()
     }
+    if number is not None:
+        outputs = {name: {part: _of_label(out, number) for part, out in row.items()} for name, row in outputs.items()}
     attribute = None
     if bias_column is not None:
         labels = outputs["reference"]["forget"].labels
@@ -134,8 +142,13 @@ def gather(
     }
     sizes = {part: len(rows) for part, rows in datasets.items() if rows is not None}
     return AuditContext(
-        models, oracles, sets, outputs, sizes, resamplers, attribute, examples, processing_class, thresholds, seed
-    )
+        models, oracles, sets, outputs, sizes, resamplers, attribute, examples, processing_class, thresholds, seed,
+        label=None if number is None else model_names(config).get(number, str(number)),
+    )  # fmt: skip
+
+
+def _of_label(outputs: ModelOutputs, number: int) -> ModelOutputs:
+    return ModelOutputs(*two_classes(outputs.logits, outputs.labels, number), outputs.features)
 
 
 def _samples(
@@ -144,8 +157,13 @@ def _samples(
     example_column: str | None,
     seed: int,
     thresholds: AuditThresholds,
-) -> dict[str, Any]:
-    """Encoded samples of the sets, copies of an example together."""
+    task: UnlearningTask,
+    model: Any,
+    label: str | int | None,
+) -> tuple[dict[str, Any], int | None]:
+    """Encoded samples of the sets, copies of an example together; and the number of the label that is looked at, if there are
+    several: rows in which it is not given are left out."""
+    number: int | None = None
     wanted = {"forget": thresholds.forget_rows, "retain": thresholds.retain_rows, "test": thresholds.test_rows}
     sets = {}
     for part, rows in datasets.items():
@@ -154,7 +172,14 @@ def _samples(
         if rows is None or len(rows) == 0:
             raise ValueError(f"{part}_dataset has no examples; the audit needs some.")
         encoded = read(rows, f"{part}_dataset")
-        check_labels(f"{part}_dataset", encoded, int(read.config.num_labels))
+        labels = task.check_labels(f"{part}_dataset", encoded, model)
+        if isinstance(task, MultiLabel):
+            number = label_number(model, label, labels) if number is None else number
+            given = rows_with_label(labels, number)
+            if not len(given):
+                raise ValueError(f"No row of {part}_dataset has the label that is audited; name another: label=...")
+            if len(given) < len(encoded):
+                encoded = encoded.select(given) if hasattr(encoded, "select") else Subset(encoded, given.tolist())
         examples = _column(encoded, example_column) if part == "test" else None
         if examples is None:
             chosen = sorted(sample_indices(len(encoded), wanted[part], seed))
@@ -165,7 +190,7 @@ def _samples(
         if len(chosen) < len(encoded):
             encoded = encoded.select(chosen) if hasattr(encoded, "select") else Subset(encoded, chosen)
         sets[part] = encoded
-    return sets
+    return sets, number
 
 
 def _bias_attribute(

@@ -35,6 +35,7 @@ def audit_model(
     seed: int = 0,
     thresholds: AuditThresholds | None = None,
     columns: Columns = Columns(),  # noqa: B008
+    label: str | int | None = None,
 ) -> "AuditReport":
     """Audit any classifier that is said to have unlearned something.
 
@@ -50,6 +51,8 @@ def audit_model(
         seed: of every sample and resample.
         thresholds: limits of the checks and sizes of the samples; `AuditThresholds()` by default.
         columns: names of text, picture and label columns that are not the usual ones.
+        label: of a model of several labels a row, the name or number of the one that is looked at, as a classifier of two
+            classes; by default the one that most forget rows have.
 
     Raises:
         ValueError: no forget or test rows, ``bias_column`` is not there, or the model's classes differ from the reference's.
@@ -66,8 +69,9 @@ def audit_model(
         seed=seed,
         thresholds=thresholds,
         columns=columns,
+        label=label,
     )
-    if deep:
+    if deep and context.label is None:  # which trains heads of one label a row
         from .deep import deep_audit
 
         context.deep = deep_audit(context)
@@ -201,7 +205,11 @@ def _not_measured(context: AuditContext) -> list[str]:
     if few_rows(context):
         least = context.thresholds.min_rows
         missing.append(f"most checks (they need {least} forget and {least} test rows)")
-    if not context.deep:
+    if context.label is not None:
+        missing.append(
+            f"labels other than '{context.label}' (give label), and the deep audit, which is for one label a row"
+        )
+    elif not context.deep:
         missing.append("probes of every block, relearning, quantisation and pruning (deep=True)")
     return missing
 

@@ -42,6 +42,13 @@ class AuditArguments:
     train_split: str = field(default="train", metadata={"help": "Split that holds forget and retained rows."})
     test_split: str = field(default="test", metadata={"help": "Split of unbiased rows that no model was trained on."})
     bias_column: str | None = field(default=None, metadata={"help": "Column with the bias attribute."})
+    audit_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a model of several labels a row: the one that is looked at, by name or number. Default: the one that most "
+            "forget rows have."
+        },
+    )
     text_column: list[str] = field(
         default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
     )
@@ -111,6 +118,7 @@ def audit(job: AuditArguments) -> AuditReport:
         deep=job.deep,
         seed=job.seed,
         columns=columns_of(job),
+        label=job.audit_label,
     )
     if processes().is_main_process:
         os.makedirs(job.output_dir, exist_ok=True)

@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from ..config import UIBConfig
 from ..data.columns import Columns
-from ..data.labels import named_config
+from ..data.labels import labels_of, named_config
 from ..data.reading import Reader
 from ..data.sources import (
     condition_columns,
@@ -36,8 +36,10 @@ from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
 from ..inference import predict
 from ..models import load_classifier
+from ..one_label import label_number, rows_with_label, two_classes
 from ..provenance import next_base
 from ..trainer import UIBTrainer
+from ..unlearning_task import MultiLabel
 from .demo import demo
 from .outputs import (
     bias_attributes,
@@ -80,6 +82,13 @@ class UnlearnArguments:
     )
     bias_column: str | None = field(
         default=None, metadata={"help": "Column with the attribute to report the bias by."}
+    )
+    audit_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a model of several labels a row: the one that table and audit look at, by name or number. Default: the one "
+            "that most forget rows have."
+        },
     )
     text_column: list[str] = field(
         default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
@@ -153,7 +162,12 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
     if oracle is not None:
         named_config({"the model": trainer.model.config, str(job.retrained_model): oracle.config})
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
-    measured = lambda model: _measured(trainer, model, shown, job.bias_column)
+    number = None
+    if isinstance(trainer.task, MultiLabel):
+        number = label_number(trainer.model, job.audit_label, labels_of(trainer.forget_dataset))
+    elif job.audit_label is not None:
+        raise ValueError(f"--audit_label {job.audit_label} is for a model of several labels a row; leave it out.")
+    measured = lambda model: _measured(trainer, model, shown, job.bias_column, number)
     results = {"original": measured(trainer.model)}
     last = {} if oracle is None else {"retrained": measured(oracle)}
     with nothing_lost(trainer, lambda: next_audit(args, job, trainer.eval_dataset)):
@@ -164,7 +178,7 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
         test: Any = trainer.eval_dataset
         if test is not None:
             bias_column = job.bias_column if job.bias_column in test.column_names else None
-            audit = trainer.audit(test, bias_column, retrained_model=oracle)
+            audit = trainer.audit(test, bias_column, retrained_model=oracle, label=number)
         if trainer.is_world_process_zero():
             source = {
                 "model": _base_name(job.model_name_or_path),
@@ -293,7 +307,7 @@ def audit_command(job: UnlearnArguments) -> str:
     """What an auditor pastes in the run's folder to check the merged model again, with paths of their own for words in capitals."""
     words = ["hf-uib", "audit", "--model", MERGED, "--reference", "MODEL_BEFORE", "--dataset_name", "DATA"]
     words += ["--forget_where", *map(shlex.quote, job.forget_where)]
-    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column"):
+    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column", "audit_label"):
         if value := getattr(job, flag):
             words += [f"--{flag}", shlex.quote(value)]
     return " ".join(words + (["--retrained", "RETRAINED"] if job.retrained_model else []))
@@ -363,18 +377,26 @@ def _last_or_named(checkpoint: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
 
 
-def _measured(trainer: UIBTrainer, model, shown: dict[str, Dataset | None], bias_column: str | None) -> dict:
-    """One row of the table for a user's model."""
+def _measured(
+    trainer: UIBTrainer, model, shown: dict[str, Dataset | None], bias_column: str | None, number: int | None
+) -> dict:
+    """One row of the table for a user's model; ``number`` is that of the label which is looked at, where a row has several."""
+    given = lambda rows: rows if number is None else rows.select(rows_with_label(labels_of(rows), number))
+    forget = given(trainer.forget_dataset)
     row: dict[str, float] = {}
     for part, dataset in shown.items():
         if dataset is None:
             continue
+        dataset = given(dataset)
         rows = dataset if part == "test" or len(dataset) <= MOST_ROWS else dataset.select(range(MOST_ROWS))
         logits, labels = predict(model, rows, trainer.processing_class, description=f"Evaluating {part}")
+        if number is not None:
+            logits, labels = two_classes(logits, labels, number)
         if part == "test":
             attributes = None
             if bias_column is not None and bias_column in dataset.column_names:
-                attributes = bias_attributes(trainer.forget_dataset, dataset, bias_column)
+                own = None if number is None else labels_of(forget)[:, number].astype(int)
+                attributes = bias_attributes(forget, dataset, bias_column, own)
             row |= results_row(logits, labels, attributes)
         else:
             row[f"{part}_accuracy"] = float((logits.argmax(-1) == labels).mean())

@@ -10,7 +10,7 @@ from .labels import labels_of
 
 def removed_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:
     """The classes of the forget set, if none of them occurs in the retained data: whole classes are to go. Else none."""
-    if retain_labels is None:
+    if retain_labels is None or retain_labels.ndim > 1:
         return []
     forgotten, kept = set(forget_labels.tolist()), set(retain_labels.tolist())
     return [] if forgotten & kept else sorted(forgotten)
@@ -45,6 +45,27 @@ def check_labels(name: str, dataset, num_labels: int) -> np.ndarray:
         raise ValueError(
             f"{name} has label {wrong}, outside the model's {num_labels} classes; map labels to 0..{num_labels - 1}."
         )
+    return labels
+
+
+def check_label_vectors(name: str, dataset, num_labels: int) -> np.ndarray:
+    """All label vectors, ``[n, num_labels]`` of 0 and 1, -1 where none is given (-1 or NaN); refuses others."""
+    labels = labels_of(dataset)
+    if len(labels) == 0:
+        raise ValueError(f"{name} has no examples; check the condition that selects it.")
+    if labels.dtype.kind not in "iufb" or labels.ndim != 2 or labels.shape[1] != num_labels:
+        found = f"vectors of {labels.shape[1]}" if labels.ndim == 2 else "no vectors of one length"
+        raise ValueError(
+            f"The labels of {name} are {found}; a model with problem_type multi_label_classification and {num_labels} labels "
+            f"takes {num_labels} numbers a row, 0 or 1 (-1: not given)."
+        )
+    labels = np.where(np.isnan(labels.astype(float)), -1, labels)
+    if not np.isin(labels, (-1, 0, 1)).all():
+        wrong = labels[~np.isin(labels, (-1, 0, 1))][0]
+        raise ValueError(f"{name} has label value {wrong:g}; give 0 or 1, or -1 for a label that is not given.")
+    empty = np.flatnonzero((labels < 0).all(1))
+    if len(empty):
+        raise ValueError(f"Row {empty[0]} of {name} has none of its labels given; drop it.")
     return labels
 
 

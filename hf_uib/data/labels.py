@@ -26,8 +26,14 @@ def class_ids(dataset: datasets.Dataset, config, columns: Columns = Columns(), n
     """
     column = label_column(dataset, columns)
     feature = dataset.features[column]
-    if isinstance(feature, (datasets.List, datasets.LargeList, dict)):
-        raise ValueError(f"The labels of {name} (column '{column}') are lists; give one class for each row.")
+    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    if isinstance(feature, (datasets.List, datasets.LargeList, dict)) and not several:
+        raise ValueError(
+            f"The labels of {name} (column '{column}') are lists; give one class for each row, or a model whose config says "
+            "problem_type='multi_label_classification'."
+        )
+    if several:
+        return None
     values = list(dict.fromkeys(v for v in dataset.with_format(None)[column][:] if v is not None and v == v))
     if isinstance(feature, datasets.ClassLabel):
         names = {i: feature.names[i] for i in sorted(v for v in values if 0 <= v < feature.num_classes)}
@@ -155,7 +161,10 @@ def labels_of(dataset, columns: Columns = Columns()) -> np.ndarray:  # noqa: B00
         return np.concatenate([np.asarray(batch[name]) for batch in dataset.iter(256)])
     name = getattr(transform, "label", None) or label_column(dataset, columns)
     values = dataset.with_format(None).select_columns([name])[:][name]
-    return np.asarray(transform.labels(values) if hasattr(transform, "labels") else values)
+    values = transform.labels(values) if hasattr(transform, "labels") else values
+    if len({len(v) if isinstance(v, (list, tuple)) else 0 for v in values}) > 1:  # no array of one shape
+        return np.asarray(values, dtype=object)
+    return np.asarray(values)
 
 
 def transform_of(dataset):
