@@ -75,9 +75,9 @@ def forward(
     model.train(training)
     if not logits:  # no row is this process's
         device, config = next(model.parameters()).device, getattr(model, "config", None)
-        logits = torch.zeros(0, getattr(config, "num_labels", 1), device=device)
+        none = torch.zeros(0, getattr(config, "num_labels", 1), device=device)
         several = getattr(config, "problem_type", None) == "multi_label_classification"
-        return logits, logits.clone() if several else torch.zeros(0, dtype=torch.long, device=device)
+        return none, none.clone() if several else torch.zeros(0, dtype=torch.long, device=device)
     return torch.cat(logits), torch.cat(labels)
 
 
