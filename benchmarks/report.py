@@ -9,6 +9,7 @@ from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
 from .suites.lifecycle import lifecycle_table
+from .suites.reach import reach_tables
 from .suites.research import research_tables
 from .suites.runs import SEEDS
 from .suites.scale import scale_tables
@@ -74,6 +75,11 @@ UIB also sees the calibration set (its margins alone).
 COST = f"""# Cost
 
 {WRITTEN}
+"""
+REACH = f"""# Other kinds of input and label
+
+{WRITTEN} In the forget set an attribute gives the labels away. UIB has its defaults; LoRA is the same trainer without prior, noise,
+tokens and divergence, at the same learning rate, not tuned. All take the same retained rows and steps.
 """
 AUDITS = f"""# The audit on planted fakes and on true retrained models
 
@@ -142,6 +148,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
         ("tuning", TUNING, tables.tuning_table()),
         ("cost", COST, [*whole_table(), *cost_tables()]),
         ("audit", AUDITS, audit_tables()),
+        ("reach", REACH, reach_tables()),
     ):
         made |= {name: [head, *lines]} if lines else {}
     made["standard_sets"] = standard_sets_page(runs)

@@ -33,6 +33,7 @@ from .state import identity_of
 BASE = "base"  # folder beside an adapter, of a base that has no name
 # Settings of `from_pretrained` that say where a file is, not how it is read
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}  # by the name of a model's input
 TASKS = (None, "SEQ_CLS", "FEATURE_EXTRACTION")  # PEFT's, of adapters that may be on a classifier
 Name = str | os.PathLike
 
@@ -58,7 +59,7 @@ def load_classifier(name_or_path: Name, *, trust_remote_code: bool = False, **kw
         kwargs: passed to ``from_pretrained``.
 
     Raises:
-        ValueError: there is no such checkpoint, it cannot be read, or it is no image or sequence classifier.
+        ValueError: there is no such checkpoint, it cannot be read, or it is no classifier.
     """
     name: str = name_of(name_or_path)
     with _in_one_line(name, kwargs):
@@ -112,7 +113,7 @@ def _load_classifier(name: str, settings: dict[str, Any]) -> Any:
     if kind is None:
         architecture = (getattr(config, "architectures", None) or [""])[0]
         raise ValueError(
-            f"{name} holds {architecture or 'no named architecture'}, which is no image or sequence classifier; "
+            f"{name} holds {architecture or 'no named architecture'}, which is no classifier of pictures, texts, sounds or videos; "
             "give a fine-tuned classification checkpoint."
         )
     return _with_all_weights(name, kind, settings)
@@ -365,6 +366,14 @@ def forward_columns(model: nn.Module) -> set[str]:
     """The columns that the model's forward takes, and the label names."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return set(inspect.signature(base.forward).parameters) | {"labels", "label"}
+
+
+def input_kind(model: Any) -> str:
+    """What a classifier takes: ``image``, ``video``, ``audio`` or ``text``."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if type(base).__name__.endswith("ForVideoClassification"):
+        return "video"
+    return KINDS.get(getattr(base, "main_input_name", "input_ids"), "text")
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

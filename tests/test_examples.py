@@ -24,6 +24,7 @@ import delete_rows  # noqa: E402
 import multi_label  # noqa: E402
 import outdated_labels  # noqa: E402
 import vit_colour_bias  # noqa: E402
+import voice_bias  # noqa: E402
 
 NOTEBOOK = ROOT / "examples" / "story.ipynb"
 
@@ -100,6 +101,14 @@ def test_multi_label():
     assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.02
     assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
     assert "labels other than 'closed'" in verdict
+
+
+@pytest.mark.slow
+def test_voice_bias():
+    rows, verdict = voice_bias.main(steps=100, train_steps=200)
+    assert follows_less(rows, "UIB")
+    assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
+    assert re.match(r"(Passed|Not passed): ", verdict)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import Any
 from ..audit.report import AuditReport, audit_model, loaded
 from ..data.sources import load_processor, load_splits, split_forget, split_of
 from ..inference import processes
+from ..models import input_kind
 from .outputs import quiet
 from .parser import parse
 from .unlearn import columns_of, remote_code
@@ -53,6 +54,7 @@ class AuditArguments:
         default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
+    audio_column: str | None = field(default=None, metadata={"help": "Column of the sound."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the label."})
     example_column: str | None = field(
         default=None, metadata={"help": "Test rows that share its value differ in the attribute alone."}
@@ -111,9 +113,7 @@ def audit(job: AuditArguments) -> AuditReport:
         test_dataset=test,
         bias_column=job.bias_column,
         retrained_model=retrained,
-        processing_class=load_processor(
-            job.reference, job.model, picture=model.main_input_name == "pixel_values", **remote_code(job)
-        ),
+        processing_class=load_processor(job.reference, job.model, kind=input_kind(model), **remote_code(job)),
         example_column=job.example_column,
         deep=job.deep,
         seed=job.seed,

@@ -13,9 +13,9 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 
-from ..data.sources import load_processor
+from ..data.sources import PROCESSORS, load_processor
 from ..hub.push import MERGED
-from ..models import fingerprint, forward_columns, load_classifier
+from ..models import fingerprint, forward_columns, input_kind, load_classifier
 from ..provenance import STATE_NAME, requests_of, undo
 from .digits import digits_colour
 from .parser import in_one_line
@@ -155,19 +155,23 @@ def _recorded(adapter: str) -> dict:
 
 def _processor(model, *names: str):
     """Image processor or tokenizer of the first checkpoint that has one."""
-    picture = model.main_input_name == "pixel_values"
+    own = input_kind(model)
+    if own not in ("image", "text") or getattr(model.config, "problem_type", None) == "multi_label_classification":
+        raise ValueError(
+            f"The app shows classifiers of pictures and texts with one label; this is a {type(model).__name__}."
+        )
     reasons = []
     for name in names:
         try:
-            processor = load_processor(name, picture=picture)
+            processor = load_processor(name, kind=own)
         except Exception as error:  # whatever a library says of its files
             reasons.append(in_one_line(error))
             continue
-        if not picture:
+        if own == "text":
             longest = getattr(model.config, "max_position_embeddings", processor.model_max_length)
             processor.model_max_length = min(processor.model_max_length, longest)
         return processor
-    kind = "image processor" if picture else "tokenizer"
+    kind = PROCESSORS[own]
     raise ValueError(f"{' and '.join(names)} have no {kind}; save it there with save_pretrained. ({reasons[-1]})")
 
 

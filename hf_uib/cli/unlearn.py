@@ -35,7 +35,7 @@ from ..hub.card import hub_id
 from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
 from ..inference import predict
-from ..models import load_classifier
+from ..models import input_kind, load_classifier
 from ..one_label import label_number, rows_with_label, two_classes
 from ..provenance import next_base
 from ..trainer import UIBTrainer
@@ -94,6 +94,7 @@ class UnlearnArguments:
         default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
+    audio_column: str | None = field(default=None, metadata={"help": "Column of the sound."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the label."})
     drop_incomplete_rows: bool = field(
         default=False,
@@ -234,13 +235,11 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
     base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
-    processor = load_processor(name, base, picture=main_input == "pixel_values", **remote_code(job))
-    takes_pictures = main_input == "pixel_values"
-    wrong = (
-        "text" if takes_pictures and job.text_column else "image" if job.image_column and not takes_pictures else ""
-    )
-    if wrong:
-        raise ValueError(f"--{wrong}_column is given, but the model takes {main_input}.")
+    kind = input_kind(model)
+    processor = load_processor(name, base, kind=kind, **remote_code(job))
+    for other in ("text", "image", "audio"):
+        if getattr(job, f"{other}_column") and other != {"video": "image"}.get(kind, kind):
+            raise ValueError(f"--{other}_column is given, but the model takes {main_input}.")
     if job.max_length is not None and job.max_length < 3:
         raise ValueError(f"--max_length is {job.max_length}; a text needs 3 tokens or more, its marks included.")
     if job.max_length is not None:
@@ -279,7 +278,8 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
 def columns_of(job: Any) -> Columns:
     """The columns that a job's flags name; those of its conditions are never the input."""
     text = tuple(job.text_column) or None
-    return Columns(text, job.image_column, job.label_column, job.bias_column, condition_columns(job.forget_where))
+    return Columns(text, job.image_column, job.label_column, job.bias_column, condition_columns(job.forget_where),
+                   job.audio_column)  # fmt: skip
 
 
 def complete(dataset: Dataset, read: Reader, split: str) -> Dataset:

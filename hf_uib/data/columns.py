@@ -1,4 +1,4 @@
-"""Which column of a data set is the text, the picture and the label."""
+"""Which column of a data set is the text, the picture, the sound and the label."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ class Columns:
         label: of the label.
         bias: of the bias attribute: it is never the input.
         other: further columns that are never the input, as those of a condition.
+        audio: of the sound.
     """
 
     text: str | tuple[str, ...] | list[str] | None = None
@@ -25,6 +26,7 @@ class Columns:
     label: str | None = None
     bias: str | None = None
     other: tuple[str, ...] = ()
+    audio: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -74,15 +76,27 @@ def label_column(dataset, columns: Columns = Columns()) -> str:
 
 
 def image_column(dataset: datasets.Dataset, columns: Columns = Columns()) -> str | None:
-    """The picture's column: as given, or the only one of pictures; None where there is none.
+    """The picture's column, or that of a video's frames: as given, or the only one of pictures; None where there is none.
 
     Raises:
         ValueError: there is more than one candidate.
     """
     if columns.image is not None:
         return present(dataset, columns.image, "image")
-    found = [k for k, v in dataset.features.items() if isinstance(v, datasets.Image) and k not in _never(columns)]
+    found = [k for k, v in dataset.features.items() if holds_pictures(v) and k not in _never(columns)]
     return _only(found, "pictures", "image")
+
+
+def audio_column(dataset: datasets.Dataset, columns: Columns = Columns()) -> str | None:
+    """The sound's column: as given (a waveform as a list of numbers too), or the only one of sounds; None where there is none.
+
+    Raises:
+        ValueError: there is more than one candidate.
+    """
+    if columns.audio is not None:
+        return present(dataset, columns.audio, "audio")
+    found = [k for k, v in dataset.features.items() if isinstance(v, datasets.Audio) and k not in _never(columns)]
+    return _only(found, "sounds", "audio")
 
 
 def text_columns(dataset: datasets.Dataset, columns: Columns = Columns()) -> tuple[str, ...]:
@@ -111,6 +125,19 @@ def text_columns(dataset: datasets.Dataset, columns: Columns = Columns()) -> tup
             return usual
     only = _only(strings, "text", "text")
     return () if only is None else (only,)
+
+
+def holds_pictures(feature) -> bool:
+    """Whether a column holds pictures, or lists of them: the frames of a video."""
+    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+
+
+def undecoded(feature):
+    """The feature under which a column of files gives their bytes; None where it holds none."""
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        inner = undecoded(feature.feature)
+        return None if inner is None else datasets.List(inner)
+    return type(feature)(decode=False) if isinstance(feature, (datasets.Image, datasets.Audio)) else None
 
 
 def is_string(feature) -> bool:

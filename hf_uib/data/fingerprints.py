@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .columns import undecoded
+
 _KNOWN: WeakKeyDictionary = WeakKeyDictionary()  # a datasets.Dataset does not change
 
 
 def row_hashes(dataset) -> np.ndarray:
-    """A hash per row of everything in it, pictures by their encoded bytes: ``[n, 2]`` unsigned 64-bit, in one streaming pass."""
+    """A hash per row of everything in it, pictures and sounds by their encoded bytes: ``[n, 2]`` unsigned 64-bit, in one pass."""
     if not isinstance(dataset, datasets.Dataset):
         return _row_hashes(dataset)
     if dataset not in _KNOWN:
@@ -24,8 +26,8 @@ def _row_hashes(dataset) -> np.ndarray:
     if isinstance(dataset, datasets.Dataset):
         raw = dataset.with_format(None)
         for name, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                raw = raw.cast_column(name, datasets.Image(decode=False))
+            if (files := undecoded(feature)) is not None:
+                raw = raw.cast_column(name, files)
         rows = (
             _without_paths(dict(zip(batch, values, strict=True)))
             for batch in raw.iter(100)
@@ -48,8 +50,12 @@ def rows_in_common(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def _without_paths(row: dict) -> dict:
-    picture = lambda v: isinstance(v, dict) and v.get("bytes") is not None
-    return {k: v["bytes"] if picture(v) else v for k, v in row.items()}
+    def contents(v):
+        if isinstance(v, list) and v and isinstance(v[0], dict):
+            return b"".join(_bytes_of(contents(frame)) for frame in v)
+        return v["bytes"] if isinstance(v, dict) and v.get("bytes") is not None else v
+
+    return {k: contents(v) for k, v in row.items()}
 
 
 def _bytes_of(value) -> bytes:

@@ -1,11 +1,14 @@
 """Pairing: the forget rows that go into a step beside the retained ones."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 
 class PairedDataset(Dataset):
@@ -123,6 +126,31 @@ class UnlearningBatch(dict):
         return self["positions"]
 
 
+class PaddingCollator:
+    """Pads texts and sounds to the longest of a batch; the rest is stacked.
+
+    Args:
+        processing_class: tokenizer or feature extractor.
+    """
+
+    def __init__(self, processing_class: Any):
+        self.processing_class = processing_class
+        self.text = DataCollatorWithPadding(processing_class)
+
+    def __call__(self, rows: list[dict]) -> dict:
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            return self.text(rows)
+        name = self.processing_class.model_input_names[0]
+        if (
+            len({np.shape(row[name]) for row in rows}) == 1
+            and "attention_mask" not in self.processing_class.model_input_names
+        ):
+            return default_data_collator(rows)
+        padded = self.processing_class.pad([{name: np.asarray(row[name])} for row in rows], return_tensors="pt")
+        rest = [{k: v for k, v in row.items() if k != name} for row in rows]
+        return {**padded, **(default_data_collator(rest) if rest[0] else {})}
+
+
 class UIBCollator:
     """Makes an `UnlearningBatch` of paired rows, and a plain batch of plain rows (evaluation).
 
@@ -151,10 +179,10 @@ class UIBCollator:
 
 
 def collator_for(columns: set[str], processing_class, collator: Callable | None = None) -> UIBCollator:
-    """The user's collator, else padding for texts and plain stacking for the rest, for the ``columns`` a model takes."""
+    """The user's collator, else padding for texts and sounds and plain stacking for the rest, for the ``columns`` a model takes."""
     if collator is None:
-        text = isinstance(processing_class, PreTrainedTokenizerBase)
-        collator = DataCollatorWithPadding(processing_class) if text else default_data_collator
+        pads = isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor))
+        collator = PaddingCollator(processing_class) if pads else default_data_collator
     return UIBCollator(collator, columns)
 
 

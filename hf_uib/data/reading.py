@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .columns import Columns, image_column, is_string, label_column, names_of, text_columns
+from .columns import Columns, audio_column, image_column, is_string, label_column, names_of, text_columns, undecoded
 from .labels import class_ids, has_labels, transform_of
-from .transforms import PictureInput, RowTransform, TextInput, range_of
+from .transforms import AudioInput, PictureInput, RowTransform, TextInput, range_of, waveform
 
 # Models whose positions are counted from the padding token's id on
 AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "data2vec-text", "xlm-roberta-xl")
@@ -26,7 +27,7 @@ class Reader:
     Attributes:
         config: of the model.
         main_input: what the model calls its input.
-        processing_class: image processor or tokenizer; None leaves the input alone.
+        processing_class: image processor, feature extractor or tokenizer; None leaves the input alone.
         columns: names that are not the usual ones.
         max_length: truncation length of texts, in tokens.
     """
@@ -45,7 +46,7 @@ class Reader:
         """
         if not isinstance(dataset, datasets.Dataset) or transform_of(dataset) is not None or len(dataset) == 0:
             return dataset
-        dataset = self._with_pictures(dataset)
+        dataset = self._with_files(dataset)
         missing = self.incomplete_rows(dataset)
         if missing:
             row, what = next(iter(missing.items()))
@@ -61,30 +62,45 @@ class Reader:
             return dataset
         return dataset.with_transform(RowTransform(make_input, label, ids))
 
-    def _with_pictures(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """A column of paths that was named as the picture's holds pictures."""
+    def _with_files(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """A column of paths that was named as the picture's or the sound's holds these."""
         if self.columns.image is not None and is_string(dataset.features.get(self.columns.image)):
             return dataset.cast_column(self.columns.image, datasets.Image())
+        for name, feature in (
+            dataset.features or {}
+        ).items():  # sounds are decoded here: `datasets` needs torchcodec for it
+            if (
+                isinstance(feature, datasets.Audio)
+                and feature.decode
+                or name == self.columns.audio
+                and is_string(feature)
+            ):
+                dataset = dataset.cast_column(name, datasets.Audio(decode=False))
         return dataset
 
     def settled(self, dataset) -> "Reader":
         """The same for further sets of the same data: the columns that were found in ``dataset`` are the ones."""
         if not isinstance(dataset, datasets.Dataset) or transform_of(dataset) is not None:
             return self
-        given, columns = self._input_of(self._with_pictures(dataset)), self.columns
+        given, columns = self._input_of(self._with_files(dataset)), self.columns
         if isinstance(given, TextInput):
             columns = replace(columns, text=given.columns)
         elif isinstance(given, PictureInput):
             columns = replace(columns, image=given.column)
+        elif isinstance(given, AudioInput):
+            columns = replace(columns, audio=given.column)
         return replace(self, columns=columns)
 
-    def _input_of(self, dataset: datasets.Dataset) -> PictureInput | TextInput | None:
+    def _input_of(self, dataset: datasets.Dataset) -> PictureInput | AudioInput | TextInput | None:
         if self.processing_class is None or self.main_input in dataset.column_names:
             return None
         if isinstance(self.processing_class, BaseImageProcessor):
             column = image_column(dataset, self.columns)
             channels = getattr(self.config, "num_channels", None)
             return None if column is None else PictureInput(self.processing_class, column, self.main_input, channels)
+        if isinstance(self.processing_class, SequenceFeatureExtractor):
+            column = audio_column(dataset, self.columns)
+            return None if column is None else AudioInput(self.processing_class, column, self.main_input)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             columns = text_columns(dataset, self.columns)
             return TextInput(self.processing_class, columns, self._longest()) if columns else None
@@ -110,10 +126,18 @@ class Reader:
         for column in given.columns if isinstance(given, TextInput) else ():
             found |= {i: f"no text (column '{column}')" for i, v in enumerate(raw[column][:]) if v is None}
         if isinstance(given, PictureInput):
-            encoded = raw.cast_column(given.column, datasets.Image(decode=False)).select_columns([given.column])
+            encoded = raw.cast_column(given.column, undecoded(raw.features[given.column])).select_columns(
+                [given.column]
+            )
             rows = tqdm(encoded, "Checking pictures", delay=2, leave=False)
             for i, row in enumerate(rows):
-                if (fault := fault_of(row[given.column])) is not None:
+                frames = row[given.column] if isinstance(row[given.column], list) else [row[given.column]]
+                if (fault := next(filter(None, map(fault_of, frames or [None])), None)) is not None:
+                    found[i] = f"{fault} (column '{given.column}')"
+        if isinstance(given, AudioInput):
+            sounds = tqdm(raw.select_columns([given.column]), "Checking sounds", delay=2, leave=False)
+            for i, row in enumerate(sounds):
+                if (fault := fault_of_sound(row[given.column], given.extractor.sampling_rate)) is not None:
                     found[i] = f"{fault} (column '{given.column}')"
         return dict(sorted(found.items()))
 
@@ -150,6 +174,27 @@ def fault_of(picture: dict | None) -> str | None:
             f"a picture that cannot be read ({said if said and not file else type(error).__name__})"  # no file's name
         )
     return None
+
+
+def fault_of_sound(sound: Any, rate: int) -> str | None:
+    """What is wrong with a sound, if anything; it is decoded to the end.
+
+    Raises:
+        ValueError: soundfile is not installed.
+    """
+    if sound is None or isinstance(sound, dict) and sound.get("bytes") is None and not sound.get("path"):
+        return "no sound"
+    try:
+        wave = waveform(sound, rate)
+    except ImportError as error:
+        raise ValueError(
+            "Sounds in files are decoded with soundfile, which is not installed: pip install 'hf_uib[audio]'."
+        ) from error
+    except Exception as error:  # whatever libsndfile says of a file
+        return f"a sound that cannot be read ({type(error).__name__})"
+    if wave.ndim != 1 or not len(wave):
+        return "an empty sound" if not wave.size else "a sound that is no waveform"
+    return None if np.isfinite(wave).all() else "a sound with values that are not finite"
 
 
 def encode(dataset, processing_class, main_input: str, max_length: int | None = None):

@@ -7,7 +7,7 @@ import tempfile
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from .columns import is_string
 from .fingerprints import row_hashes
@@ -100,12 +100,13 @@ def split_of(splits: DatasetDict, name: str) -> Dataset:
     return splits[name]
 
 
-def load_processor(*names: str | os.PathLike | None, picture: bool, trust_remote_code: bool = False):
-    """Image processor (the PIL one: torchvision is not needed) or tokenizer of the first checkpoint that has one.
+def load_processor(*names: str | os.PathLike | None, kind: str, trust_remote_code: bool = False):
+    """Image processor (the PIL one: torchvision is not needed), feature extractor or tokenizer of the first checkpoint that has
+    one.
 
     Args:
         names: an adapter's and its base's, say; None is passed over.
-        picture: the image processor.
+        kind: of the model's input, `models.input_kind`.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
@@ -114,22 +115,31 @@ def load_processor(*names: str | os.PathLike | None, picture: bool, trust_remote
     first: ValueError | None = None
     for name in dict.fromkeys(name for name in names if name):
         try:
-            return _load_processor(name, picture, trust_remote_code)
+            return _load_processor(name, kind, trust_remote_code)
         except ValueError as error:
             first = first or error
     raise first or ValueError("Give a checkpoint that has a processor.")
 
 
-def _load_processor(name: str | os.PathLike, picture: bool, trust_remote_code: bool):
-    kind = "image processor" if picture else "tokenizer"
+PROCESSORS = {
+    "image": "image processor",
+    "video": "image processor",
+    "audio": "feature extractor",
+    "text": "tokenizer",
+}
+
+
+def _load_processor(name: str | os.PathLike, kind: str, trust_remote_code: bool):
     try:
-        if picture:
+        if kind == "audio":
+            return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if kind in ("image", "video"):
             return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust_remote_code)
         processor = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a library says about a folder's files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{name} has no {kind} that can be read ({reason}); save it there with save_pretrained."
+            f"{name} has no {PROCESSORS[kind]} that can be read ({reason}); save it there with save_pretrained."
         ) from error
     if len(processor) <= len(processor.all_special_tokens):
         raise ValueError(f"{name} has no tokenizer; save the one it was trained with beside the model.")

@@ -1,5 +1,7 @@
 """From raw rows to what a model takes. Module-level classes, so that loader workers of every kind can be sent them."""
 
+import io
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -30,7 +32,7 @@ def range_of(picture: Image.Image) -> float:
 
 
 class PictureInput:
-    """Pictures through an image processor.
+    """Pictures, or the frames of videos, through an image processor.
 
     Args:
         processor: image processor.
@@ -43,9 +45,60 @@ class PictureInput:
         self.processor, self.column, self.main_input, self.channels = processor, column, main_input, channels
 
     def __call__(self, batch: dict) -> dict:
-        pictures = [to_channels(picture, self.channels) for picture in batch[self.column]]
+        pictures = [
+            [to_channels(frame, self.channels) for frame in given]
+            if isinstance(given, list)
+            else to_channels(given, self.channels)
+            for given in batch[self.column]
+        ]
         rest = {k: v for k, v in batch.items() if k != self.column}
         return {**rest, self.main_input: self.processor(pictures, return_tensors="pt")[self.main_input]}
+
+
+class AudioInput:
+    """Sounds through a feature extractor, at its sampling rate.
+
+    Args:
+        extractor: feature extractor.
+        column: of the sounds, which does not stay: encoded ones (``bytes`` or ``path``), or waveforms at the extractor's rate.
+        main_input: what the model calls its input.
+    """
+
+    def __init__(self, extractor, column: str, main_input: str):
+        self.extractor, self.column, self.main_input = extractor, column, main_input
+
+    def __call__(self, batch: dict) -> dict:
+        rate = self.extractor.sampling_rate
+        waves = [waveform(sound, rate) for sound in batch[self.column]]
+        rest = {k: v for k, v in batch.items() if k != self.column}
+        return {**rest, self.main_input: list(self.extractor(waves, sampling_rate=rate)[self.main_input])}
+
+
+def waveform(sound, rate: int) -> np.ndarray:
+    """A sound as numbers, ``[n]`` in float32 at ``rate``; channels are averaged.
+
+    Args:
+        sound: ``{"bytes": ..., "path": ...}`` of an audio file, or the numbers themselves.
+
+    Raises:
+        ImportError: soundfile is not installed.
+    """
+    if not isinstance(sound, dict):
+        return np.asarray(sound, dtype=np.float32)
+    if sound.get("array") is not None:
+        values, own = np.asarray(sound["array"], dtype=np.float32), int(sound["sampling_rate"])
+    else:
+        import soundfile
+
+        source = sound["path"] if sound.get("bytes") is None else io.BytesIO(sound["bytes"])
+        values, own = soundfile.read(source, dtype="float32", always_2d=True)
+        values = values.mean(1)
+    if own == rate:
+        return values
+    from scipy.signal import resample_poly
+
+    common = math.gcd(own, rate)
+    return resample_poly(values, rate // common, own // common).astype(np.float32)
 
 
 class TextInput:
@@ -69,7 +122,7 @@ class RowTransform:
     """What `datasets.Dataset.with_transform` is given: the input, and the labels as class ids. Nothing is cached on disk.
 
     Args:
-        make_input: `PictureInput` or `TextInput`; None leaves the columns as they are.
+        make_input: `PictureInput`, `AudioInput` or `TextInput`; None leaves the columns as they are.
         label: the label's column, if there is one.
         ids: class ids by label; None where the labels are ids already.
     """

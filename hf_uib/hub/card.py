@@ -53,7 +53,7 @@ class UnlearningCardData:
         repository: Hub id that the card is for.
         merged: the card is the merged model's, not the adapter's.
         adapter_folder: where PEFT keeps an adapter of another name than ``default``.
-        takes_images: else texts.
+        kind: of the input: image, video, audio or text.
         data_sets: forget, retain, calibration and eval set, as far as there are any.
         dataset_name: Hub id of the data.
         retained: retained rows were given.
@@ -79,7 +79,7 @@ class UnlearningCardData:
     repository: str | None
     merged: bool
     adapter_folder: str | None
-    takes_images: bool
+    kind: str
     data_sets: list[DataSummary]
     dataset_name: str | None
     retained: bool
@@ -197,7 +197,7 @@ def evaluations(data: UnlearningCardData) -> list[EvalResult]:
 
 def pipeline_of(data: UnlearningCardData) -> str:
     """The Hub's name of the task."""
-    return "image-classification" if data.takes_images else "text-classification"
+    return f"{data.kind}-classification"
 
 
 def header_of(data: UnlearningCardData) -> ModelCardData:
@@ -258,6 +258,6 @@ def write_card(data: UnlearningCardData, folder: str) -> None:
         worst=WORST,
         figures=[name for name in FIGURES if is_marked(os.path.join(folder, name))],
         tried=attacks_of(audit) if audit else [],
-        auto_class="AutoModelForImageClassification" if data.takes_images else "AutoModelForSequenceClassification",
+        auto_class=f"AutoModelFor{'Sequence' if data.kind == 'text' else data.kind.title()}Classification",
     )
     card.save(os.path.join(folder, "README.md"))
