@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,6 +12,15 @@ from .models import num_labels_of
 from .objective import margin, other_classes_kl
 
 TASK_TYPES: list[type["UnlearningTask"]] = []
+# Endings of the names of models that have no logits [n, classes]
+NO_CLASSIFIERS = {
+    "ForTokenClassification": "labels tokens",
+    "ForQuestionAnswering": "answers questions",
+    "ForMaskedLM": "predicts tokens",
+    "LMHeadModel": "generates; for those see OpenUnlearning",
+    "ForCausalLM": "generates; for those see OpenUnlearning",
+    "ForConditionalGeneration": "generates; for those see OpenUnlearning",
+}
 
 
 class UnlearningTask:
@@ -57,6 +67,10 @@ def task_of(model: PreTrainedModel) -> UnlearningTask:
     Raises:
         ValueError: no task type matches it.
     """
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    for ending, what in NO_CLASSIFIERS.items():
+        if name.endswith(ending):
+            raise ValueError(f"UIBTrainer unlearns classifiers of whole rows; {name} {what}.")
     for kind in TASK_TYPES:
         if kind.matches(model):
             return kind()

@@ -5,6 +5,7 @@ import re
 
 import datasets
 import pytest
+import transformers
 from conftest import make_model, make_rows
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_cli import pictures  # noqa: F401
@@ -14,6 +15,12 @@ from hf_uib import UIBConfig, UIBTrainer, audit_model
 from hf_uib.cli.unlearn import UnlearnArguments, unlearn
 from hf_uib.data.sources import load_processor
 from hf_uib.models import load_classifier
+
+
+def other_head(name):
+    config = make_model("bert").config
+    config.is_decoder = name == "BertLMHeadModel"
+    return getattr(transformers, name)(config)
 
 
 def train(path, model=None, forget=None, retain=None, calibration=None, peft_config=None, **settings):
@@ -100,6 +107,8 @@ TRAINER = {
     "a stream to keep": (lambda p: train(p, retain=make_rows().to_iterable_dataset()), "retain_dataset is a stream"),
     "regression": (lambda p: train(p, model=make_model(num_labels=1, problem_type="regression")), "problem_type"),
     "a model of several labels": (lambda p: train(p, model=make_model(problem_type="multi_label_classification")), "3 numbers"),
+    "labels of tokens": (lambda p: train(p, model=other_head("BertForTokenClassification")), "TokenClassification labels tokens"),
+    "generation": (lambda p: train(p, model=other_head("BertLMHeadModel")), "generates; for those see OpenUnlearning"),
     "an adapter that cannot be trained": (lambda p: train(p, model=saved_adapter(p, False)), "is_trainable=True"),
     "an adapter and a peft_config": (
         lambda p: train(p, model=saved_adapter(p), peft_config=LoraConfig()), "leave peft_config out",
@@ -136,10 +145,10 @@ TRAINER = {
     "a folder without a model": (lambda p: load_classifier(str(p.parent)), "has no config.json"),
     "a model that is no classifier": (
         lambda p: load_classifier(broken(p, "config.json", b'{"model_type": "vit", "architectures": ["ViTModel"]}')),
-        "no image or sequence classifier",
+        "which is no classifier of pictures",
     ),
     "a text model without its tokenizer": (
-        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), load_processor(str(p.parent / "bare"), picture=False)),
+        lambda p: (make_model("bert").save_pretrained(p.parent / "bare"), load_processor(str(p.parent / "bare"), kind="text")),
         "has no tokenizer",
     ),
     "a broken config": (lambda p: load_classifier(broken(p, "config.json")), "config.json"),
