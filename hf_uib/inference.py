@@ -123,10 +123,10 @@ class SharedInference:
         """Logits ``[n, classes]`` and labels ``[n, ...]`` of all the rows, on every process."""
         pair = forward(self.model, self.batches(dataset, rows, description), self.context)
         if self.accelerator.num_processes > 1:
-            there = torch.ones(len(pair[0]), dtype=torch.bool, device=pair[0].device)
+            there = torch.ones(len(pair[0]), dtype=torch.long, device=pair[0].device)
             padded = self.accelerator.pad_across_processes((*pair, there), dim=0)
             logits, labels, there = self.accelerator.gather(padded)
-            return logits[there], labels[there]
+            return logits[there == 1], labels[there == 1]
         return pair
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
