@@ -155,6 +155,7 @@ def test_a_task_type(extended, tmp_path):
     logits, labels = torch.tensor([[2.0], [2.0]]), torch.tensor([1, 0])
     assert trainer.task.margin(logits, labels).tolist() == [2.0, -2.0]
     with pytest.raises(
-        ValueError, match="The audit reads classifiers of one label or several a row; the task of this model is OneLogit"
+        ValueError,
+        match="The audit reads classifiers of one label or several a row; the task of this model is OneLogit",
     ):
         trainer.audit(rows(40, 5))
