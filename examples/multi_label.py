@@ -6,15 +6,14 @@ A ViT with three labels (`problem_type="multi_label_classification"`) learned fr
 with the digit, beside LoRA fine-tuning on the same rows and a model retrained without the others.
 """
 
-import copy
-
 import numpy as np
+from beside_lora import train_both
 from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from hf_uib import UIBConfig, UIBTrainer, retrain
-from hf_uib.cli.digits import digits_colour, small_vit
+from hf_uib import retrain
+from hf_uib.cli.digits import digits_colour, merged, small_vit
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
 from hf_uib.metrics import text_table
@@ -58,29 +57,21 @@ def main(
     settings = dict(per_device_train_batch_size=64, seed=seed, save_strategy="no", logging_steps=50)
     training = TrainingArguments(output_dir, max_steps=train_steps, learning_rate=1e-3, **settings)
     start = retrain(start, sets["pretrain"], training)
-    both = Dataset.from_list([*sets["forget"].with_format(None), *sets["retain"].with_format(None)])
-    original = retrain(start, encode(both.cast(sets["forget"].features), processor, "pixel_values"), training)
+    original = retrain(start, merged(sets["forget"], sets["retain"]), training)
     rows = {"original": row(original, sets["test"])}
 
-    def unlearned(**setting) -> UIBTrainer:
-        trainer = UIBTrainer(
-            copy.deepcopy(original),
-            UIBConfig(output_dir, max_steps=steps, **settings, **setting),
-            forget_dataset=sets["forget"],
-            retain_dataset=sets["retain"],
-            calibration_dataset=sets["calibration"],
-            processing_class=processor,
-        )
-        trainer.train()
-        return trainer
-
-    trainer = unlearned()
-    rows["UIB"] = row(trainer.model, sets["test"])
-    lora = unlearned(prior="none", beta=0.0, posterior="map")  # what is left of the method without its parts
-    rows["LoRA"] = row(lora.model, sets["test"])
+    trainers = train_both(
+        original,
+        dict(output_dir=output_dir, max_steps=steps, **settings),
+        forget_dataset=sets["forget"],
+        retain_dataset=sets["retain"],
+        calibration_dataset=sets["calibration"],
+        processing_class=processor,
+    )
+    rows |= {name: row(trainer.model, sets["test"]) for name, trainer in trainers.items()}
     retrained = retrain(start, sets["retain"], training)
     rows["retrained"] = row(retrained, sets["test"])
-    audit = trainer.audit(sets["test"], retrained_model=retrained, label="closed")
+    audit = trainers["UIB"].audit(sets["test"], retrained_model=retrained, label="closed")
     print(f"\n{text_table(rows)}\n\nAudit of the label 'closed': {audit.verdict}")
     return rows, audit.verdict
 

@@ -7,15 +7,14 @@ audio spectrogram transformer learned from them. It unlearns the rows in which t
 fine-tuning on the same rows and a model retrained without the others.
 """
 
-import copy
-
 import numpy as np
+from beside_lora import train_both
 from datasets import Dataset, concatenate_datasets
 from scipy.signal import lfilter
 from torch import nn
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, TrainingArguments, set_seed
 
-from hf_uib import UIBConfig, UIBTrainer, retrain
+from hf_uib import retrain
 from hf_uib.data.columns import Columns
 from hf_uib.data.reading import Reader
 from hf_uib.inference import predict
@@ -98,26 +97,19 @@ def main(
     original = fit(start, concatenate_datasets([raw["forget"], raw["retain"]]))
     rows = {"original": row(original, sets["test"])}
 
-    def unlearned(**setting) -> UIBTrainer:
-        trainer = UIBTrainer(
-            copy.deepcopy(original),
-            UIBConfig(output_dir, max_steps=steps, **settings, **setting),
-            forget_dataset=raw["forget"],
-            retain_dataset=raw["retain"],
-            calibration_dataset=raw["unseen"],
-            processing_class=extractor,
-            columns=columns,
-        )
-        trainer.train()
-        return trainer
-
-    trainer = unlearned()
-    rows["UIB"] = row(trainer.model, sets["test"])
-    lora = unlearned(prior="none", beta=0.0, posterior="map")  # what is left of the method without its parts
-    rows["LoRA"] = row(lora.model, sets["test"])
+    trainers = train_both(
+        original,
+        dict(output_dir=output_dir, max_steps=steps, **settings),
+        forget_dataset=raw["forget"],
+        retain_dataset=raw["retain"],
+        calibration_dataset=raw["unseen"],
+        processing_class=extractor,
+        columns=columns,
+    )
+    rows |= {name: row(trainer.model, sets["test"]) for name, trainer in trainers.items()}
     retrained = fit(start, raw["retain"])
     rows["retrained"] = row(retrained, sets["test"])
-    audit = trainer.audit(raw["test"], bias_column="voice", retrained_model=retrained, columns=columns)
+    audit = trainers["UIB"].audit(raw["test"], bias_column="voice", retrained_model=retrained, columns=columns)
     print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
     return rows, audit.verdict
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .data.labels import several_labels
 from .data.pairing import Subset, collator_for
 from .models import blocks_of, forward_columns, num_labels_of
 
@@ -76,8 +77,7 @@ def forward(
     if not logits:  # no row is this process's
         device, config = next(model.parameters()).device, getattr(model, "config", None)
         none = torch.zeros(0, getattr(config, "num_labels", 1), device=device)
-        several = getattr(config, "problem_type", None) == "multi_label_classification"
-        return none, none.clone() if several else torch.zeros(0, dtype=torch.long, device=device)
+        return none, none.clone() if several_labels(config) else torch.zeros(0, dtype=torch.long, device=device)
     return torch.cat(logits), torch.cat(labels)
 
 

@@ -82,8 +82,8 @@ class PatternTokens(nn.Module):
         if not len(x) or not len(others[0]):
             return
         if labels.ndim > 1:  # each combination of labels is one
-            rows_of_both, count = torch.cat([labels, others[2]]), len(labels)
-            ids = rows_of_both.unique(dim=0, return_inverse=True)[1]
+            both, count = torch.cat([labels, others[2]]).float().nan_to_num(-1), len(labels)
+            ids = both.unique(dim=0, return_inverse=True)[1]
             labels, others = ids[:count], (*others[:2], ids[count:])
         z = token_z((x, present, labels), others)
         chosen = (z >= PATTERN_Z) & present

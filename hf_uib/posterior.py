@@ -45,7 +45,7 @@ class LayersAlike:
     Attributes:
         names: of the layers.
         subspaces: V_l, ``[m, k, d_in]``; base_projected_weight: W V', ``[m, d_out, k]``.
-        scalings: LoRA's s; units: s, times the gain where A is a multiple of V_l; both ``[m, 1, 1]``.
+        scalings: LoRA's s, ``[m]``; units: s, times the gain where A is a multiple of V_l, ``[m, 1, 1]``.
     """
 
     names: list[str]
@@ -111,11 +111,11 @@ class ChannelPosterior(nn.Module):
             name: weight_matrix(layer).detach().float() @ self.subspaces[name].T for name, layer in layers.items()
         }
         self.groups = self._layers_alike(base_projected_weight)
-        self.ranks = torch.stack([v.square().sum().round() for _, v in self.subspaces.items()])
         self.floors = torch.stack([settings.floor * scale for _, scale in self.output_scales.items()])
         order = [list(layers).index(name) for group in self.groups for name in group.names]
-        self._grouped = torch.tensor(order, device=self.floors.device)  # numbers of the layers, in the groups' order
-        self._ungrouped = self._grouped.argsort()
+        grouped = torch.tensor(order, device=self.floors.device)  # numbers of the layers, in the groups' order
+        self._ungrouped, self._floors = grouped.argsort(), self.floors[grouped]
+        self._ranks = torch.stack([v.square().sum().round() for _, v in self.subspaces.items()])[grouped]
         # What narrows reads what the layer before it has disturbed
         noisy = [
             name for name, weight in base_projected_weight.items() if len(weight) >= self.subspaces[name].shape[1]
@@ -128,7 +128,7 @@ class ChannelPosterior(nn.Module):
             adapter,
             in_lora_units if a_spans_subspace else None,
         )
-        self._noisy = torch.tensor([name in noisy for name in layers], device=self.floors.device)
+        self._noisy = torch.tensor([name in noisy for name in layers], device=self.floors.device)[grouped]
         self.set_prior_mean()
 
     @classmethod
@@ -211,14 +211,14 @@ class ChannelPosterior(nn.Module):
         for name in self.layers:
             groups.setdefault(tuple((factor.shape, factor.dtype) for factor in self.factors(name)), []).append(name)
         stacked = lambda names, values: torch.stack([values[name] for name in names])
-        scalars = lambda values, like: torch.tensor(values, device=like.device)[:, None, None]
+        scalars = lambda values, like: torch.tensor(values, device=like.device)
         return [
             LayersAlike(
                 names,
                 stacked(names, self.subspaces),
                 weight := stacked(names, base_projected_weight),
                 scalars([self.layers[name].scaling[self.adapter] for name in names], weight),
-                scalars([self._unit(name) for name in names], weight),
+                scalars([self._unit(name) for name in names], weight)[:, None, None],
             )
             for names in groups.values()
         ]
@@ -294,17 +294,20 @@ class ChannelPosterior(nn.Module):
         """
         scale = (self.scale if scale is None else scale) / len(self.subspaces[next(iter(self.layers))]) ** 0.5
         stacked = self._stacked({name: self.factors(name) for name in self.layers})
-        floors, scales = self.floors[self._grouped], scale * self._noisy[self._grouped]
         with self._in_full_precision():
             nats = channel_kl(
-                self.projected_weight(stacked), self.prior_projected_weight, self.ranks[self._grouped], scales, floors
+                self.projected_weight(stacked),
+                self.prior_projected_weight,
+                self._ranks,
+                scale * self._noisy,
+                self._floors,
             )
             if not self._spans:  # else nothing moves outside the subspace
                 beyond = [
-                    outside(*own, *prior, group.subspaces, group.scalings[:, 0, 0])
+                    outside(*own, *prior, group.subspaces, group.scalings)
                     for group, own, prior in zip(self.groups, stacked, self._prior, strict=True)
                 ]
-                nats = nats + torch.cat(beyond) / (2 * floors**2)
+                nats = nats + torch.cat(beyond) / (2 * self._floors**2)
         return nats[self._ungrouped]
 
     def move_prior(self, scale: float) -> None:

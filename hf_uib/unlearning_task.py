@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .data.checks import check_label_vectors, check_labels
+from .data.labels import several_labels
 from .models import num_labels_of
 from .objective import margin, other_classes_kl
 
@@ -112,7 +113,7 @@ class MultiLabel(UnlearningTask):
     @classmethod
     def matches(cls, model: PreTrainedModel) -> bool:
         """`problem_type` is multi-label classification."""
-        return getattr(model.config, "problem_type", None) == "multi_label_classification"
+        return several_labels(model.config)
 
     def check_labels(self, name: str, dataset, model: PreTrainedModel) -> np.ndarray:
         """Label vectors, ``[n, labels]``; -1 where a label is not given."""

@@ -8,6 +8,21 @@ HERE = os.path.dirname(__file__)
 CONFIG = os.path.join(HERE, "..", "hf_uib", "cli", "accelerate_configs", "cpu_two_processes.yaml")
 
 
+def unlearn_words(folder, where: str, *more) -> list[str]:
+    """`hf-uib unlearn` of ``model`` and ``data`` in a folder, three steps long, to ``out``."""
+    words = [
+        "unlearn",
+        "--model_name_or_path",
+        folder / "model",
+        "--dataset_name",
+        folder / "data",
+        "--forget_where",
+        where,
+    ]
+    words += ["--max_steps", 3, "--output_dir", folder / "out", "--report_to", "none", "--use_cpu", *more]
+    return list(map(str, words))
+
+
 def command_for(script: str, processes: int, *arguments) -> tuple[list[str], dict[str, str]]:
     """Command and environment; several processes are started by accelerate."""
     command = [sys.executable]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from launching import unlearn_words
 from test_trainer import adapter_weights, config, same
 from transformers import (
     ASTConfig,
@@ -159,16 +160,7 @@ def test_the_command_line(tmp_path):
         sounds(n, n).cast_column("audio", datasets.Audio(decode=False)).to_parquet(
             tmp_path / "data" / f"{split}.parquet"
         )
-    words = [
-        "--model_name_or_path",
-        tmp_path / "model",
-        "--dataset_name",
-        tmp_path / "data",
-        "--forget_where",
-        "speaker=1",
-    ]
-    words += ["--max_steps", 3, "--output_dir", tmp_path / "out", "--report_to", "none", "--use_cpu"]
-    dispatch(["unlearn", *map(str, words)])
+    dispatch(unlearn_words(tmp_path, "speaker=1"))
     assert "pipeline_tag: audio-classification" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match="--text_column is given, but the model takes input_values"):
-        dispatch(["unlearn", *map(str, words), "--text_column", "label"])
+        dispatch(unlearn_words(tmp_path, "speaker=1", "--text_column", "label"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_rows
+from launching import unlearn_words
 from test_trainer import adapter_weights, config, same
 from transformers import Trainer, TrainingArguments
 
@@ -161,25 +162,7 @@ def test_the_command_line(tmp_path):
     for split, rows in names.items():
         rows.with_format(None).to_parquet(tmp_path / "data" / f"{split}.parquet")
     word_tokenizer().save_pretrained(tmp_path / "model")
-    words = [
-        "--model_name_or_path",
-        tmp_path / "model",
-        "--dataset_name",
-        tmp_path / "data",
-        "--forget_where",
-        "source=1",
-    ]
-    words += [
-        "--bias_column",
-        "source",
-        "--audit_label",
-        "LABEL_2",
-        "--max_steps",
-        3,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    dispatch(["unlearn", *map(str, words), "--report_to", "none", "--use_cpu"])
+    dispatch(unlearn_words(tmp_path, "source=1", "--bias_column", "source", "--audit_label", "LABEL_2"))
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert "labels other than 'LABEL_2'" in " ".join(audit["not_measured"])
     card = (tmp_path / "out" / "README.md").read_text()

@@ -178,8 +178,7 @@ def _samples(
             given = rows_with_label(labels, number)
             if not len(given):
                 raise ValueError(f"No row of {part}_dataset has the label that is audited; name another: label=...")
-            if len(given) < len(encoded):
-                encoded = encoded.select(given) if hasattr(encoded, "select") else Subset(encoded, given.tolist())
+            encoded = _selected(encoded, given.tolist())
         examples = _column(encoded, example_column) if part == "test" else None
         if examples is None:
             chosen = sorted(sample_indices(len(encoded), wanted[part], seed))
@@ -187,10 +186,15 @@ def _samples(
             ids = np.unique(examples, return_inverse=True)[1]
             count = max(1, wanted[part] * (ids.max() + 1) // len(ids))
             chosen = np.flatnonzero(np.isin(ids, sample_indices(int(ids.max()) + 1, count, seed))).tolist()
-        if len(chosen) < len(encoded):
-            encoded = encoded.select(chosen) if hasattr(encoded, "select") else Subset(encoded, chosen)
-        sets[part] = encoded
+        sets[part] = _selected(encoded, chosen)
     return sets, number
+
+
+def _selected(rows: Any, chosen: list[int]) -> Any:
+    """Some rows of a set, in their order."""
+    if len(chosen) == len(rows):
+        return rows
+    return rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
 
 
 def _bias_attribute(

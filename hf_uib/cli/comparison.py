@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 
+from ..data.labels import several_labels
 from ..data.sources import PROCESSORS, load_processor
 from ..hub.push import MERGED
 from ..models import fingerprint, forward_columns, input_kind, load_classifier
@@ -70,7 +71,7 @@ class Comparison:
     @property
     def takes_images(self) -> bool:
         """Else texts."""
-        return self.model.main_input_name == "pixel_values"
+        return input_kind(self.model) == "image"
 
     def probabilities(self, rows: list) -> tuple[np.ndarray, np.ndarray]:
         """Of the classes, before and after: two arrays ``[n, classes]`` for n pictures or texts."""
@@ -156,7 +157,7 @@ def _recorded(adapter: str) -> dict:
 def _processor(model, *names: str):
     """Image processor or tokenizer of the first checkpoint that has one."""
     own = input_kind(model)
-    if own not in ("image", "text") or getattr(model.config, "problem_type", None) == "multi_label_classification":
+    if own not in ("image", "text") or several_labels(model.config):
         raise ValueError(
             f"The app shows classifiers of pictures and texts with one label; this is a {type(model).__name__}."
         )

@@ -168,6 +168,9 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
         number = label_number(trainer.model, job.audit_label, labels_of(trainer.forget_dataset))
     elif job.audit_label is not None:
         raise ValueError(f"--audit_label {job.audit_label} is for a model of several labels a row; leave it out.")
+    if number is not None:
+        given = lambda rows: rows if rows is None else rows.select(rows_with_label(labels_of(rows), number))
+        shown = {part: given(rows) for part, rows in shown.items()}
     measured = lambda model: _measured(trainer, model, shown, job.bias_column, number)
     results = {"original": measured(trainer.model)}
     last = {} if oracle is None else {"retrained": measured(oracle)}
@@ -381,13 +384,10 @@ def _measured(
     trainer: UIBTrainer, model, shown: dict[str, Dataset | None], bias_column: str | None, number: int | None
 ) -> dict:
     """One row of the table for a user's model; ``number`` is that of the label which is looked at, where a row has several."""
-    given = lambda rows: rows if number is None else rows.select(rows_with_label(labels_of(rows), number))
-    forget = given(trainer.forget_dataset)
     row: dict[str, float] = {}
     for part, dataset in shown.items():
         if dataset is None:
             continue
-        dataset = given(dataset)
         rows = dataset if part == "test" or len(dataset) <= MOST_ROWS else dataset.select(range(MOST_ROWS))
         logits, labels = predict(model, rows, trainer.processing_class, description=f"Evaluating {part}")
         if number is not None:
@@ -395,6 +395,7 @@ def _measured(
         if part == "test":
             attributes = None
             if bias_column is not None and bias_column in dataset.column_names:
+                forget: Any = shown["forget"]
                 own = None if number is None else labels_of(forget)[:, number].astype(int)
                 attributes = bias_attributes(forget, dataset, bias_column, own)
             row |= results_row(logits, labels, attributes)

@@ -35,9 +35,7 @@ def comparable(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> n
 
 def check_labels(name: str, dataset, num_labels: int) -> np.ndarray:
     """All labels, ``[n]``; refuses those that are no class ids of the model. ``name`` is what the message calls the set."""
-    labels = labels_of(dataset)
-    if len(labels) == 0:
-        raise ValueError(f"{name} has no examples; check the condition that selects it.")
+    labels = _some_labels(name, dataset)
     if labels.dtype.kind not in "iu":
         raise ValueError(f"The labels of {name} are not integers; encode them as class ids (ClassLabel).")
     if labels.min() < 0 or labels.max() >= num_labels:
@@ -50,9 +48,7 @@ def check_labels(name: str, dataset, num_labels: int) -> np.ndarray:
 
 def check_label_vectors(name: str, dataset, num_labels: int) -> np.ndarray:
     """All label vectors, ``[n, num_labels]`` of 0 and 1, -1 where none is given (-1 or NaN); refuses others."""
-    labels = labels_of(dataset)
-    if len(labels) == 0:
-        raise ValueError(f"{name} has no examples; check the condition that selects it.")
+    labels = _some_labels(name, dataset)
     if labels.dtype.kind not in "iufb" or labels.ndim != 2 or labels.shape[1] != num_labels:
         found = f"vectors of {labels.shape[1]}" if labels.ndim == 2 else "no vectors of one length"
         raise ValueError(
@@ -66,6 +62,14 @@ def check_label_vectors(name: str, dataset, num_labels: int) -> np.ndarray:
     empty = np.flatnonzero((labels < 0).all(1))
     if len(empty):
         raise ValueError(f"Row {empty[0]} of {name} has none of its labels given; drop it.")
+    return labels
+
+
+def _some_labels(name: str, dataset) -> np.ndarray:
+    """All labels of a set that has rows."""
+    labels = labels_of(dataset)
+    if len(labels) == 0:
+        raise ValueError(f"{name} has no examples; check the condition that selects it.")
     return labels
 
 

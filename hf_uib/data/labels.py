@@ -26,14 +26,13 @@ def class_ids(dataset: datasets.Dataset, config, columns: Columns = Columns(), n
     """
     column = label_column(dataset, columns)
     feature = dataset.features[column]
-    several = getattr(config, "problem_type", None) == "multi_label_classification"
-    if isinstance(feature, (datasets.List, datasets.LargeList, dict)) and not several:
+    if several_labels(config):
+        return None
+    if isinstance(feature, (datasets.List, datasets.LargeList, dict)):
         raise ValueError(
             f"The labels of {name} (column '{column}') are lists; give one class for each row, or a model whose config says "
             "problem_type='multi_label_classification'."
         )
-    if several:
-        return None
     values = list(dict.fromkeys(v for v in dataset.with_format(None)[column][:] if v is not None and v == v))
     if isinstance(feature, datasets.ClassLabel):
         names = {i: feature.names[i] for i in sorted(v for v in values if 0 <= v < feature.num_classes)}
@@ -77,6 +76,11 @@ def _ids_of_numbers(values: list, config, name: str) -> dict | None:
     if all(isinstance(v, float) and v.is_integer() for v in values):
         return {v: int(v) for v in values}
     raise ValueError(f"The labels of {name} are not integers; encode them as class ids, or give names.")
+
+
+def several_labels(config) -> bool:
+    """Whether a row has several labels: the model's ``problem_type`` says so."""
+    return getattr(config, "problem_type", None) == "multi_label_classification"
 
 
 def any_known(names: Iterable[str], config) -> bool:
@@ -162,9 +166,9 @@ def labels_of(dataset, columns: Columns = Columns()) -> np.ndarray:  # noqa: B00
     name = getattr(transform, "label", None) or label_column(dataset, columns)
     values = dataset.with_format(None).select_columns([name])[:][name]
     values = transform.labels(values) if hasattr(transform, "labels") else values
-    if len({len(v) if isinstance(v, (list, tuple)) else 0 for v in values}) > 1:  # no array of one shape
-        return np.asarray(values, dtype=object)
-    return np.asarray(values)
+    several = len(values) > 0 and isinstance(values[0], list)
+    ragged = several and len({len(v) if isinstance(v, list) else 0 for v in values}) > 1
+    return np.asarray(values, dtype=object if ragged else None)
 
 
 def transform_of(dataset):

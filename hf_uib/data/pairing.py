@@ -126,27 +126,21 @@ class UnlearningBatch(dict):
         return self["positions"]
 
 
-class PaddingCollator:
-    """Pads texts and sounds to the longest of a batch; the rest is stacked.
+class SoundCollator:
+    """Pads sounds to the longest of a batch; the rest is stacked.
 
     Args:
-        processing_class: tokenizer or feature extractor.
+        extractor: feature extractor.
     """
 
-    def __init__(self, processing_class: Any):
-        self.processing_class = processing_class
-        self.text = DataCollatorWithPadding(processing_class)
+    def __init__(self, extractor: Any):
+        self.extractor = extractor
 
     def __call__(self, rows: list[dict]) -> dict:
-        if isinstance(self.processing_class, PreTrainedTokenizerBase):
-            return self.text(rows)
-        name = self.processing_class.model_input_names[0]
-        if (
-            len({np.shape(row[name]) for row in rows}) == 1
-            and "attention_mask" not in self.processing_class.model_input_names
-        ):
+        name, *others = self.extractor.model_input_names
+        if len({np.shape(row[name]) for row in rows}) == 1 and "attention_mask" not in others:
             return default_data_collator(rows)
-        padded = self.processing_class.pad([{name: np.asarray(row[name])} for row in rows], return_tensors="pt")
+        padded = self.extractor.pad([{name: np.asarray(row[name])} for row in rows], return_tensors="pt")
         rest = [{k: v for k, v in row.items() if k != name} for row in rows]
         return {**padded, **(default_data_collator(rest) if rest[0] else {})}
 
@@ -181,8 +175,11 @@ class UIBCollator:
 def collator_for(columns: set[str], processing_class, collator: Callable | None = None) -> UIBCollator:
     """The user's collator, else padding for texts and sounds and plain stacking for the rest, for the ``columns`` a model takes."""
     if collator is None:
-        pads = isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor))
-        collator = PaddingCollator(processing_class) if pads else default_data_collator
+        collator = default_data_collator
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            collator = DataCollatorWithPadding(processing_class)
+        elif isinstance(processing_class, SequenceFeatureExtractor):
+            collator = SoundCollator(processing_class)
     return UIBCollator(collator, columns)
 
 

@@ -66,15 +66,11 @@ class Reader:
         """A column of paths that was named as the picture's or the sound's holds these."""
         if self.columns.image is not None and is_string(dataset.features.get(self.columns.image)):
             return dataset.cast_column(self.columns.image, datasets.Image())
-        for name, feature in (
-            dataset.features or {}
-        ).items():  # sounds are decoded here: `datasets` needs torchcodec for it
+        for name, feature in (dataset.features or {}).items():
+            named = name == self.columns.audio and is_string(feature)
             if (
-                isinstance(feature, datasets.Audio)
-                and feature.decode
-                or name == self.columns.audio
-                and is_string(feature)
-            ):
+                named or isinstance(feature, datasets.Audio) and feature.decode
+            ):  # `datasets` needs torchcodec to decode them
                 dataset = dataset.cast_column(name, datasets.Audio(decode=False))
         return dataset
 

@@ -85,14 +85,11 @@ def waveform(sound, rate: int) -> np.ndarray:
     """
     if not isinstance(sound, dict):
         return np.asarray(sound, dtype=np.float32)
-    if sound.get("array") is not None:
-        values, own = np.asarray(sound["array"], dtype=np.float32), int(sound["sampling_rate"])
-    else:
-        import soundfile
+    import soundfile
 
-        source = sound["path"] if sound.get("bytes") is None else io.BytesIO(sound["bytes"])
-        values, own = soundfile.read(source, dtype="float32", always_2d=True)
-        values = values.mean(1)
+    source = sound["path"] if sound.get("bytes") is None else io.BytesIO(sound["bytes"])
+    values, own = soundfile.read(source, dtype="float32", always_2d=True)
+    values = values.mean(1)
     if own == rate:
         return values
     from scipy.signal import resample_poly
