@@ -149,7 +149,7 @@ def test_a_broken_sound_gets_one_line(tmp_path, sound, message):
 
 def test_without_soundfile_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    with pytest.raises(ValueError, match=r"pip install 'hf_uib\[audio\]'"):
+    with pytest.raises(ValueError, match='pip install "soundfile>=0.12"'):
         UIBTrainer(speech_model(), config(tmp_path), sounds(8, 1), sounds(8, 2), processing_class=EXTRACTOR)
 
 

@@ -184,7 +184,7 @@ def fault_of_sound(sound: Any, rate: int) -> str | None:
         wave = waveform(sound, rate)
     except ImportError as error:
         raise ValueError(
-            "Sounds in files are decoded with soundfile, which is not installed: pip install 'hf_uib[audio]'."
+            'Sounds in files are decoded with soundfile, which is not installed; pip install "soundfile>=0.12".'
         ) from error
     except Exception as error:  # whatever libsndfile says of a file
         return f"a sound that cannot be read ({type(error).__name__})"
