@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from .config import UIBConfig
 from .contrast import CHUNKS, PROBE_ROWS, ContrastStatistics, measure_contrast
+from .data.labels import IGNORED
 from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
 from .inference import SharedInference, batches_of
 from .lora import AdaptedLayer
+from .objective import margin
 from .pattern_tokens import PatternTokens
 from .unlearning_task import UnlearningTask
 
@@ -125,7 +127,14 @@ class Measurements:
         for dataset, rows, sign in ((self.sets.forget, forget, 1.0), (self.sets.retain, kept, -1.0)):
             if rows:
                 for inputs in self.inference.batches(dataset, rows[chunk::CHUNKS], "Contrast"):
-                    yield inputs, sign / len(rows)
+                    yield inputs | {"labels": self._of_compared_classes(inputs["labels"])}, sign / len(rows)
+
+    def _of_compared_classes(self, labels: Tensor) -> Tensor:
+        """Where tokens are labelled, the labels of those of other classes than `UnlearningSets.compared_classes` are left out."""
+        if not self.sets.compared_classes:
+            return labels
+        classes = torch.tensor(self.sets.compared_classes, device=labels.device)
+        return torch.where(torch.isin(labels, classes), labels, IGNORED)
 
     def _sample(self, dataset, offset: int = 0) -> list[int]:
         return sample_indices(len(dataset), self.samples, self.args.seed + offset)
@@ -156,9 +165,13 @@ class Measurements:
         logits, labels = self.inference.forward(dataset, rows)
         if self.sets.removed_classes:
             removed = torch.tensor(self.sets.removed_classes, device=labels.device)
-            logits = logits[~torch.isin(labels, removed)]
-            margins = torch.cat([self.task.margin(logits, label.expand(len(logits))) for label in removed])
+            logits = logits[~torch.isin(labels, removed) & (labels != IGNORED)]  # of rows, or of tokens
+            margins = torch.cat([margin(logits, label.expand(len(logits))) for label in removed])
         else:
-            margins = self.task.margin(logits, labels)
+            compared = self._of_compared_classes(labels)
+            margins = self.task.margin(logits, compared)
+            if self.sets.compared_classes:  # rows without such a token say nothing
+                there = (compared != IGNORED).any(1)
+                margins = margins[there] if there.any() else self.task.margin(logits, labels)
         self.statistics["calibration_margin"] = margins.mean().item()
         return margins
