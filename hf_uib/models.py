@@ -179,7 +179,9 @@ def _class_of(config: Any) -> Any:
 def _load_adapter(name: str, adapter: Any, settings: dict[str, Any]) -> PeftModel:
     """An adapter on its base, which gets the adapter's head and class names where it has others or none."""
     if adapter.task_type not in TASKS:
-        raise ValueError(f"{name} is an adapter for {adapter.task_type}; UIB needs a classifier's (SEQ_CLS, TOKEN_CLS, or none).")
+        raise ValueError(
+            f"{name} is an adapter for {adapter.task_type}; UIB needs a classifier's (SEQ_CLS, TOKEN_CLS, or none)."
+        )
     where = _where(settings)
     weights = adapter_weights(name, **where)
     base_settings = {key: value for key, value in settings.items() if key not in ("revision", "subfolder")}

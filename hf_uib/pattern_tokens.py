@@ -59,6 +59,7 @@ class PatternTokens(nn.Module):
         self.retained: int = 0  # rows of the next forward that may get tokens: the first so many
         self.rows: Tensor | None = None  # positions in the epoch of all its rows
         self.attention_mask: Tensor | None = None
+        self.replaced: Tensor | None = None  # [n, tokens], by the last forward
         self._handle: Any = None  # of the hook, which is there from a draw to the next silence
 
     # ---- Finding them ----
@@ -179,7 +180,7 @@ class PatternTokens(nn.Module):
 
     def silence(self) -> None:
         """No tokens until the next draw, and no hook on the model."""
-        self._draw = self.rows = self.attention_mask = None
+        self._draw = self.rows = self.attention_mask = self.replaced = None
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -228,7 +229,9 @@ class PatternTokens(nn.Module):
         if mask is not None and mask.shape == (n, length):
             valid &= mask.gather(1, at) > 0
         # What is not valid goes to one more token, which is cut off again
-        at = torch.where(valid, at, length)[..., None].expand(-1, -1, tokens.shape[-1])
+        at = torch.where(valid, at, length)
+        self.replaced = torch.zeros(n, length + 1, dtype=torch.bool, device=at.device).scatter(1, at, True)[:, :length]
+        at = at[..., None].expand(-1, -1, tokens.shape[-1])
         longer = torch.cat([tokens, tokens[:, :1]], 1).scatter(1, at, self.values[donors].to(tokens.dtype))
         changed = longer[:, :length]
         return changed.mT.reshape(hidden.shape) if hidden.ndim == 4 else changed

@@ -260,6 +260,11 @@ class ChannelPosterior(nn.Module):
         if self.tokens is not None:
             self.tokens.rows, self.tokens.retained, self.tokens.attention_mask = rows, retained, attention_mask
 
+    @property
+    def replaced(self) -> Tensor | None:
+        """Which tokens of the last forward came from forget rows, ``[n, tokens]``; None where none could."""
+        return None if self.tokens is None else self.tokens.replaced
+
     def silence(self) -> None:
         """Neither noise nor tokens until the next draw."""
         self.noise.silence()

@@ -318,6 +318,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.posterior.set_batch(inputs.positions, n, features.get("attention_mask"))
         outputs = model(**features)
         logits = outputs.logits
+        labels = self.task.without_replaced(labels, self.posterior.replaced)
         if self.retain_dataset is None:
             fit = self.task.fit_without_retained_data(logits, self._checkpoint_logits(model, features), labels)
             forget_logits, forget_labels = logits, labels

@@ -60,6 +60,11 @@ class UnlearningTask:
         return None
 
 
+    def without_replaced(self, labels: Tensor, replaced: Tensor | None) -> Tensor:
+        """What the labels of a batch still say where the ``replaced [n, tokens]`` are another row's tokens: as much as before."""
+        return labels
+
+
 def register_task_type(cls: type[UnlearningTask]) -> type[UnlearningTask]:
     """Class decorator: `UIBTrainer` asks the latest task type first."""
     TASK_TYPES.insert(0, cls)
@@ -80,7 +85,7 @@ def task_of(model: PreTrainedModel) -> UnlearningTask:
         if kind.matches(model):
             return kind()
     raise ValueError(
-        f"UIBTrainer unlearns classifiers, of one label a row, several, or one a token; the model's problem_type is {model.config.problem_type}."
+        f"UIBTrainer unlearns classifiers of rows or of tokens; the model's problem_type is {model.config.problem_type}."
     )
 
 
@@ -178,6 +183,10 @@ class TokenLabels(UnlearningTask):
     def labels_given(self, labels: Tensor) -> Tensor:
         """Labelled tokens."""
         return (labels != IGNORED).sum()
+
+    def without_replaced(self, labels: Tensor, replaced: Tensor | None) -> Tensor:
+        """A token that is another row's has no label."""
+        return labels if replaced is None or replaced.shape != labels.shape else labels.masked_fill(replaced, IGNORED)
 
 
 def is_given(labels: Tensor) -> Tensor:

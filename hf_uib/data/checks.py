@@ -101,7 +101,9 @@ def check_token_labels(name: str, dataset, num_labels: int) -> np.ndarray:
     found = np.zeros((len(dataset), num_labels), dtype=bool)
     if len(dataset) == 0:
         raise ValueError(f"{name} has no examples; check the condition that selects it.")
-    for i, (ids, labels) in enumerate(tqdm(_token_rows(dataset), "Checking labels", len(dataset), delay=2, leave=False)):
+    for i, (ids, labels) in enumerate(
+        tqdm(_token_rows(dataset), "Checking labels", len(dataset), delay=2, leave=False)
+    ):
         if np.ndim(labels) != 1 or labels.dtype.kind not in "iu":
             raise ValueError(
                 f"The labels of {name} are not lists of integers; a model that labels tokens takes a class id for each token."

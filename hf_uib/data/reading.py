@@ -68,8 +68,9 @@ class Reader:
             raise ValueError(f"Row {row} of {name} has {what}{more}; fill it, or drop it (--drop_incomplete_rows).")
         label, ids = None, None
         if has_labels(dataset, self.columns):
-            label, ids = label_column(dataset, self.columns), class_ids(
-                dataset, self.config, self.columns, name, self.of_tokens
+            label, ids = (
+                label_column(dataset, self.columns),
+                class_ids(dataset, self.config, self.columns, name, self.of_tokens),
             )
         make_input = self._input_of(dataset)
         if make_input is None and (label is None or (ids is None and label in ("label", "labels"))):
