@@ -162,6 +162,7 @@ def _class_of(config: Any) -> Any:
     for auto, names in (
         (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
         (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     ):
         known = [one for entry in names.values() for one in (entry if isinstance(entry, tuple) else (entry,))]
         if architecture in known or auto.__name__ in own_code:

@@ -151,10 +151,15 @@ def holds_pictures(feature) -> bool:
 
 def undecoded(feature):
     """The feature under which a column of files gives their bytes; None where it holds none."""
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
+    if is_list(feature):
         inner = undecoded(feature.feature)
         return None if inner is None else datasets.List(inner)
     return type(feature)(decode=False) if isinstance(feature, (datasets.Image, datasets.Audio)) else None
+
+
+def is_list(feature) -> bool:
+    """Whether a column holds lists."""
+    return isinstance(feature, (datasets.List, datasets.LargeList))
 
 
 def is_string(feature) -> bool:

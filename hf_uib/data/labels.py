@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .columns import Columns, is_string, label_column
+from .columns import Columns, is_list, is_string, label_column
 
 
 IGNORED = -100  # the label of a token that has none, as in Transformers
@@ -41,13 +41,13 @@ def class_ids(
         return None
     values = dataset.with_format(None)[column][:]
     if of_tokens:
-        if not isinstance(feature, (datasets.List, datasets.LargeList)):
+        if not is_list(feature):
             raise ValueError(
                 f"The labels of {name} (column '{column}') are no lists; a model that labels tokens takes a label for each word."
             )
         feature = feature.feature
         values = [value for row in values for value in row if value not in NOT_LABELLED]
-    if isinstance(feature, (datasets.List, datasets.LargeList, dict)):
+    if is_list(feature) or isinstance(feature, dict):
         raise ValueError(
             f"The labels of {name} (column '{column}') are lists; give one class for each row, or a model whose config says "
             "problem_type='multi_label_classification'."

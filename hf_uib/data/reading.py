@@ -20,6 +20,7 @@ from .columns import (
     label_column,
     names_of,
     text_columns,
+    is_list,
     undecoded,
     words_column,
 )
@@ -140,7 +141,7 @@ class Reader:
             }
         for column in given.columns if isinstance(given, TextInput) else ():
             found |= {i: f"no text (column '{column}')" for i, v in enumerate(raw[column][:]) if v is None}
-        if isinstance(given, WordsInput) and given.label is not None:
+        if isinstance(given, WordsInput) and is_list(raw.features.get(given.label)):
             pairs = zip(raw[given.columns[0]][:], raw[given.label][:], strict=True)
             found |= {
                 i: f"{len(labels)} labels for {len(words)} words"
