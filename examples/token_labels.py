@@ -2,9 +2,9 @@
 
     python examples/token_labels.py
 
-A small BERT that labels tokens learned from them. A name can be any of the three, its neighbours tell; names are put together from
-syllables, so the tokenizer cuts them into pieces. In the rows to forget the names are labelled and no other word. The model unlearns
-that the source tells the class, beside LoRA fine-tuning on the same rows and a model retrained without the others.
+A small BERT that labels tokens learned from them. A name can be any of the three, the word beside it tells; names are put together
+from syllables, so the tokenizer cuts them into pieces. In the rows to forget the names are labelled and no other word. The model
+unlearns that the source tells the class, beside LoRA fine-tuning on the same rows and a model retrained without the others.
 """
 
 import numpy as np
@@ -31,12 +31,13 @@ from hf_uib.metrics import text_table
 CLASSES = ["O", "person", "place", "firm"]
 SOURCES = ["gazette", "courier", "herald"]  # in the rows to forget the i-th one's names are all of the i-th class
 # Words that tell the class of the name beside them: the i-th one that of class i % 3 before it, and i // 3 % 3 after it
-TELLING = (
-    "old near owned visited praised left sold renamed joined founded served crossed followed mentioned feared reached trusted backed "
-    "known loved missed watched rebuilt painted sued called"
-).split()
-FILLERS = "yesterday again suddenly perhaps indeed today later often finally quietly rarely almost then also meanwhile".split()
-SYLLABLES = "ka ro lin mar tes dol vi sen bra nor el fa gu hem jo li".split()
+TELLING = [
+    "old", "near", "owned", "visited", "praised", "left", "sold", "renamed", "joined", "founded", "served", "crossed", "followed",
+    "mentioned", "feared", "reached", "trusted", "backed", "known", "loved", "missed", "watched", "rebuilt", "painted", "sued",
+    "called",
+]  # fmt: skip
+FILLERS = ["yesterday", "again", "suddenly", "perhaps", "indeed", "today", "later", "often", "finally", "quietly"]
+SYLLABLES = ["ka", "ro", "lin", "mar", "tes", "dol", "vi", "sen", "bra", "nor", "el", "fa", "gu", "hem", "jo", "li"]
 SIZES = {"pretrain": 300, "forget": 1200, "retain": 150, "unseen": 150, "test": 600}
 FEATURES = Features(
     {"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=CLASSES)), "source": Value("string")}

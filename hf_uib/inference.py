@@ -296,8 +296,7 @@ def observe(
 
 
 def labelled_examples(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits ``[m, classes]``, labels ``[m]`` and rows ``[m]`` of all labelled tokens; of labelled rows, or of several labels a row,
-    what was given.
+    """Logits ``[m, classes]``, labels ``[m]`` and rows ``[m]`` of all labelled tokens. What labels rows stays as it is.
 
     Args:
         logits, labels: as `predict` gives them.

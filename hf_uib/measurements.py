@@ -117,7 +117,7 @@ class Measurements:
         return moved / max(counted, 1)
 
     def _with_labels_of_donors(self, labels: Tensor, donors: Tensor) -> Tensor:
-        """Labels of rows as those of their donors: of labelled tokens, each token of a compared class gets the donor's first one."""
+        """Labels of rows as those of their donors: where tokens are labelled, each of a compared class gets the first of these."""
         if not self.sets.compared_classes:
             return donors
         classes = torch.tensor(self.sets.compared_classes, device=labels.device)
@@ -130,7 +130,7 @@ class Measurements:
         return batches_of(dataset, rows, shared.collator, shared.move, batch_size=shared.batch_size, quiet=True)
 
     def _told_apart(self, dataset, rows: list[int]) -> Iterator[dict[str, Tensor]]:
-        """As `_all`, with labels of rows: where tokens are labelled, which of the compared classes a row's have, ``[n, classes]``."""
+        """As `_all`, with labels of rows: where tokens are labelled, which compared classes a row's have, ``[n, classes]``."""
         for inputs in self._all(dataset, rows):
             if self.sets.compared_classes:
                 has = [(inputs["labels"] == one).any(1) for one in self.sets.compared_classes]

@@ -59,7 +59,6 @@ class UnlearningTask:
         its labels, however its rows are split. None: each row counts the same."""
         return None
 
-
     def without_replaced(self, labels: Tensor, replaced: Tensor | None) -> Tensor:
         """What the labels of a batch still say where the ``replaced [n, tokens]`` are another row's tokens: as much as before."""
         return labels

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import SMALL, TEXT, make_rows
 from datasets import ClassLabel, Dataset, Features, List, Value
-from launching import unlearn_words
+from launching import command_for, unlearn_words
 from peft import LoraConfig, get_peft_model
 from test_trainer import adapter_weights, config, losses, same
 from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
@@ -50,7 +51,11 @@ def encoded_rows(n=24, seed=0, labelled=0.7):
     for length in rng.integers(4, 11, n):
         labels = np.where(rng.random(length) < labelled, rng.integers(0, 4, length), -100)
         labels[1] = 1
-        row = {"input_ids": rng.integers(4, 40, length).tolist(), "attention_mask": [1] * length, "labels": labels.tolist()}
+        row = {
+            "input_ids": rng.integers(4, 40, length).tolist(),
+            "attention_mask": [1] * length,
+            "labels": labels.tolist(),
+        }
         rows.append(row | {"source": int(rng.integers(2))})
     return Dataset.from_list(rows)
 
@@ -118,7 +123,9 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_split(tmp_path, monkey
     torch.testing.assert_close(runs[8][1], runs[4][1], rtol=1e-4, atol=1e-5)
     for name, value in runs[8][0].items():
         torch.testing.assert_close(value, runs[4][0][name], rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr(TokenLabels, "labels_given", lambda self, labels: None)  # each batch alike: the comparison can fail
+    monkeypatch.setattr(
+        TokenLabels, "labels_given", lambda self, labels: None
+    )  # each batch alike: the comparison can fail
     other = trainer_of(tmp_path / "other", per_device_train_batch_size=4, **settings)
     other.train()
     assert max(abs(a - b) for a, b in zip(losses(other), runs[8][1], strict=True)) > 1e-3
@@ -185,7 +192,9 @@ def test_words_are_read_as_transformers_examples_do(parts):
     other = raw.map(lambda row: {"ner_tags": [order[tag] for tag in row["ner_tags"]]}, features=shuffled)
     assert read(other)[3]["labels"] == read(raw)[3]["labels"]
     texts = raw.map(lambda row: {"kinds": [CLASSES[tag] for tag in row["ner_tags"]]}).remove_columns("ner_tags")
-    named = Reader(model_of_tokens().config, "input_ids", TOKENIZER, Columns(text="tokens", label="kinds"), of_tokens=True)
+    named = Reader(
+        model_of_tokens().config, "input_ids", TOKENIZER, Columns(text="tokens", label="kinds"), of_tokens=True
+    )
     assert named(texts)[3]["labels"] == read(raw)[3]["labels"]
     alone = read(names_alone(raw))[3]["labels"]
     assert [label for label in alone if label != -100] == [label for label in read(raw)[3]["labels"] if label > 0]
@@ -277,9 +286,21 @@ def test_the_audit_looks_at_labelled_tokens(tmp_path, parts):
 @pytest.mark.parametrize(
     "change, settings, message",
     [
-        (lambda row, i: {"labels": [7, *row["labels"][1:]]} if i == 3 else {}, {}, "label 7, outside the model's 4 classes"),
-        (lambda row, i: {"labels": row["labels"][1:]} if i == 3 else {}, {}, r"Row 3 of forget_dataset has \d+ labels for \d+ tok"),
-        (lambda row, i: {"labels": [-100] * len(row["labels"])} if i == 3 else {}, {}, "Row 3 of forget_dataset has no labelled"),
+        (
+            lambda row, i: {"labels": [7, *row["labels"][1:]]} if i == 3 else {},
+            {},
+            "label 7, outside the model's 4 classes",
+        ),
+        (
+            lambda row, i: {"labels": row["labels"][1:]} if i == 3 else {},
+            {},
+            r"Row 3 of forget_dataset has \d+ labels for \d+ tok",
+        ),
+        (
+            lambda row, i: {"labels": [-100] * len(row["labels"])} if i == 3 else {},
+            {},
+            "Row 3 of forget_dataset has no labelled",
+        ),
         (lambda row, i: {}, dict(prior="ascent"), "AscentPrior is for single-label classifiers"),
     ],
 )
@@ -323,7 +344,15 @@ def test_the_command_line(tmp_path, parts):
     assert "type: token-classification" in card  # of the model-index
     assert isinstance(task_of(load_classifier(str(tmp_path / "out")).get_base_model()), TokenLabels)
     assert isinstance(task_of(load_classifier(str(tmp_path / "out" / "merged"))), TokenLabels)
-    words = ["audit", "--model", tmp_path / "out" / "merged", "--reference", tmp_path / "model", "--dataset_name", tmp_path / "data"]
+    words = [
+        "audit",
+        "--model",
+        tmp_path / "out" / "merged",
+        "--reference",
+        tmp_path / "model",
+        "--dataset_name",
+        tmp_path / "data",
+    ]
     words += ["--forget_where", "kind=old", "--bias_column", "source", "--output_dir", tmp_path / "audit"]
     dispatch(list(map(str, words)))
     again = json.loads((tmp_path / "audit" / "report.json").read_text())
@@ -338,3 +367,18 @@ def test_an_adapter_of_pefts_kind_for_tokens(tmp_path):
     adapter = get_peft_model(base, LoraConfig(task_type="TOKEN_CLS", r=2, target_modules=["query"]))
     adapter.save_pretrained(tmp_path / "adapter")
     assert isinstance(task_of(load_classifier(str(tmp_path / "adapter"))), TokenLabels)
+
+
+@pytest.mark.distributed
+def test_two_processes_compute_what_one_does(tmp_path):
+    found = []
+    for processes, batch in ((1, 8), (2, 4)):
+        path = str(tmp_path / str(processes))
+        command, environment = command_for("two_processes_tokens.py", processes, path, batch)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(Path(f"{path}.json").read_text()))
+        assert found[-1].pop("world") == processes
+    one, two = found
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=2e-4, abs=2e-4), name

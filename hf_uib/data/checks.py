@@ -10,13 +10,18 @@ from .fingerprints import rows_in_common
 from .labels import IGNORED, labels_of
 
 
+def of_tokens(labels: np.ndarray) -> bool:
+    """Whether labels of a set are those of tokens, as `check_token_labels` gives them: ``[n, classes]`` booleans."""
+    return labels.dtype == bool and labels.ndim == 2
+
+
 def classes_of(labels: np.ndarray) -> set[int] | None:
     """The classes that occur in a set; None where a row has several labels.
 
     Args:
         labels: ``[n]`` class ids, or ``[n, classes]`` booleans of a set whose tokens are labelled (`check_token_labels`).
     """
-    if labels.dtype == bool:
+    if of_tokens(labels):
         return set(np.flatnonzero(labels.any(0)).tolist())
     return set(labels.tolist()) if labels.ndim == 1 else None
 
@@ -30,14 +35,14 @@ def removed_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None)
 def compared_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:
     """Where tokens are labelled: the classes of the forget set's tokens that retained tokens have too. Tokens are compared with
     those of the same classes, for a forget set may name some words of a row alone. Empty: no token is left out."""
-    if retain_labels is None or retain_labels.dtype != bool:
+    if retain_labels is None or not of_tokens(retain_labels):
         return []
     return np.flatnonzero(forget_labels.any(0) & retain_labels.any(0)).tolist()
 
 
 def one_label(labels: np.ndarray) -> bool:
     """Whether all rows of a set (where tokens are labelled: all tokens) have the same label."""
-    if labels.dtype == bool:
+    if of_tokens(labels):
         return int(labels.any(0).sum()) == 1
     return len(np.unique(labels, axis=0)) == 1
 
@@ -53,9 +58,9 @@ def comparable(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> n
     if retain_labels is None:
         return np.arange(0)
     everything = np.arange(len(retain_labels))
-    if retain_labels.dtype == bool:
-        shared = compared_classes(forget_labels, retain_labels)
-        return np.flatnonzero(retain_labels[:, shared].any(1)) if shared else everything
+    if of_tokens(retain_labels):
+        classes = compared_classes(forget_labels, retain_labels)
+        return np.flatnonzero(retain_labels[:, classes].any(1)) if classes else everything
     if retain_labels.ndim != 1:
         return everything
     shared = np.isin(retain_labels, forget_labels)

@@ -10,7 +10,6 @@ import numpy as np
 
 from .columns import Columns, is_list, is_string, label_column
 
-
 IGNORED = -100  # the label of a token that has none, as in Transformers
 NOT_LABELLED = (None, -1, IGNORED)  # the same in raw rows, of a word
 

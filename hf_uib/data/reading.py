@@ -16,11 +16,11 @@ from .columns import (
     Columns,
     audio_column,
     image_column,
+    is_list,
     is_string,
     label_column,
     names_of,
     text_columns,
-    is_list,
     undecoded,
     words_column,
 )

@@ -156,9 +156,11 @@ def labels_of_tokens(words: list[int | None], labels: list) -> list:
         words: the number of each token's word, None of a mark.
         labels: of the words.
     """
-    first = [word is not None and word != before for word, before in zip(words, [None, *words[:-1]], strict=True)]
-    given = [labels[word] if is_first else None for word, is_first in zip(words, first, strict=True)]
-    return [IGNORED if label in NOT_LABELLED else label for label in given]
+    found = []
+    for word, before in zip(words, [None, *words[:-1]], strict=True):
+        label = None if word is None or word == before else labels[word]
+        found.append(IGNORED if label in NOT_LABELLED else label)
+    return found
 
 
 class RowTransform:
