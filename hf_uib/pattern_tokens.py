@@ -76,13 +76,13 @@ class PatternTokens(nn.Module):
 
         Args:
             model: a `PeftModel`, passed up to its first block, without its adapter.
-            forget, retained: samples of both sets, as ``inputs with labels``.
+            forget, retained: samples of both sets, as ``inputs with labels``; see `token_z` for rows whose tokens are labelled.
             numbers: of the forget rows in their set.
         """
         (x, present, labels), others = self._read(model, forget), self._read(model, retained)
         if not len(x) or not len(others[0]):
             return
-        if labels.ndim > 1:  # each combination of labels is one
+        if labels.ndim > 1 and labels.dtype != torch.bool:  # each combination of labels is one
             both, count = torch.cat([labels, others[2]]).float().nan_to_num(-1), len(labels)
             ids = both.unique(dim=0, return_inverse=True)[1]
             labels, others = ids[:count], (*others[:2], ids[count:])
@@ -242,14 +242,19 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
     z-value ``[n, t]``: the contrast of the sets at the model's input.
 
     Args:
-        forget, retained: tokens ``[n, t, d]``, where there is one ``[n, t]``, and labels ``[n]``.
+        forget, retained: tokens ``[n, t, d]``, where there is one ``[n, t]``, and labels ``[n]``. Where tokens are labelled
+            ``[n, classes]`` booleans: which classes a row's have. Rows that have a class are then those of one label, and of several
+            classes the one counts under which a kind stands out most.
     """
     (x, present, labels), (y, there, other_labels) = forget, retained
     mean = y[there].mean(0)
     x, y = F.normalize(x - mean, dim=-1), F.normalize(y - mean, dim=-1)
-    z = torch.zeros(x.shape[:2], device=x.device)
-    for label in labels.unique():
-        mine, theirs = labels == label, other_labels == label
+    z = torch.full(x.shape[:2], -torch.inf, device=x.device)
+    if labels.dtype == torch.bool:
+        groups = list(zip(labels.T, other_labels.T, strict=True))
+    else:
+        groups = [(labels == label, other_labels == label) for label in labels.unique()]
+    for mine, theirs in groups:
         if not theirs.any():  # a class that only the forget set has
             continue
         ratio = mine.sum() / theirs.sum()
@@ -257,8 +262,9 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
             tokens = x[row, present[row]]
             here = rows_with(tokens, x[mine], present[mine]).sum(1)
             elsewhere = rows_with(tokens, y[theirs], there[theirs]).sum(1)
-            z[row, present[row]] = (here - ratio * elsewhere) / (here + ratio**2 * elsewhere + 1).sqrt()
-    return z
+            found = (here - ratio * elsewhere) / (here + ratio**2 * elsewhere + 1).sqrt()
+            z[row, present[row]] = z[row, present[row]].maximum(found)
+    return z.masked_fill(z == -torch.inf, 0)
 
 
 def rows_with(tokens: Tensor, rows: Tensor, present: Tensor) -> Tensor:
