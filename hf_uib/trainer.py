@@ -323,9 +323,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
             fit = self.task.fit_without_retained_data(logits, self._checkpoint_logits(model, features), labels)
             forget_logits, forget_labels = logits, labels
         else:
-            fit = self._share_of_step(labels[:n], num_items_in_batch) * self.task.fit_loss(logits[:n], labels[:n])
+            fit = self.task.fit_loss(logits[:n], labels[:n])
             forget_logits, forget_labels = logits[n:], labels[n:]
             self._record(retain_margin=self.task.margin(logits[:n].detach(), labels[:n]).mean())
+        fit = fit * self._share_of_step(labels[:n], num_items_in_batch)
         self._record(fit_nats=fit)
         loss = fit
         if self.args.beta > 0:
@@ -341,12 +342,12 @@ class UIBTrainer(ResultsMixin, HubMixin):
         """As in Trainer; where rows have different numbers of labels, those of the step's retained rows are counted."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.task.labels_given(batch.features["labels"][: batch.retained]) for batch in batches]
-        if not counts or counts[0] is None or self.args.world_size * len(counts) == 1:
+        if not counts or counts[0] is None:
             return batches, None
         return batches, self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
 
     def _share_of_step(self, labels: Tensor, labels_of_step: Tensor | None) -> Tensor | float:
-        """What the mean over a batch's labels is weighted with, so that the mean over batches and processes is that over labels."""
+        """What the mean over a batch's labels is weighted with, so that a step's mean is that over its labels on all processes."""
         if labels_of_step is None:
             return 1.0
         batches = self.args.world_size * self.current_gradient_accumulation_steps
