@@ -243,7 +243,7 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
 
     Args:
         forget, retained: tokens ``[n, t, d]``, where there is one ``[n, t]``, and labels ``[n]``. Where tokens are labelled
-            ``[n, classes]`` booleans: which classes a row's have. Rows that have a class are then those of one label, and of several
+            ``[n, classes]`` booleans: which classes a row's have. Rows that have a class are then those of one label; of a row's
             classes the one counts under which a kind stands out most.
     """
     (x, present, labels), (y, there, other_labels) = forget, retained

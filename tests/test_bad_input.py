@@ -108,7 +108,7 @@ TRAINER = {
     "regression": (lambda p: train(p, model=make_model(num_labels=1, problem_type="regression")), "problem_type"),
     "a model of several labels": (lambda p: train(p, model=make_model(problem_type="multi_label_classification")), "3 numbers"),
     "labels of rows for a model of tokens": (
-        lambda p: train(p, other_head("BertForTokenClassification"), *texts()), "takes a class id for each token",
+        lambda p: train(p, other_head("BertForTokenClassification"), *texts()), "takes a label for each word",
     ),
     "answers to questions": (lambda p: train(p, model=other_head("BertForQuestionAnswering")), "Answering answers questions"),
     "generation": (lambda p: train(p, model=other_head("BertLMHeadModel")), "generates; for those see OpenUnlearning"),

@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, TEXT, make_rows
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
 from launching import command_for, unlearn_words
 from peft import LoraConfig, get_peft_model
 from test_trainer import adapter_weights, config, losses, same
-from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from token_labels import CLASSES, names_alone, piece_tokenizer, sentences
@@ -323,12 +332,25 @@ def test_bad_words_get_one_line(tmp_path, parts):
         read(Dataset.from_dict({"tokens": [["a", "b"]], "ner_tags": [[1, 2]]}, features=strange))
 
 
+def test_a_tokenizer_that_takes_words_for_one_gets_one_line(parts):
+    letters = Tokenizer(BPE({letter: i for i, letter in enumerate(["[PAD]", "a", "Ġ", "Ġa"])}, [("Ġ", "a")]))
+    for prefix in (False, True):
+        letters.pre_tokenizer = ByteLevel(add_prefix_space=prefix, use_regex=False)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="[PAD]", add_prefix_space=prefix)
+        read = Reader(model_of_tokens().config, "input_ids", tokenizer, of_tokens=True)
+        if prefix:
+            assert len(read(Dataset.from_dict({"tokens": [["a", "a"]], "labels": [[1, 0]]}))[0]["labels"]) == 2
+        else:
+            with pytest.raises(
+                ValueError, match="as if there were no space between them; load it with add_prefix_space=True"
+            ):
+                read(parts["retain"])
+
+
 def test_the_command_line(tmp_path, parts):
     model_of_tokens().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     mark = lambda rows, kind: rows.add_column("kind", [kind] * len(rows))
-    from datasets import concatenate_datasets
-
     train = concatenate_datasets([mark(names_alone(parts["forget"]), "old"), mark(parts["retain"], "new")])
     (tmp_path / "data").mkdir()
     train.to_parquet(tmp_path / "data" / "train.parquet")

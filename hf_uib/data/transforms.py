@@ -127,13 +127,18 @@ class WordsInput(TextInput):
         max_length: truncation length in tokens; None is the tokenizer's own.
 
     Raises:
-        ValueError: the tokenizer does not know which word a token is of.
+        ValueError: the tokenizer does not know which word a token is of, or takes words in a list for a word without spaces.
     """
 
     def __init__(self, tokenizer, column: str, label: str | None, max_length: int | None = None):
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} does not say which word a token is of; give a fast tokenizer, or encoded rows."
+            )
+        if tokenizer(["a", "a"], is_split_into_words=True)["input_ids"] != tokenizer("a a")["input_ids"]:
+            raise ValueError(
+                f"{type(tokenizer).__name__} reads a list of words as if there were no space between them; load it with "
+                "add_prefix_space=True, or give encoded rows."
             )
         super().__init__(tokenizer, (column,), max_length)
         self.label = label
