@@ -1,6 +1,6 @@
 """Which column of a data set is the text, the picture, the sound and the label."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import datasets
@@ -155,6 +155,12 @@ def undecoded(feature):
         inner = undecoded(feature.feature)
         return None if inner is None else datasets.List(inner)
     return type(feature)(decode=False) if isinstance(feature, (datasets.Image, datasets.Audio)) else None
+
+
+def values_of(dataset: datasets.Dataset, column: str) -> Iterator:
+    """The raw values of a column, some at a time."""
+    for batch in dataset.with_format(None).select_columns([column]).iter(1000):
+        yield from batch[column]
 
 
 def is_list(feature) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .columns import Columns, is_list, is_string, label_column
+from .columns import Columns, is_list, is_string, label_column, values_of
 
 IGNORED = -100  # the label of a token that has none, as in Transformers
 NOT_LABELLED = (None, -1, IGNORED)  # the same in raw rows, of a word
@@ -38,14 +38,14 @@ def class_ids(
     feature = dataset.features[column]
     if several_labels(config) and not of_tokens:
         return None
-    values = dataset.with_format(None)[column][:]
+    values: Iterable = values_of(dataset, column)
     if of_tokens:
         if not is_list(feature):
             raise ValueError(
                 f"The labels of {name} (column '{column}') are no lists; a model that labels tokens takes a label for each word."
             )
         feature = feature.feature
-        values = [value for row in values for value in row if value not in NOT_LABELLED]
+        values = (value for row in values for value in row if value not in NOT_LABELLED)
     if is_list(feature) or isinstance(feature, dict):
         raise ValueError(
             f"The labels of {name} (column '{column}') are lists; give one class for each row, or a model whose config says "

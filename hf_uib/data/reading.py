@@ -2,7 +2,7 @@
 
 import io
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -22,6 +22,7 @@ from .columns import (
     names_of,
     text_columns,
     undecoded,
+    values_of,
     words_column,
 )
 from .labels import class_ids, has_labels, transform_of
@@ -137,12 +138,14 @@ class Reader:
         if has_labels(dataset, self.columns):
             column = label_column(dataset, self.columns)
             found |= {
-                i: f"no label (column '{column}')" for i, v in enumerate(raw[column][:]) if is_missing(v) or v == -1
+                i: f"no label (column '{column}')"
+                for i, v in enumerate(values_of(raw, column))
+                if is_missing(v) or v == -1
             }
         for column in given.columns if isinstance(given, TextInput) else ():
-            found |= {i: f"no text (column '{column}')" for i, v in enumerate(raw[column][:]) if v is None}
+            found |= {i: f"no text (column '{column}')" for i, v in enumerate(values_of(raw, column)) if v is None}
         if isinstance(given, WordsInput) and is_list(raw.features.get(given.label)):
-            pairs = zip(raw[given.columns[0]][:], raw[given.label][:], strict=True)
+            pairs = zip(values_of(raw, given.columns[0]), values_of(raw, cast(str, given.label)), strict=True)
             found |= {
                 i: f"{len(labels)} labels for {len(words)} words"
                 for i, (words, labels) in enumerate(pairs)
