@@ -106,7 +106,7 @@ def test_multi_label():
 
 @pytest.mark.slow
 def test_token_labels():
-    rows, verdict = token_labels.main(steps=100, train_steps=200)
+    rows, verdict = token_labels.main(steps=80, train_steps=150)
     assert rows["original"]["follow_rate"] > 0.35
     assert rows["UIB"]["follow_rate"] < 0.75 * rows["original"]["follow_rate"]
     assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05

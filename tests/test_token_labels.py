@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from token_labels import CLASSES, names_alone, piece_tokenizer, sentences
 
 from hf_uib import UIBConfig, UIBTrainer, audit_model
+from hf_uib.cli.comparison import AppArguments, load
 from hf_uib.cli.main import dispatch
 from hf_uib.data.checks import check_token_labels, comparable, compared_classes, one_label, removed_classes
 from hf_uib.data.columns import Columns
@@ -380,6 +381,10 @@ def test_the_command_line(tmp_path, parts):
     again = json.loads((tmp_path / "audit" / "report.json").read_text())
     seen = [one["metrics"]["test"]["model"]["accuracy"]["value"] for one in (again, audit)]
     assert seen[0] == pytest.approx(seen[1])
+    with pytest.raises(
+        ValueError, match="The app shows classifiers of pictures and texts with one label; this is a BertForTok"
+    ):
+        load(AppArguments(model=str(tmp_path / "out" / "merged"), reference=str(tmp_path / "model")))
 
 
 def test_an_adapter_of_pefts_kind_for_tokens(tmp_path):
