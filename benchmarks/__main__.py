@@ -15,7 +15,7 @@ import sys
 from .methods import METHODS
 from .registry import suite
 from .report import write_report
-from .suites import audits, cost, lifecycle, reach, research, runs, scale, smoke, truth, whole
+from .suites import audits, cost, gpu, lifecycle, reach, research, runs, scale, smoke, truth, whole
 from .tasks import TASKS
 
 COMMANDS = {
@@ -23,7 +23,7 @@ COMMANDS = {
     "smoke": (smoke.smoke, "every method on digits-colour for ten steps, to a scratch file"),
     "tune": (runs.tune, "the methods' grids, on validation folds of further seeds"),
     "cost": (cost.run_cost, "step time and memory, on two CPU cores"),
-    "gpu-cost": (cost.run_gpu_cost, "the same at ViT-B and BERT-base size in bf16, on a GPU"),
+    "gpu": (gpu.run_gpu, "steps and whole runs at ViT-B and BERT-base size in bf16, and the digits, on a GPU"),
     "whole": (whole.run_whole, "whole runs against LoRA fine-tuning, in pairs"),
     "processes": (cost.run_processes, "throughput under one and two processes"),
     "scaling": (cost.run_scaling, "how the statistics pass grows"),
@@ -35,7 +35,7 @@ COMMANDS = {
     "lifecycle": (lifecycle.run_lifecycle, "three requests one after the other, an audit after each, one undone"),
     "report": (write_report, "write the tables and figures"),
 }
-EARLIER = {f"--{name}": name for name in COMMANDS} | {"cpu": "run", "gpu": "gpu-cost"}
+EARLIER = {f"--{name}": name for name in COMMANDS} | {"cpu": "run", "gpu-cost": "gpu"}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from .published import standard_sets_page
 from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
+from .suites.gpu import gpu_tables
 from .suites.lifecycle import lifecycle_table
 from .suites.reach import reach_tables
 from .suites.research import research_tables
@@ -146,7 +147,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
     made = {name: task_page(name, runs) for name in tasks}
     for name, head, lines in (
         ("tuning", TUNING, tables.tuning_table()),
-        ("cost", COST, [*whole_table(), *cost_tables()]),
+        ("cost", COST, [*whole_table(), *gpu_tables(), *cost_tables()]),
         ("audit", AUDITS, audit_tables()),
         ("reach", REACH, reach_tables()),
     ):

@@ -185,12 +185,14 @@ class UIBTrainer(ResultsMixin, HubMixin):
         takes = "labels" in inspect.signature(self.model.get_base_model().forward).parameters
         self._takes_labels = takes and isinstance(self.task, SingleLabel)
         self.label_names = self.label_names or ["labels"]
+        # Gradients of the statistics pass are in float32: under bf16 and fp16 its rows take twice a step's memory
+        at_once = args.train_batch_size // (2 if args.bf16 or args.fp16 else 1)
         self.inference = SharedInference(
             self.model,
             self.data_collator,
             self._prepare_inputs,
             self.accelerator,
-            args.eval_batch_size * 4,
+            max(1, min(args.eval_batch_size * 4, at_once)),
             args.dataloader_num_workers,
             self.compute_loss_context_manager,
             bool(args.disable_tqdm),
