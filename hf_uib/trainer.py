@@ -26,6 +26,7 @@ from .data.columns import Columns
 from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch, collator_for
 from .data.reading import Reader
 from .data.sets import UnlearningSets
+from .data.streams import StreamFolder
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
 from .inference import SharedInference
@@ -122,14 +123,18 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
         # 2. Data
         reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
-        sets = UnlearningSets.prepare(
-            forget_dataset,
-            retain_dataset,
-            calibration_dataset,
-            eval_dataset,
-            read=reader,
-            check_labels=partial(self.task.check_labels, model=model),
-        )
+        with StreamFolder() as streams:
+            eval_dataset = streams.stored(eval_dataset, "eval_dataset")
+            sets = UnlearningSets.prepare(
+                forget_dataset,
+                retain_dataset,
+                calibration_dataset,
+                eval_dataset,
+                read=reader,
+                check_labels=partial(self.task.check_labels, model=model),
+                streams=streams,
+            )
+        self.streams = streams  # on disk as long as the trainer is there
         self.sets, self.fingerprints, self.raw_eval_dataset = sets, sets.fingerprints, eval_dataset
         self.reader = sets.reader
         self.forget_dataset, self.retain_dataset = sets.forget, sets.retain
