@@ -74,15 +74,17 @@ class StreamFolder:
             files, refusal = gather_object([(files, refusal)])[state.process_index - state.local_process_index]
         if refusal is not None:
             raise ValueError(refusal)
-        stored = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+        info = datasets.DatasetInfo(features=getattr(dataset, "features", None))
+        stored = datasets.concatenate_datasets([datasets.Dataset.from_file(file, info) for file in files])
         return stored.with_format(_format_of(dataset))
 
     def _write(self, dataset, name: str) -> list[str]:
         """The files of a stream's rows."""
+        features = getattr(dataset, "features", None)
         try:
             rows = datasets.Dataset.from_generator(
                 partial(_rows, dataset, name, self.path),
-                features=getattr(dataset, "features", None),
+                features=features and datasets.Features({k: _plain(v) for k, v in features.items()}),
                 cache_dir=self.path,
                 fingerprint=uuid.uuid4().hex,  # else the stream would be pickled for one
                 writer_batch_size=ROWS_IN_MEMORY,
@@ -92,16 +94,25 @@ class StreamFolder:
         return [file["filename"] for file in rows.cache_files]
 
 
+def _plain(feature):
+    """What a column holds under its kind: of files their bytes and path, which `datasets` would else encode again."""
+    if isinstance(feature, (datasets.Image, datasets.Audio)):
+        return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return type(feature)(_plain(feature.feature))
+    return feature
+
+
 def _rows(dataset, name: str, folder: str) -> Iterator[dict]:
     """The stream's rows, files undecoded; those on other machines are fetched.
 
     Raises:
         ValueError: no or too many rows, rows without named columns, or a disk that is nearly full.
     """
-    columns = []
+    features = getattr(dataset, "features", None) or {}
+    columns = [column for column, feature in features.items() if undecoded(feature) is not None]
     if isinstance(dataset, datasets.IterableDataset):
         dataset = dataset.with_format(None)
-        columns = [k for k, v in (dataset.features or {}).items() if undecoded(v) is not None]
         dataset = dataset.decode(False) if columns else dataset
     count = 0
     for count, row in enumerate(dataset, 1):
