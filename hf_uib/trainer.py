@@ -39,6 +39,7 @@ from .lora import (
     is_fresh,
     let_gradients_in,
     lora_layers,
+    require_one_device,
 )
 from .measurements import Measurements
 from .models import forward_columns, name_of
@@ -71,7 +72,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     Raises:
         ValueError: a set is empty, both share rows, a label is outside the model's classes, the model has no linear layer, or
-            its adapter was loaded as not trainable.
+            its adapter was loaded as not trainable, or the model is not whole on one device.
     """
 
     _tag_names: ClassVar = ["unlearning", "uib", "hf_uib"]
@@ -116,6 +117,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         elif not isinstance(args, UIBConfig):
             args = UIBConfig.from_training_arguments(args)
         refuse_unsupported(args)
+        require_one_device(model)
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
         if by_name and not isinstance(model, PeftModel) and model.config._name_or_path:
