@@ -14,6 +14,7 @@ from .suites.reach import reach_tables
 from .suites.research import research_tables
 from .suites.runs import SEEDS
 from .suites.scale import scale_tables
+from .suites.shape import shape_tables
 from .suites.truth import truth_table
 from .suites.whole import whole_table
 from .tasks import TASKS
@@ -167,7 +168,7 @@ def write_report(options=None) -> None:
         print(f"docs/benchmark/{name}")
     for name, lines in {
         "README.md": readme_table(runs),
-        "docs/scale.md": [*scale_tables(), *memory_tables()],
+        "docs/scale.md": [*scale_tables(), *memory_tables(), *shape_tables()],
         "docs/deletion_requests.md": lifecycle_table(),
         "benchmarks/research.md": research_tables(),
     }.items():
