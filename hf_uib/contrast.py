@@ -125,7 +125,9 @@ class _Recording:
         blocks: of which the input alone is kept for the way back, where they are computed again (gradient checkpointing).
     """
 
-    def __init__(self, modules: dict[str, Any], statistics: dict[str, LayerStatistics], weight: float, scores, blocks=()):
+    def __init__(
+        self, modules: dict[str, Any], statistics: dict[str, LayerStatistics], weight: float, scores, blocks=()
+    ):
         self.modules, self.statistics, self.weight, self.scores = modules, statistics, weight, scores
         self.blocks, self.again = blocks, False
         self.leaf = torch.zeros((), requires_grad=True)

@@ -186,7 +186,9 @@ def texts(path, model):
     args = UIBConfig(
         str(path), max_steps=2, subspace_rank=4, use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no"
     )
-    return UIBTrainer(model, args, make_rows("bert", 12, seed=1), make_rows("bert", 8, seed=2), make_rows("bert", 9, seed=3))
+    return UIBTrainer(
+        model, args, make_rows("bert", 12, seed=1), make_rows("bert", 8, seed=2), make_rows("bert", 9, seed=3)
+    )
 
 
 def test_a_device_map_of_one_device_changes_nothing(tmp_path, checkpoint):

@@ -148,9 +148,15 @@ REFUSED = {
         "forget_dataset is a stream that breaks off (ConnectionError: the server went away)",
     ),
     "breaks off, torch": (lambda: TorchStream(breaks_off()), "(ConnectionError: the server went away)"),
-    "without an end": (lambda: datasets.IterableDataset.from_generator(endless), "more than 1,000 rows; if it has no end"),
+    "without an end": (
+        lambda: datasets.IterableDataset.from_generator(endless),
+        "more than 1,000 rows; if it has no end",
+    ),
     "pairs": (lambda: TorchStream([(1, 2)]), "The rows of forget_dataset are tuples; give dictionaries"),
-    "columns that change": (lambda: TorchStream([{"a": 1}] * 100 + [{"a": [2]}]), "is a stream that breaks off (TypeError"),
+    "columns that change": (
+        lambda: TorchStream([{"a": 1}] * 100 + [{"a": [2]}]),
+        "is a stream that breaks off (TypeError",
+    ),
     "split by process": (
         lambda: split_dataset_by_node(to_stream(make_rows()), 0, 2),
         "forget_dataset is a stream that is split by process",

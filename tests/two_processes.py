@@ -38,7 +38,9 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str, stream
     datasets.config.HF_DATASETS_CACHE = path + ".cache"
     forget, retain, calibration, test = (make_rows(n=n, seed=i) for i, n in enumerate((27, 32, 13, 21), 1))
     if streams:
-        forget, retain, calibration, test = (rows.to_iterable_dataset() for rows in (forget, retain, calibration, test))
+        forget, retain, calibration, test = (
+            rows.to_iterable_dataset() for rows in (forget, retain, calibration, test)
+        )
     trainer = UIBTrainer(
         make_model(), args, forget, retain, calibration_dataset=calibration, eval_dataset=test, callbacks=[losses],
         compute_metrics=lambda seen: {"accuracy": (seen.predictions.argmax(-1) == seen.label_ids).mean()},

@@ -61,8 +61,8 @@ def predicted(layers: int, rows: int, length: int, checkpointing: bool, rank: in
 
     - in the statistics pass of each layer a contrast, a chunk and a direction ``[2 k + 8, d_in]`` and a sketch ``[2 k + 8, d_out]``
       (of layers with few outputs ``[d_out, d_in]`` and no sketch), in float32;
-    - in a step Adam's two moments, the prior's A and B twice, A and B of the step in stacks, V_l twice ``[k, d_in]``, W V' twice, its
-      moved and prior values, what the divergence keeps of both (4 matrices) ``[d_out, k]``, all in float32.
+    - in a step Adam's two moments, the prior's A and B twice, A and B of the step in stacks, V_l twice ``[k, d_in]``, W V' twice,
+      its moved and prior values, what the divergence keeps of both (4 matrices) ``[d_out, k]``, all in float32.
 
     Activations of a token: what enters each block (2 d); what autograd keeps inside a block (`kept_inside`), of one block under
     gradient checkpointing and of all without; and what one layer at work holds (its output in float32 three times, its input once).
@@ -94,8 +94,8 @@ def predicted(layers: int, rows: int, length: int, checkpointing: bool, rank: in
 
 
 def kept_inside(config: LlamaConfig, inner: list[tuple[int, int]], rank: int) -> int:
-    """Bytes of a token that autograd keeps of a block: the input of each layer in float32 and LoRA's code; of both norms the input in
-    float32; q, k, v (k and v repeated) and the attention's output; the gate before and after, and what it is multiplied with."""
+    """Bytes of a token that autograd keeps of a block: the input of each layer in float32 and LoRA's code; of both norms the input
+    in float32; q, k, v (k and v repeated) and the attention's output; the gate before and after, and what it is multiplied with."""
     lora = sum(4 * (d_in + rank) for _, d_in in inner)
     return lora + 2 * 4 * config.hidden_size + 4 * 2 * config.hidden_size + 3 * 2 * config.intermediate_size
 
@@ -118,7 +118,7 @@ def forget_peak() -> None:
 
 
 def measure(layers: int, checkpointing: bool, folder: str) -> dict:
-    """In a process of its own: the highest resident memory of the statistics pass and of two steps, beyond that before the model."""
+    """In a process of its own: the highest resident memory of the statistics pass and of two steps, beyond what was there before."""
     sets = [token_rows(count, seed) for seed, count in enumerate((24, 24, 8))]
     before = status("VmRSS")
     model = AutoModelForSequenceClassification.from_config(config_of(layers), dtype=torch.bfloat16)
@@ -157,10 +157,11 @@ def shape_tables() -> list[str]:
             found.append([title, "on" if on else "off", *pairs, f"({usual:,.0f})"])
     weights = predicted(LAYERS, ROWS, LENGTH, True)["weights"]
     return [
-        f"Memory by shape: a Llama of {LAYERS} layers ({weights * MB / 2e9:.2f} thousand million weights, {weights:,.0f} MB in bf16) "
-        f"with LoRA of rank {RANK} on every linear layer. MB, measured on a CPU with {' and '.join(map(str, CUTS))} of the layers "
-        f"({ROWS} rows of {LENGTH} tokens in a forward pass; the highest resident memory of a process of its own beyond that before the "
-        f"model), extrapolated in a straight line to {LAYERS}; in brackets what `benchmarks/suites/shape.py` predicts on paper:\n",
+        f"Memory by shape: a Llama of {LAYERS} layers ({weights * MB / 2e9:.2f} thousand million weights, {weights:,.0f} MB in "
+        f"bf16) with LoRA of rank {RANK} on every linear layer. MB, measured on a CPU with {' and '.join(map(str, CUTS))} of the "
+        f"layers ({ROWS} rows of {LENGTH} tokens in a forward pass; the highest resident memory of a process of its own, less what "
+        f"it had before the model), extrapolated in a straight line to {LAYERS}; in brackets what `benchmarks/suites/shape.py` "
+        "predicts on paper:\n",
         *table(
             [
                 "",

@@ -61,7 +61,7 @@ class UnlearningSets:
             streams: where streams are written to, and read from as long as it is there.
 
         Raises:
-            ValueError: a set is missing or empty, shares rows with another, does not fit the model, or is a stream that cannot be written.
+            ValueError: a set is missing or empty, shares rows with another or does not fit the model, or a stream breaks off.
         """
         if forget_dataset is None:
             raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model is to unlearn.")

@@ -50,13 +50,13 @@ class StreamFolder:
         return path
 
     def stored(self, dataset, name: str):
-        """A stream as a memory-mapped `datasets.Dataset` with its features and format; of a dictionary each; whatever else as it is.
+        """A stream as a memory-mapped `datasets.Dataset` with its features and format; a dictionary's one by one; the rest as it is.
 
         Args:
             name: what a message calls the set.
 
         Raises:
-            ValueError: the stream breaks off, has no rows or more than `MAX_ROWS`, is split by process, or does not fit on the disk.
+            ValueError: the stream breaks off, has no rows or over `MAX_ROWS`, is split by process, or does not fit on the disk.
         """
         if isinstance(dataset, dict):
             return {key: self.stored(rows, f"{name} '{key}'") for key, rows in dataset.items()}
