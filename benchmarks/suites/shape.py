@@ -118,7 +118,7 @@ def forget_peak() -> None:
 
 
 def measure(layers: int, checkpointing: bool, folder: str) -> dict:
-    """In a process of its own: the highest resident memory of the statistics pass and of two steps, beyond what was there before."""
+    """In a process of its own: the highest resident memory of the statistics pass and of two steps, less what was there."""
     sets = [token_rows(count, seed) for seed, count in enumerate((24, 24, 8))]
     before = status("VmRSS")
     model = AutoModelForSequenceClassification.from_config(config_of(layers), dtype=torch.bfloat16)

@@ -50,7 +50,7 @@ class StreamFolder:
         return path
 
     def stored(self, dataset, name: str):
-        """A stream as a memory-mapped `datasets.Dataset` with its features and format; a dictionary's one by one; the rest as it is.
+        """A stream as a memory-mapped `datasets.Dataset` with its features and format, a dictionary's one by one; others stay.
 
         Args:
             name: what a message calls the set.
