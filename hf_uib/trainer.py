@@ -65,7 +65,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             Without it a fold of the retained data is used.
         eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics: as in [`~transformers.Trainer`]. Raw pictures and texts are encoded with
-            ``processing_class``.
+            ``processing_class``. Streams (`IterableDataset`) are written to disk first.
         peft_config: a `LoraConfig`; by default LoRA on every linear layer.
         prior: a [`~hf_uib.priors.Prior`] of your own, instead of ``args.prior``.
         columns: [`~hf_uib.data.columns.Columns`]: names of text, picture, label and bias columns that are not the usual ones.

@@ -70,7 +70,8 @@ def test_the_run_is_that_on_the_rows_to_the_bit(tmp_path, cache):
     assert same(adapter_weights(plain), adapter_weights(streamed))
     assert plain.evaluate()["eval_test_loss"] == streamed.evaluate()["eval_test_loss"]
     test = make_rows(n=20, seed=7)
-    assert repr(streamed.audit(to_stream(test))) == repr(plain.audit(test))  # with NaN in it
+    streamed.audit(to_stream(test))
+    assert fingerprint(streamed.raw_eval_dataset) == fingerprint(test)
 
     resumed = trainer_on(tmp_path / "c", TorchStream, max_steps=4)
     for folder in ("a", "b"):  # of a run on rows, and of one on streams

@@ -74,13 +74,13 @@ class StreamFolder:
             files, refusal = gather_object([(files, refusal)])[state.process_index - state.local_process_index]
         if refusal is not None:
             raise ValueError(refusal)
-        info = datasets.DatasetInfo(features=getattr(dataset, "features", None))
+        info = datasets.DatasetInfo(features=_features_of(dataset))
         stored = datasets.concatenate_datasets([datasets.Dataset.from_file(file, info) for file in files])
         return stored.with_format(_format_of(dataset))
 
     def _write(self, dataset, name: str) -> list[str]:
         """The files of a stream's rows."""
-        features = getattr(dataset, "features", None)
+        features = _features_of(dataset)
         try:
             rows = datasets.Dataset.from_generator(
                 partial(_rows, dataset, name, self.path),
@@ -92,6 +92,10 @@ class StreamFolder:
         except Exception as error:  # whatever a stream, `datasets` or pyarrow say
             raise ValueError(_reason(name, error.__cause__ or error, self.path)) from error
         return [file["filename"] for file in rows.cache_files]
+
+
+def _features_of(dataset) -> datasets.Features | None:
+    return dataset.features if isinstance(dataset, datasets.IterableDataset) else None
 
 
 def _plain(feature):
@@ -109,8 +113,7 @@ def _rows(dataset, name: str, folder: str) -> Iterator[dict]:
     Raises:
         ValueError: no or too many rows, rows without named columns, or a disk that is nearly full.
     """
-    features = getattr(dataset, "features", None) or {}
-    columns = [column for column, feature in features.items() if undecoded(feature) is not None]
+    columns = [k for k, v in (_features_of(dataset) or {}).items() if undecoded(v) is not None]
     if isinstance(dataset, datasets.IterableDataset):
         dataset = dataset.with_format(None)
         dataset = dataset.decode(False) if columns else dataset
