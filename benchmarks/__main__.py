@@ -15,7 +15,7 @@ import sys
 from .methods import METHODS
 from .registry import suite
 from .report import write_report
-from .suites import audits, cost, gpu, lifecycle, reach, research, runs, scale, smoke, truth, whole
+from .suites import audits, cost, gpu, lifecycle, memory, reach, research, runs, scale, shape, smoke, truth, whole
 from .tasks import TASKS
 
 COMMANDS = {
@@ -27,7 +27,9 @@ COMMANDS = {
     "whole": (whole.run_whole, "whole runs against LoRA fine-tuning, in pairs"),
     "processes": (cost.run_processes, "throughput under one and two processes"),
     "scaling": (cost.run_scaling, "how the statistics pass grows"),
-    "scale": (scale.run_scale, "one process against two, kills and resumes, memory of a million rows"),
+    "scale": (scale.run_scale, "one process against two, kills and resumes"),
+    "memory": (memory.run_memory, "memory of a million rows, on disk and as streams"),
+    "shape": (shape.run_shape, "memory of a classifier of a thousand million weights, by its shape"),
     "audit": (audits.run_audits, "planted fakes and retrained models through the audit"),
     "reach": (reach.run_reach, "other kinds of input and label: the examples' tasks"),
     "research": (research.run_research, "one setting varied at a time, on validation folds"),

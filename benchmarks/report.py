@@ -10,10 +10,12 @@ from .suites.audits import audit_tables
 from .suites.cost import cost_tables
 from .suites.gpu import gpu_tables
 from .suites.lifecycle import lifecycle_table
+from .suites.memory import memory_tables
 from .suites.reach import reach_tables
 from .suites.research import research_tables
 from .suites.runs import SEEDS
 from .suites.scale import scale_tables
+from .suites.shape import shape_tables
 from .suites.truth import truth_table
 from .suites.whole import whole_table
 from .tasks import TASKS
@@ -167,7 +169,7 @@ def write_report(options=None) -> None:
         print(f"docs/benchmark/{name}")
     for name, lines in {
         "README.md": readme_table(runs),
-        "docs/scale.md": scale_tables(),
+        "docs/scale.md": [*scale_tables(), *memory_tables(), *shape_tables()],
         "docs/deletion_requests.md": lifecycle_table(),
         "benchmarks/research.md": research_tables(),
     }.items():

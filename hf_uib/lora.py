@@ -73,6 +73,29 @@ def require_plain_weights(model: nn.Module) -> None:
         )
 
 
+def require_one_device(model: nn.Module) -> None:
+    """Refuse models whose parts are on several devices or on disk (``device_map``).
+
+    Raises:
+        ValueError: with what to do.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            where = next((f" ({at})" for part, at in places.items() if name.startswith(part)), "")
+            raise ValueError(
+                f"{name} holds no weight (it is on `meta`): this part of the model is offloaded{where} or was never loaded. Load "
+                'the whole model on one device (device_map={"": 0}), in bfloat16 if it is too large.'
+            )
+    devices = sorted(set(map(str, places.values())) or {str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"The model's layers are on several devices ({', '.join(devices)}): the noise and the divergence of all layers are "
+            'computed on one. Load it on one device (device_map={"": 0}), in bfloat16 if it is too large; several GPUs share the '
+            "rows under `accelerate launch`."
+        )
+
+
 def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
     """LoRA on every linear layer, head and patch embedding included: both can unlearn, and detaching stays exact.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpointing import AtomicCheckpoints
+from .data.streams import StreamFolder
 from .hub.card import results_of
 from .lora import AdaptedLayer, copy_without_hooks, is_fresh
 from .measurements import Measurements
@@ -49,6 +50,7 @@ class ResultsMixin(AtomicCheckpoints):
     _posterior: ChannelPosterior | None
     contrast_norms: dict[str, float]
     raw_eval_dataset: Any
+    streams: StreamFolder
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     results_from_audit: bool
@@ -273,6 +275,7 @@ class ResultsMixin(AtomicCheckpoints):
         """
         from .audit.report import audit_model
 
+        test_dataset = self.streams.stored(test_dataset, "test_dataset")
         settings.setdefault("processing_class", self.processing_class)
         settings.setdefault("reference_model", None if self.adapter_before is None else self.detach())
         self.audit_report = audit_model(

@@ -26,6 +26,7 @@ from .data.columns import Columns
 from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch, collator_for
 from .data.reading import Reader
 from .data.sets import UnlearningSets
+from .data.streams import StreamFolder
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
 from .inference import SharedInference
@@ -38,6 +39,7 @@ from .lora import (
     is_fresh,
     let_gradients_in,
     lora_layers,
+    require_one_device,
 )
 from .measurements import Measurements
 from .models import forward_columns, name_of
@@ -63,14 +65,14 @@ class UIBTrainer(ResultsMixin, HubMixin):
             Without it a fold of the retained data is used.
         eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics: as in [`~transformers.Trainer`]. Raw pictures and texts are encoded with
-            ``processing_class``.
+            ``processing_class``. Streams (`IterableDataset`) are written to disk first.
         peft_config: a `LoraConfig`; by default LoRA on every linear layer.
         prior: a [`~hf_uib.priors.Prior`] of your own, instead of ``args.prior``.
         columns: [`~hf_uib.data.columns.Columns`]: names of text, picture, label and bias columns that are not the usual ones.
 
     Raises:
         ValueError: a set is empty, both share rows, a label is outside the model's classes, the model has no linear layer, or
-            its adapter was loaded as not trainable.
+            its adapter was loaded as not trainable, or the model is not whole on one device.
     """
 
     _tag_names: ClassVar = ["unlearning", "uib", "hf_uib"]
@@ -115,6 +117,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         elif not isinstance(args, UIBConfig):
             args = UIBConfig.from_training_arguments(args)
         refuse_unsupported(args)
+        require_one_device(model)
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
         if by_name and not isinstance(model, PeftModel) and model.config._name_or_path:
@@ -122,14 +125,18 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
         # 2. Data
         reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
-        sets = UnlearningSets.prepare(
-            forget_dataset,
-            retain_dataset,
-            calibration_dataset,
-            eval_dataset,
-            read=reader,
-            check_labels=partial(self.task.check_labels, model=model),
-        )
+        with StreamFolder() as streams:
+            eval_dataset = streams.stored(eval_dataset, "eval_dataset")
+            sets = UnlearningSets.prepare(
+                forget_dataset,
+                retain_dataset,
+                calibration_dataset,
+                eval_dataset,
+                read=reader,
+                check_labels=partial(self.task.check_labels, model=model),
+                streams=streams,
+            )
+        self.streams = streams  # on disk as long as the trainer is there
         self.sets, self.fingerprints, self.raw_eval_dataset = sets, sets.fingerprints, eval_dataset
         self.reader = sets.reader
         self.forget_dataset, self.retain_dataset = sets.forget, sets.retain

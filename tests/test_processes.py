@@ -14,9 +14,9 @@ from launching import command_for
 pytestmark = pytest.mark.distributed
 
 
-def launched(path, processes, batch, accumulation=1, seed=0, prior="calibrated"):
+def launched(path, processes, batch, accumulation=1, seed=0, prior="calibrated", *more):
     """What tests/two_processes.py wrote."""
-    command, environment = command_for("two_processes.py", processes, path, batch, accumulation, seed, prior)
+    command, environment = command_for("two_processes.py", processes, path, batch, accumulation, seed, prior, *more)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(path, weights_only=True)
@@ -43,8 +43,9 @@ def test_two_processes_compute_what_one_does(tmp_path, prior):
     # Conjugate gradients and Adam's first steps carry rounding further under `influence`
     assert max(seen.values()) < (5e-4 if prior == "influence" else 2e-4), seen
     if prior == "calibrated":
-        split = launched(tmp_path / "split.pt", 2, 2, accumulation=2, prior=prior)
+        split = launched(tmp_path / "split.pt", 2, 2, 2, 0, prior, "streams")  # one process writes, and both read
         assert max(differences(one, split).values()) < 2e-4
+        assert not list((tmp_path / "split.pt.cache").glob("hf_uib_*"))
         other = differences(one, launched(tmp_path / "other.pt", 2, 4, seed=1, prior=prior))  # the control
         assert other["adapter"] > 1e-2 and other["losses"] > 1e-2
 
