@@ -15,7 +15,7 @@ import sys
 from .methods import METHODS
 from .registry import suite
 from .report import write_report
-from .suites import audits, cost, lifecycle, reach, research, runs, scale, smoke, truth, whole
+from .suites import audits, cost, lifecycle, quantised, reach, research, runs, scale, smoke, truth, whole
 from .tasks import TASKS
 
 COMMANDS = {
@@ -29,6 +29,10 @@ COMMANDS = {
     "scaling": (cost.run_scaling, "how the statistics pass grows"),
     "scale": (scale.run_scale, "one process against two, kills and resumes, memory of a million rows"),
     "audit": (audits.run_audits, "planted fakes and retrained models through the audit"),
+    "quantised": (
+        quantised.run_quantised,
+        "quantised bases against full precision: subspaces, merging, quantising again",
+    ),
     "reach": (reach.run_reach, "other kinds of input and label: the examples' tasks"),
     "research": (research.run_research, "one setting varied at a time, on validation folds"),
     "truth": (truth.run_truth, "probes, a new head, relearning and rounded weights of every method"),

@@ -9,6 +9,7 @@ from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
 from .suites.lifecycle import lifecycle_table
+from .suites.quantised import quantised_tables
 from .suites.reach import reach_tables
 from .suites.research import research_tables
 from .suites.runs import SEEDS
@@ -166,7 +167,7 @@ def write_report(options=None) -> None:
         print(f"docs/benchmark/{name}")
     for name, lines in {
         "README.md": readme_table(runs),
-        "docs/scale.md": scale_tables(),
+        "docs/scale.md": [*quantised_tables(), *scale_tables()],
         "docs/deletion_requests.md": lifecycle_table(),
         "benchmarks/research.md": research_tables(),
     }.items():

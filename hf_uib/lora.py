@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .models import blocks_of
-from .quantised import dense_weight, holds_codes, is_quantised, keep_codes, quantisation_of
+from .quantised import dense_weight, holds_codes, is_quantised, prepare_codes, quantisation_of
 
 AdaptedLayer = Any  # PEFT's LoRA layer around a linear one: an nn.Module and a LoraLayer
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -83,8 +83,8 @@ def require_known_weights(model: nn.Module) -> None:
             found, kind = name, "computed" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
     if found is not None:
         raise ValueError(
-            f"The weights of {found} are {kind}: load the checkpoint with bitsandbytes (4 or 8 bits), torchao (8 bits) or unquantised "
-            "(say, dtype=torch.bfloat16), unlearn, merge, and quantise the merged model."
+            f"The weights of {found} are {kind}: load the checkpoint with bitsandbytes (4 or 8 bits), torchao (8 bits) or "
+            "unquantised (say, dtype=torch.bfloat16), unlearn, merge, and quantise the merged model."
         )
 
 
@@ -119,11 +119,12 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int, 
     with a trained adapter, whose weights are then the prior's first mean. The A of a new one is drawn from ``seed``.
 
     Raises:
-        ValueError: the weights are quantised in a way that is not known; the model has an adapter that cannot be trained, is more than a product or is not on
-            linear layers inside its blocks; or ``peft_config`` was given for a PeftModel.
+        ValueError: the weights are quantised in a way that is not known; the model has an adapter that cannot be trained, is more
+            than a product or is not on linear layers inside its blocks; or ``peft_config`` was given for a PeftModel.
     """
     require_known_weights(model)
-    keep_codes(model)
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
+    prepare_codes(model, [name for one in configs for name in getattr(one, "modules_to_save", None) or ()])
     if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "The model has the layers of an adapter in it already: PEFT, and so UIBTrainer, changes the model that it is given. "

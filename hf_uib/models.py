@@ -417,9 +417,12 @@ def base_is_named(model: PeftModel, name: str | None) -> bool | None:
     base: Any = model.get_base_model()
     replaced = [n for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     config, settings = copy.deepcopy(base.config), {}
-    if (method := getattr(config, "quantization_config", None)) is not None and not saved_quantised(name):
-        del config.quantization_config
-        settings["quantization_config"] = method
+    if (method := getattr(config, "quantization_config", None)) is not None:
+        if saved_quantised(name):
+            config.quantization_config = method.to_dict()
+        else:
+            del config.quantization_config
+            settings["quantization_config"] = method
     try:
         with torch.random.fork_rng(devices=[]), _quiet_about_heads():
             named = type(base).from_pretrained(

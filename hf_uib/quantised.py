@@ -4,10 +4,9 @@ They are read by de-quantising one layer at a time; the adapter above them is as
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
@@ -38,24 +37,62 @@ def quantisation_of(model: Any) -> str | None:
 
 
 def dense_weight(module: Any) -> Tensor:
-    """The weight of a layer as numbers, de-quantised where it holds codes (then a new tensor)."""
+    """The weight of a layer as numbers, de-quantised where it holds codes (then a new tensor).
+
+    Raises:
+        ValueError: see `keep_codes`.
+    """
     weight = module.weight
     if not holds_codes(module):
         return weight
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
+    refuse_repacked(module)
     return dequantize_bnb_weight(weight, state=getattr(module, "state", None))
 
 
 def keep_codes(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place while they are evaluated on a CPU with AVX512-BF16: their scales are
-    then rounded to bfloat16, so the base would not be the same after an evaluation, and where the outputs are no multiple of 32
-    it fails."""
+    """Stop bitsandbytes from repacking 4-bit weights in place when they are evaluated on a CPU with AVX512-BF16.
+
+    It rounds their scales to bfloat16 and does not put all of them back in order; and where a layer's outputs are no multiple of 32
+    it fails.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                module.state_dict()  # unpacks it
+
+
+def refuse_repacked(module: Any) -> None:
+    """Refuse 4-bit weights that bitsandbytes has repacked, see `keep_codes`.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes has repacked the model's 4-bit weights when it was evaluated on this CPU, and they cannot be read back: "
+            "load it anew, and call hf_uib.quantised.keep_codes(model) before you evaluate it."
+        )
+
+
+def prepare_codes(model: nn.Module, whole_modules: Collection[str] = ()) -> None:
+    """`keep_codes` for a model that is to be trained.
+
+    Args:
+        whole_modules: names of modules that an adapter trains whole (``modules_to_save``).
+
+    Raises:
+        ValueError: the codes were repacked, or one of these modules holds codes.
+    """
+    for name, module in model.named_modules():
+        if holds_codes(module):
+            refuse_repacked(module)
+        if name.rpartition(".")[2] in whole_modules and any(map(holds_codes, module.modules())):
+            raise ValueError(
+                f"modules_to_save names {name}, whose weights are quantised and cannot be trained: leave it out (LoRA goes on it "
+                "too), or load the model with it unquantised (llm_int8_skip_modules, modules_to_not_convert)."
+            )
+    keep_codes(model)
 
 
 def dequantised(model: Any) -> Any:

@@ -68,6 +68,7 @@ def plain_models(
 
 def _plain(model: Name | nn.Module) -> nn.Module:
     model = loaded(model)
+    keep_codes(model)
     if isinstance(model, PeftModel):
         return merged_copy(model)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -75,7 +76,6 @@ def _plain(model: Name | nn.Module) -> nn.Module:
             "A model to audit has an adapter injected (PEFT changes the model it is given); load it anew, or leave "
             "reference_model out where it is the adapter's base."
         )
-    keep_codes(model)
     return model
 
 
