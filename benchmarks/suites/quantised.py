@@ -126,12 +126,12 @@ def quantised_tables() -> list[str]:
                 angles = [] if kind == FULL else [figures([x[key] for x in mine]) for key in ("overlap", "scale")]
                 rows.append([kind, *(angles or ["-", "-"]), *(stage(mine, key) for key in STAGES)])
         found += [
-            f"{task}, seeds {', '.join(map(str, seeds))}: accuracy and, in brackets, conflicting accuracy (mean ± standard deviation).\n",
+            f"{task}, seeds {', '.join(map(str, seeds))}: accuracy, and in brackets conflicting accuracy (mean ± sd).\n",
             *table(["base", "overlap of V_l", "output scale, largest change", *STAGES.values()], rows),
         ]
     head = (
-        "Quantised bases (`python -m benchmarks quantised`): the overlap of the contrast's subspaces with those on the base in "
-        "full precision (mean of the squared cosines of the principal angles, 16 directions a layer), and the model before and after.\n"
+        "Quantised bases (`python -m benchmarks quantised`). Overlap of the contrast's subspaces with those on the base in full "
+        "precision: the mean of the squared cosines of the principal angles, over 16 directions a layer.\n"
     )
     return [head, *found] if found else []
 
