@@ -57,7 +57,7 @@ def keep_codes(model: nn.Module) -> None:
     It rounds their scales to bfloat16 and does not put all of them back in order; and where a layer's outputs are no multiple of 32
     it fails.
     """
-    for module in model.modules():
+    for module in list[Any](model.modules()):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
@@ -114,10 +114,10 @@ def dequantised(model: Any) -> Any:
     return model
 
 
-def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Any) -> Iterator[Any]:
     """What a tensor is made of: itself, or of a torchao tensor its codes, scales and so on."""
     if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
     else:
         yield tensor.detach()

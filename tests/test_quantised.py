@@ -1,4 +1,4 @@
-"""Bases whose weights are codes of bitsandbytes or torchao: as the plain model with the same weights, and merged into a plain one."""
+"""Bases whose weights are codes of bitsandbytes or torchao: trained as the plain model with the same weights is, and merged."""
 
 import json
 import os
