@@ -15,7 +15,7 @@ import sys
 from .methods import METHODS
 from .registry import suite
 from .report import write_report
-from .suites import audits, cost, gpu, lifecycle, memory, reach, research, runs, scale, shape, smoke, truth, whole
+from .suites import audits, cost, gpu, lifecycle, memory, quantised, reach, research, runs, scale, shape, smoke, truth, whole
 from .tasks import TASKS
 
 COMMANDS = {
@@ -31,6 +31,10 @@ COMMANDS = {
     "memory": (memory.run_memory, "memory of a million rows, on disk and as streams"),
     "shape": (shape.run_shape, "memory of a classifier of a thousand million weights, by its shape"),
     "audit": (audits.run_audits, "planted fakes and retrained models through the audit"),
+    "quantised": (
+        quantised.run_quantised,
+        "quantised bases against full precision: subspaces, merging, quantising again",
+    ),
     "reach": (reach.run_reach, "other kinds of input and label: the examples' tasks"),
     "research": (research.run_research, "one setting varied at a time, on validation folds"),
     "truth": (truth.run_truth, "probes, a new head, relearning and rounded weights of every method"),

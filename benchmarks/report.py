@@ -11,6 +11,7 @@ from .suites.cost import cost_tables
 from .suites.gpu import gpu_tables
 from .suites.lifecycle import lifecycle_table
 from .suites.memory import memory_tables
+from .suites.quantised import quantised_tables
 from .suites.reach import reach_tables
 from .suites.research import research_tables
 from .suites.runs import SEEDS
@@ -169,7 +170,7 @@ def write_report(options=None) -> None:
         print(f"docs/benchmark/{name}")
     for name, lines in {
         "README.md": readme_table(runs),
-        "docs/scale.md": [*scale_tables(), *memory_tables(), *shape_tables()],
+        "docs/scale.md": [*scale_tables(), *memory_tables(), *shape_tables(), *quantised_tables()],
         "docs/deletion_requests.md": lifecycle_table(),
         "benchmarks/research.md": research_tables(),
     }.items():

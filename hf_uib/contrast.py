@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .channel_kl import wide_dtype
-from .lora import base_of, weight_matrix
+from .lora import base_of, matrix_shape
 from .objective import margin
 
 PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
@@ -66,7 +66,7 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
     """
     statistics = {}
     for index, (name, layer) in enumerate(layers.items()):
-        d_out, d_in = weight_matrix(layer).shape
+        d_out, d_in = matrix_shape(layer)
         device, rows, sketch = layer.weight.device, d_out, None
         if d_out > 4 * rank + 16:
             rows = 2 * rank + 8

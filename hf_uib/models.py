@@ -19,7 +19,12 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import (
@@ -28,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
+from .quantised import plain_tensors
 from .state import identity_of
 
 BASE = "base"  # folder beside an adapter, of a base that has no name
@@ -396,7 +402,8 @@ def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
             continue
         if (".lora_" in name or ".modules_to_save." in name) == of_the_adapter:
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            for part in plain_tensors(weight):
+                digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -409,11 +416,18 @@ def base_is_named(model: PeftModel, name: str | None) -> bool | None:
         return None
     base: Any = model.get_base_model()
     replaced = [n for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    config, settings = copy.deepcopy(base.config), {}
+    if (method := getattr(config, "quantization_config", None)) is not None:
+        if saved_quantised(name):
+            config.quantization_config = method.to_dict()
+        else:
+            del config.quantization_config
+            settings["quantization_config"] = method
     try:
         with torch.random.fork_rng(devices=[]), _quiet_about_heads():
             named = type(base).from_pretrained(
-                name, config=copy.deepcopy(base.config), dtype=base.dtype, ignore_mismatched_sizes=True,
-                local_files_only=True, use_safetensors=True,
+                name, config=config, dtype=base.dtype, ignore_mismatched_sizes=True, local_files_only=True,
+                use_safetensors=True, **settings,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError):
         return False
@@ -422,6 +436,16 @@ def base_is_named(model: PeftModel, name: str | None) -> bool | None:
         plain = key.replace(".base_layer.", ".")
         if ".lora_" in key or any(key.startswith(f"{module}.") for module in replaced):
             continue
-        if plain not in theirs or not torch.equal(theirs[plain].cpu(), weight.detach().cpu()):
+        if plain not in theirs or not _same(theirs[plain], weight):
             return False
     return True
+
+
+def saved_quantised(name: str) -> bool:
+    """Whether a checkpoint that is here holds codes."""
+    return "quantization_config" in PretrainedConfig.get_config_dict(name, local_files_only=True)[0]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    pairs = zip(plain_tensors(one), plain_tensors(other), strict=False)
+    return type(one) is type(other) and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
