@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
@@ -12,6 +11,7 @@ from transformers import TrainingArguments
 
 from .priors import prior_class
 from .settings import ChannelSettings, InfluenceSettings
+from .sharding import fsdp_plugin
 
 
 @dataclass
@@ -245,10 +245,13 @@ def refuse_unsupported(args: UIBConfig) -> None:
     """
     if args.n_gpu > 1:
         raise ValueError("UIBTrainer does not run under DataParallel; start it with `accelerate launch` instead.")
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    plugin = fsdp_plugin(args)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError("UIBTrainer runs under FSDP2 alone; set fsdp_version: 2 (as `--accelerate_config fsdp2` has it).")
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
         raise ValueError(
-            "UIBTrainer does not run under FSDP: prior and posterior need each layer's weight whole. Use data parallel training "
-            "(`hf-uib unlearn --accelerate_config ddp`) or DeepSpeed ZeRO-2 (`zero2`)."
+            "UIBTrainer under FSDP looks at the whole base before it is sharded; set fsdp_cpu_ram_efficient_loading: false, so that "
+            "every process loads it."
         )
     if args.auto_find_batch_size:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .channel_kl import wide_dtype
 from .lora import base_of, weight_matrix
 from .objective import margin
+from .sharding import whole
 
 PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
@@ -78,7 +79,7 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
             tokens=torch.zeros((), device=device, dtype=wide_dtype(device)),
             reached=torch.zeros((), device=device),
             d_out=d_out,
-            bias=layer.bias,
+            bias=None if layer.bias is None else whole(layer.bias.detach()),
             sketch=sketch,
         )
     return statistics
@@ -115,7 +116,7 @@ def _recording(modules: dict[str, Any], statistics: dict[str, LayerStatistics], 
             x = input_rows(module, inputs[0].detach()).float()
             signal = output_rows(module, output.detach()).float()
             if stats.bias is not None:
-                signal = signal - stats.bias.detach().float()
+                signal = signal - stats.bias.float()
             stats.inputs += x.sum(0)
             stats.outputs += signal.square().sum()
             stats.tokens += len(x)

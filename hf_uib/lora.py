@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .models import blocks_of
+from .sharding import copy_of, whole
 
 AdaptedLayer = Any  # PEFT's LoRA layer around a linear one: an nn.Module and a LoraLayer
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -41,9 +42,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: Any) -> Tensor:
-    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``; a view of it."""
+    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``: a view of it, or what is gathered."""
     base = base_of(module)
-    return base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
+    weight = whole(base.weight)
+    return weight.T if isinstance(base, Conv1D) else weight.flatten(1)
 
 
 def require_plain_weights(model: nn.Module) -> None:
@@ -347,7 +349,7 @@ def require_input_gradients(module: nn.Module, inputs: tuple, named: dict) -> No
 def copy_without_hooks(model: PeftModel) -> PeftModel:
     """A copy of the model for merging or detaching: our hooks stay behind, gradient checkpointing is off, and the weights may be
     trained that could be before the adapter came (of a PeftModel: all)."""
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     for module in list[Any](model.modules()):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:

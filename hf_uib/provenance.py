@@ -72,9 +72,12 @@ def merged(model: PeftModel, inputs: dict[str, torch.Tensor], requests: list[dic
         inputs: of some rows, to compare the logits on.
         requests: all that the merged model has unlearned.
     """
-    plain: Any = copy_without_hooks(model).merge_and_unload()
+    plain: Any = copy_without_hooks(model).eval()
+    inputs = {name: value.to(next(plain.parameters()).device) for name, value in inputs.items()}
     with torch.no_grad():
-        before, after = (m.eval()(**inputs).logits.float() for m in (model, plain))
+        before = plain(**inputs).logits.float()
+        plain = plain.merge_and_unload()
+        after = plain(**inputs).logits.float()
     difference = (before - after).abs().max()
     if difference > MERGED_ERROR * before.abs().max():
         warnings.warn(
