@@ -128,7 +128,8 @@ class SharedInference:
         count = math.ceil(math.ceil(len(rows) / processes) / self.batch_size)
         if len(rows) // processes < count:
             raise ValueError(
-                f"{len(rows)} rows cannot be shared by {processes} processes that hold a part of the model each: take fewer."
+                f"A set is too small: {len(rows)} of its rows are measured at a time, by {processes} processes that share the base "
+                "(FSDP) and need equally many batches. Take fewer processes."
             )
         parts = [part.tolist() for part in np.array_split(mine, count)]
         return chain.from_iterable(batches(part, batch_size=len(part)) for part in parts)

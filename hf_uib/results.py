@@ -52,7 +52,7 @@ class ResultsMixin(AtomicCheckpoints):
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     results_from_audit: bool
-    _base_fingerprint: str | None
+    _base_fingerprint: str | None = None  # not computed yet
 
     @property
     def posterior(self) -> ChannelPosterior:

@@ -212,7 +212,6 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.request = "the examples of the forget set"  # in words, for the card
         self.dataset_name: str | None = None  # of all sets, if it is on the Hub
         self.card_settings: dict = {}
-        self._base_fingerprint: str | None = None
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.results_from_audit = False
         self.audit_report = None
@@ -223,7 +222,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.check_base_name()
         adapter = {weight for name, weight in self.model.named_parameters() if is_adapters(name)}
         shard(self.model, blocks_of(self.model).values(), adapter, self.accelerator, plugin)
-        self.is_fsdp_enabled = False  # Trainer then saves and loads the adapter and its optimizer, which are whole, as ever
+        self.is_fsdp_enabled = (
+            False  # Trainer then saves and loads the adapter and its optimizer, which are whole, as ever
+        )
 
     # ---- Before the first step --------------------------------------------------------------------------------------
 
