@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any
 
-from torch.distributed.fsdp import CPUOffloadPolicy
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import TrainingArguments
 
 from .priors import prior_class
@@ -246,24 +246,8 @@ def refuse_unsupported(args: UIBConfig) -> None:
     """
     if args.n_gpu > 1:
         raise ValueError("UIBTrainer does not run under DataParallel; start it with `accelerate launch` instead.")
-    plugin = fsdp_plugin(args)
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise ValueError(
-            "UIBTrainer runs under FSDP2, not FSDP1; set fsdp_version: 2 (`hf-uib unlearn --accelerate_config fsdp2`)."
-        )
-    if plugin is not None and plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "UIBTrainer under FSDP looks at the whole base before it is sharded; set fsdp_cpu_ram_efficient_loading: false, so "
-            "that every process loads it."
-        )
-    if plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(
-            "UIBTrainer under FSDP keeps its part of the base on the device; leave fsdp_offload_params out."
-        )
-    if plugin is not None and plugin.activation_checkpointing:
-        raise ValueError(
-            "UIBTrainer shards the base itself; set gradient_checkpointing, not fsdp_activation_checkpointing."
-        )
+    if (plugin := fsdp_plugin(args)) is not None:
+        _refuse_unsupported_fsdp(plugin)
     if args.auto_find_batch_size:
         raise ValueError(
             "UIBTrainer does not run with auto_find_batch_size: a second try would go on from weights the first one moved. Set "
@@ -282,6 +266,28 @@ def refuse_unsupported(args: UIBConfig) -> None:
         raise ValueError(
             "UIBTrainer does not run under DeepSpeed ZeRO-3, which takes the adapter's weights apart too. Use FSDP2, which shards "
             "the base alone (`--accelerate_config fsdp2`), or ZeRO-2."
+        )
+
+
+def _refuse_unsupported_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "UIBTrainer runs under FSDP2, not FSDP1; set fsdp_version: 2 (`hf-uib unlearn --accelerate_config fsdp2`)."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "UIBTrainer under FSDP looks at the whole base before it is sharded; set fsdp_cpu_ram_efficient_loading: false, so "
+            "that every process loads it."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "UIBTrainer under FSDP keeps its part of the base on the device; leave fsdp_offload_params out."
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "UIBTrainer shards the base itself; set gradient_checkpointing, not fsdp_activation_checkpointing."
         )
 
 

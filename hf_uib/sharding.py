@@ -6,17 +6,15 @@ What is trained is small, so that optimizer, noise, divergence and checkpoints s
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
+M = TypeVar("M", bound=nn.Module)
 BEFORE = "before_sharding"  # attribute of a sharded model: itself without its weights
 
 
@@ -29,7 +27,7 @@ def fsdp_plugin(args: Any) -> FullyShardedDataParallelPlugin | None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called with the model."""
-    return isinstance(model, FSDPModule)
+    return BEFORE in model.__dict__
 
 
 def shard(
@@ -47,6 +45,9 @@ def shard(
         accelerator: on CPUs it takes FSDP for data parallel training; it is told.
         plugin: its precision is taken.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # some builds of torch have none of these
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     state: Any = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
@@ -56,7 +57,7 @@ def shard(
     for weight in whole_weights:
         weight.data = weight.data.to(accelerator.device)
     policy = state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy()
-    settings = {
+    settings: dict[str, Any] = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "ignored_params": whole_weights,
         "reshard_after_forward": True,  # what is registered between two passes is then the base's own weight, unrounded
@@ -66,7 +67,7 @@ def shard(
     fully_shard(model, mp_policy=dataclasses.replace(policy, output_dtype=torch.float32), **settings)
 
 
-def _without_weights(model: Any) -> nn.Module:
+def _without_weights(model: Any) -> Any:
     """A copy on the `meta` device that shares the model's configs."""
     configs = [model.peft_config, *(m.config for m in model.modules() if hasattr(m, "config"))]
     shared: dict[int, Any] = {id(config): config for config in configs}
@@ -76,14 +77,15 @@ def _without_weights(model: Any) -> nn.Module:
 
 def whole(weight: Tensor) -> Tensor:
     """A sharded weight, gathered from all processes, which have to call this together; another one as it is."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    gathered: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)  # a `DTensor` has it
+    return weight if gathered is None else gathered()
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def copy_of(model: M) -> M:
     """A copy; of a sharded model a plain one on the CPU, gathered weight by weight, for which all processes call this together."""
     if not is_sharded(model):
         return copy.deepcopy(model)
-    empty: nn.Module = model.__dict__[BEFORE]
+    empty: M = model.__dict__[BEFORE]
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     filled: dict[int, Any] = {
         id(p): nn.Parameter(whole(weights[name].detach()).cpu().clone(), requires_grad=weights[name].requires_grad)
