@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .channel_kl import wide_dtype
 from .lora import base_of, matrix_shape
 from .objective import margin
+from .sharding import whole
 
 PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
@@ -80,7 +81,7 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
             tokens=torch.zeros((), device=device, dtype=wide_dtype(device)),
             reached=torch.zeros((), device=device),
             d_out=d_out,
-            bias=layer.bias,
+            bias=None if layer.bias is None else whole(layer.bias.detach()),
             sketch=sketch,
         )
     return statistics

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .models import blocks_of
 from .quantised import dense_weight, holds_codes, is_quantised, prepare_codes, quantisation_of
+from .sharding import copy_of, whole
 
 AdaptedLayer = Any  # PEFT's LoRA layer around a linear one: an nn.Module and a LoraLayer
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,9 +43,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: Any) -> Tensor:
-    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``: a view of it, or de-quantised."""
+    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``: a view of it, or de-quantised, or
+    gathered."""
     base = base_of(module)
-    return base.weight.T if isinstance(base, Conv1D) else dense_weight(base).flatten(1)
+    return whole(base.weight).T if isinstance(base, Conv1D) else whole(dense_weight(base)).flatten(1)
 
 
 def matrix_shape(module: Any) -> tuple[int, int]:
@@ -387,7 +389,7 @@ def require_input_gradients(module: nn.Module, inputs: tuple, named: dict) -> No
 def copy_without_hooks(model: PeftModel) -> PeftModel:
     """A copy of the model for merging or detaching: our hooks stay behind, gradient checkpointing is off, and the weights may be
     trained that could be before the adapter came (of a PeftModel: all)."""
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     for module in list[Any](model.modules()):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:

@@ -391,6 +391,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return {f"block {i + 1}": block for i, block in enumerate(longest)}
 
 
+def is_adapters(name: str) -> bool:
+    """Whether a weight of that name is the adapter's: a factor, or in a module that ``modules_to_save`` put in another's place."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
 def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
     """Hash of every weight that is not the adapter's, or of those that are.
 
@@ -400,7 +405,7 @@ def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
     for name, weight in sorted(model.get_base_model().state_dict().items()):
         if ".original_module." in name:
             continue
-        if (".lora_" in name or ".modules_to_save." in name) == of_the_adapter:
+        if is_adapters(name) == of_the_adapter:
             digest.update(name.encode())
             for part in plain_tensors(weight):
                 digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())

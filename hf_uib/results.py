@@ -55,7 +55,7 @@ class ResultsMixin(AtomicCheckpoints):
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     results_from_audit: bool
-    _base_fingerprint: str | None
+    _base_fingerprint: str | None = None  # not computed yet
     _merged_into: str | None = None  # what an adapter of a quantised base was merged into
 
     @property

@@ -14,11 +14,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import ParallelMode
 
 from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
 from .config import UIBConfig, refuse_unsupported, set_default_steps
@@ -42,13 +44,14 @@ from .lora import (
     require_one_device,
 )
 from .measurements import Measurements
-from .models import forward_columns, name_of
+from .models import blocks_of, fingerprint, forward_columns, is_adapters, name_of
 from .pattern_tokens import PatternTokens
 from .posterior import ChannelPosterior
 from .priors import Prior, PriorContext, build_prior
 from .provenance import next_base
 from .results import ResultsMixin
 from .schedule import noise_scale, prior_acts, sample_size
+from .sharding import average_gradients, fsdp_plugin, is_sharded, shard
 from .state import SHARED_SETTINGS, UIBState
 from .unlearning_task import SingleLabel, task_of
 
@@ -188,6 +191,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        plugin = fsdp_plugin(args)
+        if plugin is not None and args.parallel_mode == ParallelMode.DISTRIBUTED:
+            self._shard_base(plugin)
         # DeiT with its teacher takes none: Trainer then looks for none, and the loss is ours
         takes = "labels" in inspect.signature(self.model.get_base_model().forward).parameters
         self._takes_labels = takes and isinstance(self.task, SingleLabel)
@@ -215,10 +221,19 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.request = "the examples of the forget set"  # in words, for the card
         self.dataset_name: str | None = None  # of all sets, if it is on the Hub
         self.card_settings: dict = {}
-        self._base_fingerprint: str | None = None
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.results_from_audit = False
         self.audit_report = None
+
+    def _shard_base(self, plugin: FullyShardedDataParallelPlugin) -> None:
+        """FSDP: each process keeps its part of the base. What reads all of it on one process alone comes before."""
+        self._base_fingerprint = fingerprint(self.model)
+        self.check_base_name()
+        adapter = {weight for name, weight in self.model.named_parameters() if is_adapters(name)}
+        shard(self.model, blocks_of(self.model).values(), adapter, self.accelerator, plugin)
+        self.is_fsdp_enabled = (
+            False  # Trainer then saves and loads the adapter and its optimizer, which are whole, as ever
+        )
 
     # ---- Before the first step --------------------------------------------------------------------------------------
 
@@ -353,8 +368,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         return logits
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        """Trainer's; entries of weights that the prior's masks hold fixed then lose their gradient."""
+        """Trainer's; under FSDP the gradients are then averaged. Entries that the prior's masks hold fixed lose theirs."""
         loss = super().training_step(*args, **kwargs)
+        if is_sharded(self.model) and self.accelerator.sync_gradients:
+            average_gradients(self.model.parameters(), self.accelerator)
         weights = dict(self.model.named_parameters()) if self.prior.masks else {}
         for name, mask in self.prior.masks.items():
             if (gradient := weights[name].grad) is not None:

@@ -107,11 +107,31 @@ def test_strategies_that_cannot_hold_are_refused(tmp_path, monkeypatch):
     args = UIBConfig(str(tmp_path), use_cpu=True, report_to="none")
     refuse_unsupported(args)  # the control
     args.hf_deepspeed_config = SimpleNamespace(is_zero3=lambda: True)
-    with pytest.raises(ValueError, match="ZeRO-3.*Use ZeRO-2"):
+    with pytest.raises(ValueError, match="ZeRO-3.*Use FSDP2.*or ZeRO-2"):
         refuse_unsupported(args)
+    args.hf_deepspeed_config = None
+    for name in (
+        "FSDP_VERSION",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING",
+        "FSDP_OFFLOAD_PARAMS",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+    ):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="does not run under FSDP"):
+    with pytest.raises(ValueError, match="not FSDP1; set fsdp_version: 2"):
         refuse_unsupported(args)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    refuse_unsupported(args)  # the control
+    for setting, message in (
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "set fsdp_cpu_ram_efficient_loading: false"),
+        ("FSDP_OFFLOAD_PARAMS", "leave fsdp_offload_params out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "set gradient_checkpointing, not"),
+    ):
+        with monkeypatch.context() as once:
+            once.setenv(setting, "true")
+            with pytest.raises(ValueError, match=message) as caught:
+                refuse_unsupported(args)
+        assert "\n" not in str(caught.value)
     args._n_gpu = 2
     with pytest.raises(ValueError, match="DataParallel; start it with `accelerate launch`"):
         refuse_unsupported(args)
