@@ -8,11 +8,15 @@ from .published import standard_sets_page
 from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
+from .suites.gpu import gpu_tables
 from .suites.lifecycle import lifecycle_table
+from .suites.memory import memory_tables
+from .suites.quantised import quantised_tables
 from .suites.reach import reach_tables
 from .suites.research import research_tables
 from .suites.runs import SEEDS
 from .suites.scale import scale_tables
+from .suites.shape import shape_tables
 from .suites.truth import truth_table
 from .suites.whole import whole_table
 from .tasks import TASKS
@@ -146,7 +150,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
     made = {name: task_page(name, runs) for name in tasks}
     for name, head, lines in (
         ("tuning", TUNING, tables.tuning_table()),
-        ("cost", COST, [*whole_table(), *cost_tables()]),
+        ("cost", COST, [*whole_table(), *gpu_tables(), *cost_tables()]),
         ("audit", AUDITS, audit_tables()),
         ("reach", REACH, reach_tables()),
     ):
@@ -166,7 +170,7 @@ def write_report(options=None) -> None:
         print(f"docs/benchmark/{name}")
     for name, lines in {
         "README.md": readme_table(runs),
-        "docs/scale.md": scale_tables(),
+        "docs/scale.md": [*scale_tables(), *memory_tables(), *shape_tables(), *quantised_tables()],
         "docs/deletion_requests.md": lifecycle_table(),
         "benchmarks/research.md": research_tables(),
     }.items():

@@ -1,8 +1,11 @@
 """One way to pass rows through a model: logits, labels and features of its blocks."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from tqdm.auto import tqdm
 from .data.labels import IGNORED, several_labels
 from .data.pairing import Subset, UIBCollator, collator_for
 from .models import blocks_of, forward_columns, labels_tokens, num_labels_of
+from .sharding import is_sharded
 
 
 def collator_of(model: nn.Module, processing_class=None, collator: Callable | None = None) -> UIBCollator:
@@ -120,18 +124,29 @@ class SharedInference:
 
     def batches(self, dataset, rows: Sequence[int], description: str = "") -> Iterator[dict]:
         """Batches of this process's part of the rows."""
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        processes = self.accelerator.num_processes
+        mine = rows[self.accelerator.process_index :: processes]
         self.examples += len(rows)
-        return batches_of(
+        batches = partial(
+            batches_of,
             dataset,
-            mine,
-            self.collator,
-            self.move,
-            batch_size=self.batch_size,
+            collator=self.collator,
+            move=self.move,
             num_workers=self.num_workers,
             description=description,
             quiet=self.quiet or not description or not self.accelerator.is_main_process,
         )
+        if not is_sharded(self.model):
+            return batches(mine, batch_size=self.batch_size)
+        # Each pass gathers weights from all processes, so that they need equally many
+        count = math.ceil(math.ceil(len(rows) / processes) / self.batch_size)
+        if len(rows) // processes < count:
+            raise ValueError(
+                f"A set is too small: {len(rows)} of its rows are measured at a time, by {processes} processes that share the base "
+                "(FSDP) and need equally many batches. Take fewer processes."
+            )
+        parts = [part.tolist() for part in np.array_split(mine, count)]
+        return chain.from_iterable(batches(part, batch_size=len(part)) for part in parts)
 
     def forward(self, dataset, rows: Sequence[int], description: str = "") -> tuple[Tensor, Tensor]:
         """Logits ``[n, classes]`` and labels ``[n, ...]`` of all the rows, on every process."""

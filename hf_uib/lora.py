@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .models import blocks_of
+from .quantised import dense_weight, holds_codes, is_quantised, prepare_codes, quantisation_of
+from .sharding import copy_of, whole
 
 AdaptedLayer = Any  # PEFT's LoRA layer around a linear one: an nn.Module and a LoraLayer
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -41,23 +43,38 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: Any) -> Tensor:
-    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``; a view of it."""
+    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``: a view of it, or de-quantised, or
+    gathered."""
     base = base_of(module)
-    return base.weight.T if isinstance(base, Conv1D) else base.weight.flatten(1)
+    return whole(base.weight).T if isinstance(base, Conv1D) else whole(dense_weight(base)).flatten(1)
 
 
-def require_plain_weights(model: nn.Module) -> None:
-    """Refuse weights that are no floating-point numbers to compute with: codes of a quantised base, or none at all.
+def matrix_shape(module: Any) -> tuple[int, int]:
+    """``(d_out, d_in)`` of `weight_matrix`."""
+    base = base_of(module)
+    if isinstance(base, nn.Linear):
+        return base.out_features, base.in_features
+    d_out, d_in = weight_matrix(base).shape
+    return d_out, d_in
+
+
+def require_known_weights(model: nn.Module) -> None:
+    """Refuse weights that are neither floating-point numbers to compute with nor codes that can be read (`quantised`).
 
     Raises:
         ValueError: with the layer's name, and what to do.
     """
     method = getattr(getattr(model, "config", None), "quantization_config", None)
-    found = "the model" if method or getattr(model, "is_quantized", False) else None
+    quantizer = getattr(model, "hf_quantizer", None)
     kind = getattr(method, "quant_method", None) or (method.get("quant_method") if isinstance(method, dict) else None)
     kind = str(getattr(kind, "value", kind) or "quantised")
+    found = None
+    if (method or getattr(model, "is_quantized", False)) and not is_quantised(model):
+        found = "the model"
+    elif quantizer is not None and not quantizer.is_trainable:
+        found, kind = "the model", f"{quantisation_of(model)}, under which Transformers trains no adapter"
     for name, module in model.named_modules():
-        if found is not None or not is_linear(module):
+        if found is not None or not is_linear(module) or holds_codes(module):
             continue
         weight = module._parameters.get("weight")
         if weight is not None and weight.is_meta:
@@ -68,8 +85,31 @@ def require_plain_weights(model: nn.Module) -> None:
             found, kind = name, "computed" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
     if found is not None:
         raise ValueError(
-            f"The weights of {found} are {kind}, not floating-point numbers: load the checkpoint unquantised (say, "
-            "dtype=torch.bfloat16), unlearn, merge, and quantise the merged model."
+            f"The weights of {found} are {kind}: load the checkpoint with bitsandbytes (4 or 8 bits), torchao (8 bits) or "
+            "unquantised (say, dtype=torch.bfloat16), unlearn, merge, and quantise the merged model."
+        )
+
+
+def require_one_device(model: nn.Module) -> None:
+    """Refuse models whose parts are on several devices or on disk (``device_map``).
+
+    Raises:
+        ValueError: with what to do.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            where = next((f" ({at})" for part, at in places.items() if name.startswith(part)), "")
+            raise ValueError(
+                f"{name} holds no weight (it is on `meta`): this part of the model is offloaded{where} or was never loaded. Load "
+                'the whole model on one device (device_map={"": 0}), in bfloat16 if it is too large.'
+            )
+    devices = sorted(set(map(str, places.values())) or {str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"The model's layers are on several devices ({', '.join(devices)}): the noise and the divergence of all layers are "
+            'computed on one. Load it on one device (device_map={"": 0}), in bfloat16 if it is too large; several GPUs share the '
+            "rows under `accelerate launch`."
         )
 
 
@@ -104,10 +144,12 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int, 
     with a trained adapter, whose weights are then the prior's first mean. The A of a new one is drawn from ``seed``.
 
     Raises:
-        ValueError: the weights are quantised; the model has an adapter that cannot be trained, is more than a product or is not on
-            linear layers inside its blocks; or ``peft_config`` was given for a PeftModel.
+        ValueError: the weights are quantised in a way that is not known; the model has an adapter that cannot be trained, is more
+            than a product or is not on linear layers inside its blocks; or ``peft_config`` was given for a PeftModel.
     """
-    require_plain_weights(model)
+    require_known_weights(model)
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
+    prepare_codes(model, [name for one in configs for name in getattr(one, "modules_to_save", None) or ()])
     if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "The model has the layers of an adapter in it already: PEFT, and so UIBTrainer, changes the model that it is given. "
@@ -347,7 +389,7 @@ def require_input_gradients(module: nn.Module, inputs: tuple, named: dict) -> No
 def copy_without_hooks(model: PeftModel) -> PeftModel:
     """A copy of the model for merging or detaching: our hooks stay behind, gradient checkpointing is off, and the weights may be
     trained that could be before the adapter came (of a PeftModel: all)."""
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     for module in list[Any](model.modules()):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
@@ -356,7 +398,8 @@ def copy_without_hooks(model: PeftModel) -> PeftModel:
             module.gradient_checkpointing = False
     for name, weight in model.get_base_model().named_parameters():
         plain = name.replace(".base_layer.", ".")
-        weight.requires_grad_(weight.is_floating_point() and plain not in model.__dict__.get(FROZEN, ()))
+        if type(weight) is nn.Parameter:  # no codes
+            weight.requires_grad_(weight.is_floating_point() and plain not in model.__dict__.get(FROZEN, ()))
     return model
 
 

@@ -16,6 +16,7 @@ from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
 from .inference import SharedInference, batches_of
 from .lora import AdaptedLayer
+from .models import blocks_of
 from .objective import margin
 from .pattern_tokens import PatternTokens
 from .unlearning_task import UnlearningTask
@@ -61,6 +62,7 @@ class Measurements:
             random=self.args.prior_subspace == "random",
             seed=self.args.seed,
             min_relative_scale=self.args.channel.min_relative_scale,
+            blocks=blocks_of(model).values() if self.args.gradient_checkpointing else (),
             sum_over_processes=self.inference.sum,
         )
         self.statistics["pattern_z"] = found.pattern_z

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PretrainedConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -34,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
+from .quantised import plain_tensors
 from .state import identity_of
 
 BASE = "base"  # folder beside an adapter, of a base that has no name
@@ -403,6 +405,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return {f"block {i + 1}": block for i, block in enumerate(longest)}
 
 
+def is_adapters(name: str) -> bool:
+    """Whether a weight of that name is the adapter's: a factor, or in a module that ``modules_to_save`` put in another's place."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
 def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
     """Hash of every weight that is not the adapter's, or of those that are.
 
@@ -412,9 +419,10 @@ def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
     for name, weight in sorted(model.get_base_model().state_dict().items()):
         if ".original_module." in name:
             continue
-        if (".lora_" in name or ".modules_to_save." in name) == of_the_adapter:
+        if is_adapters(name) == of_the_adapter:
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            for part in plain_tensors(weight):
+                digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -427,11 +435,18 @@ def base_is_named(model: PeftModel, name: str | None) -> bool | None:
         return None
     base: Any = model.get_base_model()
     replaced = [n for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    config, settings = copy.deepcopy(base.config), {}
+    if (method := getattr(config, "quantization_config", None)) is not None:
+        if saved_quantised(name):
+            config.quantization_config = method.to_dict()
+        else:
+            del config.quantization_config
+            settings["quantization_config"] = method
     try:
         with torch.random.fork_rng(devices=[]), _quiet_about_heads():
             named = type(base).from_pretrained(
-                name, config=copy.deepcopy(base.config), dtype=base.dtype, ignore_mismatched_sizes=True,
-                local_files_only=True, use_safetensors=True,
+                name, config=config, dtype=base.dtype, ignore_mismatched_sizes=True, local_files_only=True,
+                use_safetensors=True, **settings,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError):
         return False
@@ -440,6 +455,16 @@ def base_is_named(model: PeftModel, name: str | None) -> bool | None:
         plain = key.replace(".base_layer.", ".")
         if ".lora_" in key or any(key.startswith(f"{module}.") for module in replaced):
             continue
-        if plain not in theirs or not torch.equal(theirs[plain].cpu(), weight.detach().cpu()):
+        if plain not in theirs or not _same(theirs[plain], weight):
             return False
     return True
+
+
+def saved_quantised(name: str) -> bool:
+    """Whether a checkpoint that is here holds codes."""
+    return "quantization_config" in PretrainedConfig.get_config_dict(name, local_files_only=True)[0]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    pairs = zip(plain_tensors(one), plain_tensors(other), strict=False)
+    return type(one) is type(other) and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models import blocks_of
+from .sharding import is_sharded
 
 PATTERN_Z = 3.0  # from which on a kind of token belongs to the pattern
 MOST = 32  # tokens of a donor
@@ -124,7 +125,8 @@ class PatternTokens(nn.Module):
 
         def stop(module, args, kwargs):
             seen.append(tokens_of(_input_of(args, kwargs)))
-            raise _BlockReached
+            if not is_sharded(model):  # whose passes have to end
+                raise _BlockReached
 
         handles = [block.register_forward_pre_hook(stop, with_kwargs=True) for block in self._block]
         training = model.training

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpointing import AtomicCheckpoints
+from .data.streams import StreamFolder
 from .hub.card import results_of
 from .lora import AdaptedLayer, copy_without_hooks, is_fresh
 from .measurements import Measurements
@@ -20,7 +21,8 @@ from .models import fingerprint
 from .posterior import ChannelPosterior
 from .priors import Prior
 from .priors.calibrated import quantiles
-from .provenance import RequestRecord, detached, merged, requests_of
+from .provenance import RequestRecord, detached, full_precision_base, merged, merged_copy, requests_of
+from .quantised import dequantised, is_quantised
 
 if TYPE_CHECKING:
     from .audit.report import AuditReport
@@ -49,10 +51,12 @@ class ResultsMixin(AtomicCheckpoints):
     _posterior: ChannelPosterior | None
     contrast_norms: dict[str, float]
     raw_eval_dataset: Any
+    streams: StreamFolder
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     results_from_audit: bool
-    _base_fingerprint: str | None
+    _base_fingerprint: str | None = None  # not computed yet
+    _merged_into: str | None = None  # what an adapter of a quantised base was merged into
 
     @property
     def posterior(self) -> ChannelPosterior:
@@ -231,10 +235,13 @@ class ResultsMixin(AtomicCheckpoints):
             return detached(self.adapted_model)
         before = copy_without_hooks(self.adapted_model)
         set_peft_model_state_dict(before, self.adapter_before, adapter_name=self.adapter_name)
-        return before.merge_and_unload()
+        return merged_copy(before)
 
     def merge_and_unload(self) -> PreTrainedModel:
         """A plain model with the adapter merged into its weights: the artefact for deletion duties. The trainer's stays.
+
+        The adapter of a quantised base goes into the checkpoint that the base was loaded from, in full precision, where that is
+        here; else into the de-quantised weights, with a warning that says how far the logits are off.
 
         Warns where rounding makes its logits another model's (a base in 16 bits).
         """
@@ -242,7 +249,24 @@ class ResultsMixin(AtomicCheckpoints):
         inputs.pop("labels")
         nothing = self._posterior is None or self.unlearned_nothing  # no request is then merged
         requests = requests_of(self.model) if nothing else self.provenance
-        return merged(self.adapted_model, inputs, requests)
+        if not is_quantised(self.adapted_model):
+            return merged(self.adapted_model, inputs, requests)
+        base = full_precision_base(self.adapted_model)
+        self._merged_into = "de-quantised weights" if base is None else "the checkpoint in full precision"
+        plain = merged(
+            self.adapted_model, inputs, requests, dequantised(detached(self.adapted_model)) if base is None else base
+        )
+        if base is None:
+            self.adapted_model.eval()
+            with torch.no_grad():
+                adapted, after = (model(**inputs).logits.float() for model in (self.adapted_model, plain))
+            warnings.warn(
+                "The adapter was merged into de-quantised weights: the checkpoint that the base was quantised from is not here. On "
+                f"{len(after)} forget rows the logits differ from the adapted model's by up to {(after - adapted).abs().max():.2g} "
+                f"({adapted.abs().max():.2g} the largest).",
+                stacklevel=2,
+            )
+        return plain
 
     def layer_report(self) -> list[dict]:
         """Where the pattern lived, one entry per adapted layer.
@@ -273,6 +297,7 @@ class ResultsMixin(AtomicCheckpoints):
         """
         from .audit.report import audit_model
 
+        test_dataset = self.streams.stored(test_dataset, "test_dataset")
         settings.setdefault("processing_class", self.processing_class)
         settings.setdefault("reference_model", None if self.adapter_before is None else self.detach())
         self.audit_report = audit_model(

@@ -14,11 +14,13 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import ParallelMode
 
 from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
 from .config import UIBConfig, refuse_unsupported, set_default_steps
@@ -26,6 +28,7 @@ from .data.columns import Columns
 from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch
 from .data.reading import Reader
 from .data.sets import UnlearningSets
+from .data.streams import StreamFolder
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
 from .inference import SharedInference, collator_of
@@ -38,15 +41,17 @@ from .lora import (
     is_fresh,
     let_gradients_in,
     lora_layers,
+    require_one_device,
 )
 from .measurements import Measurements
-from .models import labels_tokens, name_of
+from .models import blocks_of, fingerprint, is_adapters, labels_tokens, name_of
 from .pattern_tokens import PatternTokens
 from .posterior import ChannelPosterior
 from .priors import Prior, PriorContext, build_prior
 from .provenance import next_base
 from .results import ResultsMixin
 from .schedule import noise_scale, prior_acts, sample_size
+from .sharding import average_gradients, fsdp_plugin, is_sharded, shard
 from .state import SHARED_SETTINGS, UIBState
 from .unlearning_task import SingleLabel, task_of
 
@@ -63,14 +68,14 @@ class UIBTrainer(ResultsMixin, HubMixin):
             Without it a fold of the retained data is used.
         eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics: as in [`~transformers.Trainer`]. Raw pictures and texts are encoded with
-            ``processing_class``.
+            ``processing_class``. Streams (`IterableDataset`) are written to disk first.
         peft_config: a `LoraConfig`; by default LoRA on every linear layer.
         prior: a [`~hf_uib.priors.Prior`] of your own, instead of ``args.prior``.
         columns: [`~hf_uib.data.columns.Columns`]: names of text, picture, label and bias columns that are not the usual ones.
 
     Raises:
         ValueError: a set is empty, both share rows, a label is outside the model's classes, the model has no linear layer, or
-            its adapter was loaded as not trainable.
+            its adapter was loaded as not trainable, or the model is not whole on one device.
     """
 
     _tag_names: ClassVar = ["unlearning", "uib", "hf_uib"]
@@ -115,6 +120,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         elif not isinstance(args, UIBConfig):
             args = UIBConfig.from_training_arguments(args)
         refuse_unsupported(args)
+        require_one_device(model)
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
         if by_name and not isinstance(model, PeftModel) and model.config._name_or_path:
@@ -123,14 +129,18 @@ class UIBTrainer(ResultsMixin, HubMixin):
         # 2. Data
         main_input, of_tokens = getattr(model, "main_input_name", "input_ids"), labels_tokens(model)
         reader = Reader(model.config, main_input, processing_class, columns, of_tokens=of_tokens)
-        sets = UnlearningSets.prepare(
-            forget_dataset,
-            retain_dataset,
-            calibration_dataset,
-            eval_dataset,
-            read=reader,
-            check_labels=partial(self.task.check_labels, model=model),
-        )
+        with StreamFolder() as streams:
+            eval_dataset = streams.stored(eval_dataset, "eval_dataset")
+            sets = UnlearningSets.prepare(
+                forget_dataset,
+                retain_dataset,
+                calibration_dataset,
+                eval_dataset,
+                read=reader,
+                check_labels=partial(self.task.check_labels, model=model),
+                streams=streams,
+            )
+        self.streams = streams  # on disk as long as the trainer is there
         self.sets, self.fingerprints, self.raw_eval_dataset = sets, sets.fingerprints, eval_dataset
         self.reader = sets.reader
         self.forget_dataset, self.retain_dataset = sets.forget, sets.retain
@@ -182,16 +192,21 @@ class UIBTrainer(ResultsMixin, HubMixin):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        plugin = fsdp_plugin(args)
+        if plugin is not None and args.parallel_mode == ParallelMode.DISTRIBUTED:
+            self._shard_base(plugin)
         # DeiT with its teacher takes none: Trainer then looks for none, and the loss is ours
         takes = "labels" in inspect.signature(self.model.get_base_model().forward).parameters
         self._takes_labels = takes and isinstance(self.task, SingleLabel)
         self.label_names = self.label_names or ["labels"]
+        # Gradients of the statistics pass are in float32: under bf16 and fp16 its rows take twice a step's memory
+        at_once = args.train_batch_size // (2 if args.bf16 or args.fp16 else 1)
         self.inference = SharedInference(
             self.model,
             self.data_collator,
             self._prepare_inputs,
             self.accelerator,
-            args.eval_batch_size * 4,
+            max(1, min(args.eval_batch_size * 4, at_once)),
             args.dataloader_num_workers,
             self.compute_loss_context_manager,
             bool(args.disable_tqdm),
@@ -207,10 +222,19 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.request = "the examples of the forget set"  # in words, for the card
         self.dataset_name: str | None = None  # of all sets, if it is on the Hub
         self.card_settings: dict = {}
-        self._base_fingerprint: str | None = None
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.results_from_audit = False
         self.audit_report = None
+
+    def _shard_base(self, plugin: FullyShardedDataParallelPlugin) -> None:
+        """FSDP: each process keeps its part of the base. What reads all of it on one process alone comes before."""
+        self._base_fingerprint = fingerprint(self.model)
+        self.check_base_name()
+        adapter = {weight for name, weight in self.model.named_parameters() if is_adapters(name)}
+        shard(self.model, blocks_of(self.model).values(), adapter, self.accelerator, plugin)
+        self.is_fsdp_enabled = (
+            False  # Trainer then saves and loads the adapter and its optimizer, which are whole, as ever
+        )
 
     # ---- Before the first step --------------------------------------------------------------------------------------
 
@@ -362,8 +386,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         return logits
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        """Trainer's; entries of weights that the prior's masks hold fixed then lose their gradient."""
+        """Trainer's; under FSDP the gradients are then averaged. Entries that the prior's masks hold fixed lose theirs."""
         loss = super().training_step(*args, **kwargs)
+        if is_sharded(self.model) and self.accelerator.sync_gradients:
+            average_gradients(self.model.parameters(), self.accelerator)
         weights = dict(self.model.named_parameters()) if self.prior.masks else {}
         for name, mask in self.prior.masks.items():
             if (gradient := weights[name].grad) is not None:

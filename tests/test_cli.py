@@ -248,13 +248,13 @@ def test_commands(capsys):
 
 
 def test_accelerate_configs_by_name_and_path(tmp_path):
-    for name in ("cpu_two_processes", "ddp", "zero2"):
+    for name in ("cpu_two_processes", "ddp", "fsdp2", "zero2"):
         assert main.config_path(name).endswith(f"accelerate_configs/{name}.yaml") and os.path.isfile(
             main.config_path(name)
         )
     (tmp_path / "mine.yaml").touch()
     assert main.config_path(str(tmp_path / "mine.yaml")) == str(tmp_path / "mine.yaml")
-    with pytest.raises(ValueError, match="one of cpu_two_processes, ddp, zero2"):
+    with pytest.raises(ValueError, match="one of cpu_two_processes, ddp, fsdp2, zero2"):
         main.config_path("ddpp")
     with pytest.raises(ValueError, match="goes with --accelerate_config"):
         call("unlearn", "--num_processes", 2)

@@ -14,11 +14,12 @@ from ..data.labels import model_names, named_config
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
 from ..inference import ModelOutputs, observe, processes
-from ..lora import copy_without_hooks, require_base_below
+from ..lora import require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import Name, labels_tokens, load_classifier, name_of, num_labels_of
 from ..one_label import label_number, rows_with_label, two_classes
-from ..provenance import detached
+from ..provenance import detached, merged_copy
+from ..quantised import keep_codes
 from ..unlearning_task import MultiLabel, SingleLabel, TokenLabels, UnlearningTask, task_of
 from .context import AuditContext, BiasAttribute
 from .statistics import Resampler
@@ -67,9 +68,9 @@ def plain_models(
 
 def _plain(model: Name | nn.Module) -> nn.Module:
     model = loaded(model)
+    keep_codes(model)
     if isinstance(model, PeftModel):
-        plain: Any = copy_without_hooks(model).merge_and_unload()
-        return plain
+        return merged_copy(model)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "A model to audit has an adapter injected (PEFT changes the model it is given); load it anew, or leave "

@@ -10,6 +10,7 @@ from torch import nn
 from .. import __version__
 from ..checkpointing import write_json
 from ..data.columns import Columns
+from ..data.streams import StreamFolder
 from ..metrics.table import title_of
 from ..models import Name
 from .checks import Check, few_rows, run_checks
@@ -58,10 +59,11 @@ def audit_model(
         ValueError: no forget or test rows, ``bias_column`` is not there, or the model's classes differ from the reference's.
     """
     models, oracles = plain_models(loaded(model), reference_model, retrained_model)
+    streams, sets = StreamFolder(), {"forget": forget_dataset, "retain": retain_dataset, "test": test_dataset}
     context = gather(
         models,
         oracles,
-        {"forget": forget_dataset, "retain": retain_dataset, "test": test_dataset},
+        {name: streams.stored(dataset, f"{name}_dataset") for name, dataset in sets.items()},
         processing_class=processing_class,
         bias_column=bias_column,
         example_column=example_column,

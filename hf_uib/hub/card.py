@@ -50,6 +50,7 @@ class UnlearningCardData:
         request: what was to be forgotten, in words.
         requests: every request of the model, as records; this run's is the last.
         base: Hub id of the model before unlearning, with its revision, if it has one; and the hash of its weights.
+        quantisation: how the weights below the adapter were quantised, in words; merged_into: what its adapter was merged into.
         repository: Hub id that the card is for.
         merged: the card is the merged model's, not the adapter's.
         adapter_folder: where PEFT keeps an adapter of another name than ``default``.
@@ -101,6 +102,8 @@ class UnlearningCardData:
     dataset: str | list[str] | None = None
     evaluated: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    quantisation: str | None = None
+    merged_into: str | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
 

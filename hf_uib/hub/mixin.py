@@ -15,6 +15,7 @@ from transformers.utils import PushInProgress
 from ..checkpointing import AtomicCheckpoints, atomic_directory, files_in
 from ..data.fingerprints import fingerprint
 from ..models import input_kind, labels_tokens
+from ..quantised import quantisation_of
 from ..serialization import is_marked
 from .card import FIGURES, DataSummary, UnlearningCardData, emissions_of, settings_of, write_card
 from .push import ADAPTER_PATTERNS, MERGED, published, upload_files
@@ -55,6 +56,7 @@ class HubMixin(AtomicCheckpoints):
     layers: dict[str, Any]
     adapter_name: str
     prior: Any
+    _merged_into: str | None
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     card_settings: dict[str, Any]
@@ -262,6 +264,8 @@ class HubMixin(AtomicCheckpoints):
             results=self.results,
             evaluated=self.evaluated,
             warnings=self.run_warnings,
+            quantisation=quantisation_of(model),
+            merged_into=self._merged_into,
             audit=self.audit_report,
             emissions=emissions_of(self.callback_handler.callbacks),
             own_tags=self._tag_names,
