@@ -15,7 +15,22 @@ import sys
 from .methods import METHODS
 from .registry import suite
 from .report import write_report
-from .suites import audits, cost, gpu, lifecycle, memory, quantised, reach, research, runs, scale, shape, smoke, truth, whole
+from .suites import (
+    audits,
+    cost,
+    gpu,
+    lifecycle,
+    memory,
+    quantised,
+    reach,
+    research,
+    runs,
+    scale,
+    shape,
+    smoke,
+    truth,
+    whole,
+)
 from .tasks import TASKS
 
 COMMANDS = {

@@ -260,6 +260,11 @@ class ChannelPosterior(nn.Module):
         if self.tokens is not None:
             self.tokens.rows, self.tokens.retained, self.tokens.attention_mask = rows, retained, attention_mask
 
+    @property
+    def replaced(self) -> Tensor | None:
+        """Which tokens of the last forward came from forget rows, ``[n, tokens]``; None where none could."""
+        return None if self.tokens is None else self.tokens.replaced
+
     def silence(self) -> None:
         """Neither noise nor tokens until the next draw."""
         self.noise.silence()
@@ -419,7 +424,8 @@ class ChannelNoise:
     def _noise_of(self, x: Tensor) -> dict[str, Tensor]:
         """Each layer's ``kappa G`` of the rows of ``x``, ``[n, k, k]``; taken once for all layers that get the same rows."""
         if len(x) not in self.taken:
-            self.taken[len(x)] = dict(zip(self.subspaces, self.noise[:, self._draws(x)].unbind(), strict=True))
+            noise = cast(Tensor, self.noise)
+            self.taken[len(x)] = dict(zip(self.subspaces, noise[:, self._draws(x)].unbind(), strict=True))
         return self.taken[len(x)]
 
     def _draws(self, x: Tensor) -> Tensor:

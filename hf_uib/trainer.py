@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -25,13 +25,13 @@ from transformers.training_args import ParallelMode
 from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
 from .config import UIBConfig, refuse_unsupported, set_default_steps
 from .data.columns import Columns
-from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch, collator_for
+from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch
 from .data.reading import Reader
 from .data.sets import UnlearningSets
 from .data.streams import StreamFolder
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
-from .inference import SharedInference
+from .inference import SharedInference, collator_of
 from .lora import (
     adapter_name,
     attach_adapter,
@@ -44,7 +44,7 @@ from .lora import (
     require_one_device,
 )
 from .measurements import Measurements
-from .models import blocks_of, fingerprint, forward_columns, is_adapters, name_of
+from .models import blocks_of, fingerprint, is_adapters, labels_tokens, name_of
 from .pattern_tokens import PatternTokens
 from .posterior import ChannelPosterior
 from .priors import Prior, PriorContext, build_prior
@@ -127,7 +127,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self._base_is_named = True
 
         # 2. Data
-        reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
+        main_input, of_tokens = getattr(model, "main_input_name", "input_ids"), labels_tokens(model)
+        reader = Reader(model.config, main_input, processing_class, columns, of_tokens=of_tokens)
         with StreamFolder() as streams:
             eval_dataset = streams.stored(eval_dataset, "eval_dataset")
             sets = UnlearningSets.prepare(
@@ -182,7 +183,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator_for(forward_columns(model), processing_class, data_collator),
+            data_collator=collator_of(model, processing_class, data_collator),
             train_dataset=PairedDataset(retained, self.forget_dataset, length),
             eval_dataset=sets.evaluation,
             processing_class=processing_class,
@@ -341,6 +342,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.posterior.set_batch(inputs.positions, n, features.get("attention_mask"))
         outputs = model(**features)
         logits = outputs.logits
+        labels = self.task.without_replaced(labels, self.posterior.replaced)
         if self.retain_dataset is None:
             fit = self.task.fit_without_retained_data(logits, self._checkpoint_logits(model, features), labels)
             forget_logits, forget_labels = logits, labels
@@ -348,6 +350,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             fit = self.task.fit_loss(logits[:n], labels[:n])
             forget_logits, forget_labels = logits[n:], labels[n:]
             self._record(retain_margin=self.task.margin(logits[:n].detach(), labels[:n]).mean())
+        fit = fit * self._share_of_step(labels[:n], num_items_in_batch)
         self._record(fit_nats=fit)
         loss = fit
         if self.args.beta > 0:
@@ -358,6 +361,21 @@ class UIBTrainer(ResultsMixin, HubMixin):
             loss = loss + self.prior.strength * self.prior.forget_loss(forget_logits, forget_labels)
             self._record(forget_margin=self.task.margin(forget_logits.detach(), forget_labels).mean())
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in Trainer; where rows have different numbers of labels, those of the step's retained rows are counted."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self.task.labels_given(batch.features["labels"][: batch.retained]) for batch in batches]
+        if not counts or counts[0] is None:
+            return batches, None
+        return batches, self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
+
+    def _share_of_step(self, labels: Tensor, labels_of_step: Tensor | None) -> Tensor | float:
+        """What the mean over a batch's labels is weighted with, so that a step's mean is that over its labels on all processes."""
+        if labels_of_step is None:
+            return 1.0
+        batches = self.args.world_size * self.current_gradient_accumulation_steps
+        return cast(Tensor, self.task.labels_given(labels)) * batches / labels_of_step
 
     def _checkpoint_logits(self, model, features: dict) -> Tensor:
         adapted = self.accelerator.unwrap_model(model)

@@ -127,7 +127,10 @@ TRAINER = {
     "a model that is not loaded": (lambda p: train(p, model=make_model().to("meta")), "holds no weight (it is on `meta`)"),
     "regression": (lambda p: train(p, model=make_model(num_labels=1, problem_type="regression")), "problem_type"),
     "a model of several labels": (lambda p: train(p, model=make_model(problem_type="multi_label_classification")), "3 numbers"),
-    "labels of tokens": (lambda p: train(p, model=other_head("BertForTokenClassification")), "TokenClassification labels tokens"),
+    "labels of rows for a model of tokens": (
+        lambda p: train(p, other_head("BertForTokenClassification"), *texts()), "takes a label for each word",
+    ),
+    "answers to questions": (lambda p: train(p, model=other_head("BertForQuestionAnswering")), "Answering answers questions"),
     "generation": (lambda p: train(p, model=other_head("BertLMHeadModel")), "generates; for those see OpenUnlearning"),
     "an adapter that cannot be trained": (lambda p: train(p, model=saved_adapter(p, False)), "is_trainable=True"),
     "an adapter and a peft_config": (

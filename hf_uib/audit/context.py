@@ -39,11 +39,13 @@ class BiasAttribute:
         values: ``[n]`` as the user names them.
         codes: ``[n]`` integers; the class that the value stands for where ``stands_for_classes``. -1 is none.
         stands_for_classes: the attribute gave the label away on the forget set.
+        concerned: ``[n]``, of labelled tokens: those whose class the forget set's tokens have too. None: all rows.
     """
 
     values: np.ndarray
     codes: np.ndarray
     stands_for_classes: bool
+    concerned: np.ndarray | None = None
 
 
 @dataclass
@@ -112,7 +114,17 @@ class AuditContext:
     @cached_property
     def conflicting(self) -> np.ndarray:
         """``[n]`` test rows whose attribute stands for another class."""
-        return (self.codes != self.outputs["reference"]["test"].labels) & (self.codes >= 0)
+        against = (self.codes != self.outputs["reference"]["test"].labels) & (self.codes >= 0)
+        return against if self._concerned is None else against & self._concerned
+
+    @property
+    def _concerned(self) -> np.ndarray | None:
+        return None if self.attribute is None else self.attribute.concerned
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the examples are labelled tokens, of which a row has several."""
+        return self.outputs["model"]["test"].rows is not None
 
     # ---- Accuracy and bias ----
 
@@ -135,7 +147,7 @@ class AuditContext:
         """A bias figure on the test set; ``aligned_advantage`` is accuracy where attribute and label agree minus where not."""
         outputs, resampler = self.outputs[name]["test"], self.resamplers["test"]
         if figure == "cramers_v":
-            return resampler.cramers_v(outputs.predictions, self.codes)
+            return resampler.cramers_v(outputs.predictions, self.codes, self._concerned)
         against = self.conflicting
         if figure == "follow_rate":
             return resampler.ratio((outputs.predictions == self.codes) & against, against)
@@ -157,12 +169,16 @@ class AuditContext:
 
     @_once
     def attack(self, name: str) -> dict[str, float]:
-        """`membership_attack` on the margins of the labels, without an interval; `auc` has it."""
+        """`membership_attack` on the margins of the labels, without an interval; `auc` has it. A row of labelled tokens has their
+        mean, and no class."""
         outputs = [self.outputs[name][part] for part in self.parts]
+        margins = [o.row_margins for o in outputs]
         return membership_attack(
-            scores=np.concatenate([o.margins for o in outputs]),
-            references=np.concatenate([o.labels for o in outputs]),
-            splits=self._splits(name),
+            scores=np.concatenate(margins),
+            references=np.concatenate(
+                [o.labels if o.rows is None else np.zeros(len(m)) for o, m in zip(outputs, margins, strict=True)]
+            ),
+            splits=np.repeat(self.parts, [len(m) for m in margins]),
             n_bootstrap=0,
             seed=self.seed,
         )
@@ -170,25 +186,24 @@ class AuditContext:
     @_once
     def auc(self, name: str) -> Estimate:
         """AUC of the margins, forget rows against test rows; resampled by example, the same for all models."""
-        forget, test = (self.outputs[name][part].margins for part in ("forget", "test"))
-        return self.resamplers["forget"].auc(forget, test, self.resamplers["test"])
+        forget, test = (self.outputs[name][part].row_margins for part in ("forget", "test"))
+        mine, theirs = (self.resamplers[part].of_groups() if self.of_tokens else self.resamplers[part]
+                        for part in ("forget", "test"))  # fmt: skip
+        return mine.auc(forget, test, theirs)
 
     @_once
     def gap(self, name: str) -> dict[str, float]:
-        """`unlearning_gap` to the first retrained model."""
+        """`unlearning_gap` to the first retrained model; of labelled tokens, which are no independent rows, without an interval."""
         mine, oracle = self.outputs[name], self.outputs[self.oracles[0]]
         return unlearning_gap(
             predictions=np.concatenate([mine[part].predictions for part in self.parts]),
             retrained_predictions=np.concatenate([oracle[part].predictions for part in self.parts]),
             references=np.concatenate([mine[part].labels for part in self.parts]),
-            splits=self._splits(name),
+            splits=np.repeat(self.parts, [len(mine[part].labels) for part in self.parts]),
             attack=self.attack(name)["mia_efficacy"],
             retrained_attack=self.attack(self.oracles[0])["mia_efficacy"],
-            n_bootstrap=N_BOOTSTRAP,
+            n_bootstrap=0 if self.of_tokens else N_BOOTSTRAP,
         )
-
-    def _splits(self, name: str) -> np.ndarray:
-        return np.repeat(self.parts, [len(self.outputs[name][part].labels) for part in self.parts])
 
     # ---- Groups ----
 
@@ -238,9 +253,11 @@ class AuditContext:
         from sklearn.preprocessing import StandardScaler
 
         forget, test = self.outputs[name]["forget"], self.outputs[name]["test"]
-        rows = len(forget.labels)
+        rows = len(forget.labels) if forget.rows is None else int(forget.rows.max()) + 1
         wanted = round(self.thresholds.refit_fraction * self.sizes.get("forget", rows))
         chosen = np.random.default_rng(self.seed).permutation(rows)[: max(self.thresholds.refit_rows, wanted)]
+        if forget.rows is not None:
+            chosen = np.flatnonzero(np.isin(forget.rows, chosen))
         if len(np.unique(forget.labels[chosen])) < 2:
             return Estimate(float("nan"), np.full(2, np.nan))
         head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))

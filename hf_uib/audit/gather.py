@@ -16,11 +16,11 @@ from ..data.reading import Reader
 from ..inference import ModelOutputs, observe, processes
 from ..lora import require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
-from ..models import Name, load_classifier, name_of, num_labels_of
+from ..models import Name, labels_tokens, load_classifier, name_of, num_labels_of
 from ..one_label import label_number, rows_with_label, two_classes
 from ..provenance import detached, merged_copy
 from ..quantised import keep_codes
-from ..unlearning_task import MultiLabel, SingleLabel, UnlearningTask, task_of
+from ..unlearning_task import MultiLabel, SingleLabel, TokenLabels, UnlearningTask, task_of
 from .context import AuditContext, BiasAttribute
 from .statistics import Resampler
 from .thresholds import AuditThresholds
@@ -111,14 +111,20 @@ def gather(
     thresholds = thresholds or AuditThresholds()
     model: Any = models["model"]
     task = task_of(model)
-    if not isinstance(task, (SingleLabel, MultiLabel)):
+    if not isinstance(task, (SingleLabel, MultiLabel, TokenLabels)):
         raise ValueError(
-            f"The audit reads classifiers of one label or several a row; the task of this model is {type(task).__name__}."
+            "The audit reads classifiers of one label a row, several, or one a token; the task of this model is "
+            f"{type(task).__name__}."
+        )
+    if example_column is not None and isinstance(task, TokenLabels):
+        raise ValueError(
+            f"example_column '{example_column}' is for models that label rows; leave it out: tokens have no counterparts."
         )
     if label is not None and not isinstance(task, MultiLabel):
         raise ValueError(f"label '{label}' is for a model of several labels a row; leave it out.")
     config = named_config({name: models[name].config for name in ("reference", *models)})
-    read = Reader(config, getattr(models["model"], "main_input_name", "input_ids"), processing_class, columns)
+    main_input = getattr(model, "main_input_name", "input_ids")
+    read = Reader(config, main_input, processing_class, columns, of_tokens=labels_tokens(model))
     sets, number = _samples(read, datasets, example_column, seed, thresholds, task, model, label)
     for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
         if name is not None and name not in _names(sets["test"]):
@@ -133,13 +139,18 @@ def gather(
         outputs = {name: {part: _of_label(out, number) for part, out in row.items()} for name, row in outputs.items()}
     attribute = None
     if bias_column is not None:
-        labels = outputs["reference"]["forget"].labels
-        attribute = _bias_attribute(sets, bias_column, labels, thresholds.attribute_association)
+        seen = outputs["reference"]
+        attribute = _bias_attribute(sets, bias_column, seen["forget"], seen["test"], thresholds.attribute_association)
     ids = _column(sets["test"], example_column)
     examples = None if ids is None else np.unique([str(e) for e in ids], return_inverse=True)[1]
     resamplers = {
-        part: Resampler(examples if part == "test" else None, len(rows), thresholds.resamples, seed)
-        for part, rows in sets.items()
+        part: Resampler(
+            examples if part == "test" and examples is not None else out.rows,
+            len(out.labels),
+            thresholds.resamples,
+            seed,
+        )
+        for part, out in outputs["reference"].items()
     }
     sizes = {part: len(rows) for part, rows in datasets.items() if rows is not None}
     return AuditContext(
@@ -199,11 +210,15 @@ def _selected(rows: Any, chosen: list[int]) -> Any:
 
 
 def _bias_attribute(
-    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, attribute_association: float
+    sets: dict[str, Any], bias_column: str, forget: ModelOutputs, test: ModelOutputs, attribute_association: float
 ) -> BiasAttribute:
-    """The attribute of the test rows, coded by class where it carries the label on the forget set."""
+    """The attribute of the test rows, coded by class where it carries the label on the forget set; a token has its row's."""
     raw, on_forget = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
     assert raw is not None  # `gather` has looked
+    forget_labels, concerned = forget.labels, None
+    if test.rows is not None:
+        raw, on_forget = raw[test.rows], None if on_forget is None else on_forget[forget.rows]
+        concerned = np.isin(test.labels, forget_labels)
     values = np.asarray([str(value) for value in raw])
     missing = np.asarray([value is None for value in raw], dtype=bool)
     stands_for = None
@@ -217,7 +232,7 @@ def _bias_attribute(
         codes = np.unique(values, return_inverse=True)[1]
     else:
         codes = np.asarray([stands_for.get(value, -1) for value in values])
-    return BiasAttribute(values, np.where(missing, -1, codes), stands_for is not None)
+    return BiasAttribute(values, np.where(missing, -1, codes), stands_for is not None, concerned)
 
 
 def _names(rows: Any) -> list[str]:

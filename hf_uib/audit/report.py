@@ -73,7 +73,7 @@ def audit_model(
         columns=columns,
         label=label,
     )
-    if deep and context.label is None:  # which trains heads of one label a row
+    if deep and context.label is None and not context.of_tokens:  # which trains heads of one label a row
         from .deep import deep_audit
 
         context.deep = deep_audit(context)
@@ -200,7 +200,7 @@ def _not_measured(context: AuditContext) -> list[str]:
         missing.append("the bias (give bias_column)")
     elif not context.coded:
         missing.append("the shortcut rate (the attribute does not stand for classes in the forget set)")
-    if context.examples is None:
+    if context.examples is None and not context.of_tokens:
         missing.append("exact counterfactuals (give example_column)")
     if "retain" not in context.parts:
         missing.append("accuracy on retained data and the published attack (give retain_dataset)")
@@ -211,6 +211,8 @@ def _not_measured(context: AuditContext) -> list[str]:
         missing.append(
             f"labels other than '{context.label}' (give label), and the deep audit, which is for one label a row"
         )
+    elif context.of_tokens:
+        missing.append("the deep audit, which is for one label a row")
     elif not context.deep:
         missing.append("probes of every block, relearning, quantisation and pruning (deep=True)")
     return missing

@@ -1,5 +1,6 @@
 """Uncertainty of the audit's figures: resampling of whole examples, the same for all models."""
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,12 @@ class Resampler:
         draws = np.random.default_rng(seed).integers(0, max(self.groups, 1), (count, self.groups))
         self.weights = np.stack([np.bincount(draw, minlength=self.groups) for draw in draws]).astype(float)
 
+    def of_groups(self) -> "Resampler":
+        """The same resamples of the examples themselves, each as one row, in the order of their ids."""
+        other = copy.copy(self)
+        other.ids = np.arange(self.groups)
+        return other
+
     def _sums(self, values: np.ndarray) -> np.ndarray:
         sums = np.zeros((self.groups, *values.shape[1:]))
         np.add.at(sums, self.ids, values)
@@ -66,11 +73,13 @@ class Resampler:
             value = float(np.divide(top.sum(), bottom.sum()))
         return Estimate(value, samples)
 
-    def cramers_v(self, first: np.ndarray, second: np.ndarray) -> Estimate:
-        """Cramér's V of two codes ``[n]``; resampling inflates it, so its samples are centred on the value."""
+    def cramers_v(self, first: np.ndarray, second: np.ndarray, counted: np.ndarray | None = None) -> Estimate:
+        """Cramér's V of two codes ``[n]``, of the rows that are ``counted [n]`` (all by default); resampling inflates it, so its
+        samples are centred on the value."""
         a, b = (np.unique(x, return_inverse=True)[1] for x in (first, second))
         shape = (a.max() + 1, b.max() + 1)
-        cells = self._sums(np.eye(shape[0] * shape[1])[a * shape[1] + b])
+        cells = np.eye(shape[0] * shape[1])[a * shape[1] + b]
+        cells = self._sums(cells if counted is None else cells * counted[:, None])
         tables = np.concatenate([cells.sum(0)[None], self.weights @ cells]).reshape(-1, *shape)
         values = cramers_v_of(tables)
         return Estimate(float(values[0]), (values[1:] - values[1:].mean() + values[0]).clip(0, 1))

@@ -51,7 +51,10 @@ class AuditArguments:
         },
     )
     text_column: list[str] = field(
-        default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
+        default_factory=list,
+        metadata={
+            "help": "Column of the text (of the words, for a model that labels tokens), or the two columns of a pair of texts."
+        },
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
     audio_column: str | None = field(default=None, metadata={"help": "Column of the sound."})

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ..data.labels import several_labels
 from ..data.sources import PROCESSORS, load_processor
 from ..hub.push import MERGED
-from ..models import fingerprint, forward_columns, input_kind, load_classifier
+from ..models import fingerprint, forward_columns, input_kind, labels_tokens, load_classifier
 from ..provenance import STATE_NAME, requests_of, undo
 from .digits import digits_colour
 from .parser import in_one_line
@@ -157,7 +157,7 @@ def _recorded(adapter: str) -> dict:
 def _processor(model, *names: str):
     """Image processor or tokenizer of the first checkpoint that has one."""
     own = input_kind(model)
-    if own not in ("image", "text") or several_labels(model.config):
+    if own not in ("image", "text") or several_labels(model.config) or labels_tokens(model):
         raise ValueError(
             f"The app shows classifiers of pictures and texts with one label; this is a {type(model).__name__}."
         )

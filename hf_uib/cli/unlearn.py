@@ -16,6 +16,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from ..config import UIBConfig
@@ -34,12 +35,12 @@ from ..data.sources import (
 from ..hub.card import hub_id
 from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
-from ..inference import predict
-from ..models import input_kind, load_classifier
+from ..inference import labelled_examples, predict
+from ..models import input_kind, labels_tokens, load_classifier
 from ..one_label import label_number, rows_with_label, two_classes
 from ..provenance import next_base
 from ..trainer import UIBTrainer
-from ..unlearning_task import MultiLabel
+from ..unlearning_task import MultiLabel, TokenLabels
 from .demo import demo
 from .outputs import (
     bias_attributes,
@@ -91,7 +92,10 @@ class UnlearnArguments:
         },
     )
     text_column: list[str] = field(
-        default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
+        default_factory=list,
+        metadata={
+            "help": "Column of the text (of the words, for a model that labels tokens), or the two columns of a pair of texts."
+        },
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
     audio_column: str | None = field(default=None, metadata={"help": "Column of the sound."})
@@ -247,7 +251,7 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         raise ValueError(f"--max_length is {job.max_length}; a text needs 3 tokens or more, its marks included.")
     if job.max_length is not None:
         processor.model_max_length = job.max_length  # what a tokenizer truncates to
-    read = Reader(model.config, main_input, processor, columns)
+    read = Reader(model.config, main_input, processor, columns, of_tokens=labels_tokens(model))
 
     def rows_of(split: str) -> Dataset:
         return complete(split_of(splits, split), read, split) if job.drop_incomplete_rows else split_of(splits, split)
@@ -385,20 +389,28 @@ def _measured(
 ) -> dict:
     """One row of the table for a user's model; ``number`` is that of the label which is looked at, where a row has several."""
     row: dict[str, float] = {}
+    of_forget: Any = None  # labels and rows of its tokens
     for part, dataset in shown.items():
         if dataset is None:
             continue
         rows = dataset if part == "test" or len(dataset) <= MOST_ROWS else dataset.select(range(MOST_ROWS))
-        logits, labels = predict(model, rows, trainer.processing_class, description=f"Evaluating {part}")
+        seen = predict(model, rows, trainer.processing_class, description=f"Evaluating {part}")
+        logits, labels, numbers = labelled_examples(*seen)
         if number is not None:
             logits, labels = two_classes(logits, labels, number)
-        if part == "test":
-            attributes = None
-            if bias_column is not None and bias_column in dataset.column_names:
-                forget: Any = shown["forget"]
-                own = None if number is None else labels_of(forget)[:, number].astype(int)
-                attributes = bias_attributes(forget, dataset, bias_column, own)
-            row |= results_row(logits, labels, attributes)
-        else:
+        if part != "test":
             row[f"{part}_accuracy"] = float((logits.argmax(-1) == labels).mean())
+            of_forget = (labels, numbers) if part == "forget" else of_forget
+            continue
+        row |= results_row(logits, labels, None)
+        if bias_column is None or bias_column not in dataset.column_names:
+            continue
+        forget: Any = shown["forget"]
+        if isinstance(trainer.task, TokenLabels):
+            attributes, coded = bias_attributes(forget, dataset, bias_column, of_forget[0], (of_forget[1], numbers))
+            told = np.isin(labels, of_forget[0])  # the bias is that of tokens whose class the forget set's have
+            row = results_row(logits[told], labels[told], (attributes[told], coded)) | row
+        else:
+            own = None if number is None else labels_of(forget)[:, number].astype(int)
+            row |= results_row(logits, labels, bias_attributes(forget, dataset, bias_column, own))
     return row

@@ -54,7 +54,7 @@ class UnlearningCardData:
         repository: Hub id that the card is for.
         merged: the card is the merged model's, not the adapter's.
         adapter_folder: where PEFT keeps an adapter of another name than ``default``.
-        kind: of the input: image, video, audio or text.
+        kind: of what is classified: image, video, audio, text or token.
         data_sets: forget, retain, calibration and eval set, as far as there are any.
         dataset_name: Hub id of the data.
         retained: retained rows were given.
