@@ -39,11 +39,13 @@ class BiasAttribute:
         values: ``[n]`` as the user names them.
         codes: ``[n]`` integers; the class that the value stands for where ``stands_for_classes``. -1 is none.
         stands_for_classes: the attribute gave the label away on the forget set.
+        groups: ``[n]`` names as ``sex=f``; empty where a row has no value.
     """
 
     values: np.ndarray
     codes: np.ndarray
     stands_for_classes: bool
+    groups: np.ndarray
 
 
 @dataclass
@@ -57,13 +59,15 @@ class AuditContext:
         outputs: of each model on each set.
         sizes: rows of each set before it was sampled.
         resamplers: by set; the resamples are the same for all models.
-        attribute: of the test rows, or None.
+        attributes: of the test rows, by column; of several columns also their crossing, last. The first is the one whose bias the
+            checks judge.
         examples: ``[n]`` ids of the test rows' examples, or None.
         processing_class: image processor or tokenizer.
         thresholds: the limits.
         seed: of every sample.
         deep: what `deep_audit` found; empty where it was not asked for.
         label: the one that is looked at, where a row has several.
+        positive: the class that false alarms and misses are about, and its name; None where there is none.
     """
 
     models: dict[str, nn.Module]
@@ -72,13 +76,14 @@ class AuditContext:
     outputs: dict[str, dict[str, ModelOutputs]]
     sizes: dict[str, int]
     resamplers: dict[str, Resampler]
-    attribute: BiasAttribute | None = None
+    attributes: dict[str, BiasAttribute] = field(default_factory=dict)
     examples: np.ndarray | None = None
     processing_class: Any = None
     thresholds: AuditThresholds = field(default_factory=AuditThresholds)
     seed: int = 0
     deep: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
+    positive: tuple[int, str] | None = None
     _memo: dict[tuple, Any] = field(default_factory=dict, repr=False)
 
     # ---- What there is ----
@@ -92,6 +97,11 @@ class AuditContext:
     def parts(self) -> list[str]:
         """Names of the sets."""
         return list(self.resamplers)
+
+    @property
+    def attribute(self) -> BiasAttribute | None:
+        """The one whose bias the checks judge."""
+        return next(iter(self.attributes.values()), None)
 
     @property
     def coded(self) -> bool:
@@ -194,14 +204,15 @@ class AuditContext:
 
     @cached_property
     def members(self) -> dict[str, np.ndarray]:
-        """The groups of the test rows by name: classes, values of the attribute, and both together; small ones left out."""
+        """The groups of the test rows by name: classes, values of each attribute, and both together; small ones left out."""
         labels = self.outputs["reference"]["test"].labels
         groups = {f"class {y}": labels == y for y in np.unique(labels)}
-        if self.attribute is not None:
-            values = self.attribute.values
-            for b in np.unique(values):
-                groups[f"attribute {b}"] = values == b
-                groups |= {f"class {y}, attribute {b}": (labels == y) & (values == b) for y in np.unique(labels)}
+        for attribute in self.attributes.values():
+            alone = len(self.attributes) == 1
+            names = np.char.add("attribute ", attribute.values) if alone else attribute.groups
+            for b in np.unique(names[names != ""]):
+                groups[b] = names == b
+                groups |= {f"class {y}, {b}": (labels == y) & (names == b) for y in np.unique(labels)}
         return {name: rows for name, rows in groups.items() if rows.sum() >= self.thresholds.min_group_rows}
 
     @_once
@@ -213,7 +224,7 @@ class AuditContext:
     def groups(self, name: str) -> dict[str, Any]:
         """Accuracy of every group, the worst, and the plain and the weighted mean."""
         groups = {key: self.group(name, key) for key in self.members}
-        cells = {key: accuracy for key, accuracy in groups.items() if ", " in key} or groups
+        cells = {k: accuracy for k, accuracy in groups.items() if k.startswith("class ") and ", " in k} or groups
         values = np.array([accuracy.value for accuracy in cells.values()])
         sizes = np.array([self.members[key].sum() for key in cells])
         return {
