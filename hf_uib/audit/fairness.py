@@ -107,14 +107,13 @@ def _largest_difference(estimates: list[Estimate]) -> Estimate:
     if len(known) < 2:
         return Estimate(float("nan"), np.full(1, np.nan))
     values, samples = [e.value for e in known], np.stack([e.samples for e in known])
-    drawn = np.isfinite(samples).any(0)  # else the draw has no row of that class
-    return Estimate(
-        max(values) - min(values), np.nanmax(samples[:, drawn], axis=0) - np.nanmin(samples[:, drawn], axis=0)
-    )
+    drawn = np.isfinite(samples).sum(0) > 1  # else a resample has rows of that class in one group at most
+    differences = np.where(drawn, np.fmax.reduce(samples) - np.fmin.reduce(samples), np.nan)
+    return Estimate(max(values) - min(values), differences)
 
 
 def _centred(difference: Estimate) -> Estimate:
-    if np.isnan(difference.value):
+    if not np.isfinite(difference.samples).any():
         return difference
     samples = difference.samples - np.nanmean(difference.samples) + difference.value
     return Estimate(difference.value, samples.clip(0, 1))
