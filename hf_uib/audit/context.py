@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from ..inference import ModelOutputs
-from ..metrics import counterfactual_gap, membership_attack, unlearning_gap
+from ..metrics import counterfactual_gap, klom, membership_attack, memorisation_strata, unlearning_gap
 from .statistics import Estimate, Resampler
 from .thresholds import AuditThresholds
 
@@ -196,6 +196,30 @@ class AuditContext:
             retrained_attack=self.attack(self.oracles[0])["mia_efficacy"],
             n_bootstrap=N_BOOTSTRAP,
         )
+
+    @_once
+    def strata(self, name: str) -> dict[str, dict[str, float]]:
+        """Thirds of the forget set by the reference's margin, see `memorisation_strata`; against the first retrained model."""
+        mine, oracle = self.outputs[name]["forget"], self.outputs[self.oracles[0]]["forget"]
+        return memorisation_strata(
+            predictions=mine.predictions,
+            retrained_predictions=oracle.predictions,
+            references=mine.labels,
+            margins=mine.margins,
+            retrained_margins=oracle.margins,
+            confidences=self.outputs["reference"]["forget"].margins,
+            n_bootstrap=N_BOOTSTRAP,
+            seed=self.seed,
+        )["strata"]
+
+    def klom(self, name: str, part: str) -> dict[str, float]:
+        """`klom` of one model against all retrained models but one, which is the model itself if it is one of them, else each in
+        turn: so what the retrained models get is the target."""
+        margins = {n: self.outputs[n][part].margins for n in {name, *self.oracles}}
+        left_out = [name] if name in self.oracles else self.oracles
+        others = lambda out: np.stack([margins[oracle] for oracle in self.oracles if oracle != out], axis=1)
+        values = [klom(margins[name][:, None], others(out)) for out in left_out]
+        return {key: float(np.mean([value[key] for value in values])) for key in values[0]}
 
     def _splits(self, name: str) -> np.ndarray:
         return np.repeat(self.parts, [len(self.outputs[name][part].labels) for part in self.parts])

@@ -11,6 +11,7 @@ from torch import nn
 from .. import __version__
 from ..checkpointing import write_json
 from ..data.columns import Columns
+from ..metrics.strata import STRATA
 from ..metrics.table import title_of
 from ..models import Name
 from .checks import Check, few_rows, run_checks
@@ -20,6 +21,7 @@ from .gather import gather, loaded, plain_models
 from .thresholds import AuditThresholds
 
 SCHEMA = 1
+LEAST_FOR_KLOM = 3  # retrained models: each is compared with the others, which make a distribution from two on
 MOST_SHOWN = 12  # groups of a column in the printed table
 
 
@@ -215,6 +217,10 @@ def _metrics(context: AuditContext) -> dict[str, Any]:
     metrics["fairness"] = fairness_of(context)
     if context.oracles and "retain" in context.parts:
         metrics["gap"] = {name: context.gap(name) for name in ("model", "reference")}
+    if context.oracles and len(context.sets["forget"]) >= len(STRATA):
+        metrics["strata"] = {name: context.strata(name) for name in ("model", "reference")}
+    if len(context.oracles) >= LEAST_FOR_KLOM:
+        metrics["klom"] = {name: {part: context.klom(name, part) for part in context.parts} for name in context.names}
     return metrics
 
 
@@ -300,6 +306,13 @@ def _summary_rows(metrics: dict[str, Any], models: list[str]) -> Rows:
         if any(value is not None for value in values):
             cells = ["-" if value is None else f"{value:.3f}" for value in values]
             rows.append((f"{topic}: {name.replace('_', ' ')}{noun}", cells))
+    strata = metrics.get("strata", {})
+    for stratum in STRATA if strata else ():
+        of = {model: _triple(every[stratum], "accuracy_gap") for model, every in strata.items()}
+        rows.append((f"{stratum} memorisation: accuracy gap", [_interval(of.get(model)) for model in models]))
+    divergence = metrics.get("klom", {})
+    parts = divergence.get("model", {})
+    rows += [(f"{part}: KLoM", [f"{divergence[model][part]['klom']:.3f}" for model in models]) for part in parts]
     return rows
 
 
