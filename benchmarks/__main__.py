@@ -15,7 +15,7 @@ import sys
 from .methods import METHODS
 from .registry import suite
 from .report import write_report
-from .suites import audits, cost, lifecycle, reach, research, runs, scale, smoke, truth, whole
+from .suites import audits, cost, fairness, lifecycle, reach, research, runs, scale, smoke, truth, whole
 from .tasks import TASKS
 
 COMMANDS = {
@@ -30,6 +30,7 @@ COMMANDS = {
     "scale": (scale.run_scale, "one process against two, kills and resumes, memory of a million rows"),
     "audit": (audits.run_audits, "planted fakes and retrained models through the audit"),
     "reach": (reach.run_reach, "other kinds of input and label: the examples' tasks"),
+    "fairness": (fairness.run_fairness, "false alarms and misses by group of a picture model, before and after"),
     "research": (research.run_research, "one setting varied at a time, on validation folds"),
     "truth": (truth.run_truth, "probes, a new head, relearning and rounded weights of every method"),
     "lifecycle": (lifecycle.run_lifecycle, "three requests one after the other, an audit after each, one undone"),

@@ -13,6 +13,7 @@ from launching import unlearn_words
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bert_brand_bias import word_tokenizer
 
+from benchmarks.suites.fairness import digits_halves, hate_rows
 from hf_uib import UIBConfig, audit_model
 from hf_uib.audit import fairness
 from hf_uib.audit.context import AuditContext, BiasAttribute
@@ -295,3 +296,33 @@ def test_commands_name_every_column():
     assert "--bias_column age --positive_label 'too rude'" in again
     columns = columns_of(job)
     assert columns.bias == "sex" and set(columns.other) == {"source", "age"}
+
+
+# ---- The page of the benchmark ----
+
+
+def test_the_text_models_figures_follow_from_its_runs():
+    line = {"false_alarms": 0.9, "false_alarms_others": 0.2, "found": 1.0, "found_others": 0.5, "tweets_accuracy": 0.9}
+    other = line | {"false_alarms": 0.4, "false_alarms_others": 0.3, "found": 0.9, "found_others": 0.5}
+    header, rows = hate_rows({"uib": [line, other]})
+    assert header[1:3] == ["false alarms, the group", "false alarms, others"]
+    # The larger of 0.7 and 0.5, and of 0.1 and 0.4
+    assert rows == [
+        [
+            "**UIB**",
+            "0.650 ± 0.354",
+            "0.250 ± 0.071",
+            "0.050 ± 0.071",
+            "0.500 ± 0.000",
+            "0.550 ± 0.212",
+            "0.900 ± 0.000",
+        ]
+    ]
+
+
+def test_the_picture_models_task():
+    task = digits_halves(0)
+    forget, test = (task.sets[part].with_format(None) for part in ("forget", "test"))
+    assert (np.asarray(forget["colour"]) == np.asarray(forget["label"])).all()
+    labels, colours = np.asarray(test["label"]).reshape(-1, 2), np.asarray(test["colour"]).reshape(-1, 2)
+    assert (labels[:, 0] == labels[:, 1]).all() and (colours == [0, 1]).all()
