@@ -128,19 +128,25 @@ def test_without_a_positive_class():
     assert list(fairness.fairness_of(two)["sex x age"]["model"]) == ["cramers_v"]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_intervals_cover(seed):
-    """Of two groups with false alarms of 0.3 and 0.1, in clusters of two: 0.2 is in most intervals, and 0 in few."""
-    rng, covered, zero = np.random.default_rng(seed), [], []
-    for _ in range(40):
-        wrong = np.repeat(rng.random(200) < np.repeat([0.3, 0.1], 100), 2).astype(int)
-        seen = figures(
-            labels=[0] * 400, predictions=wrong, columns={"sex": np.repeat(["f", "m"], 200)},
-            examples=np.repeat(np.arange(200), 2), resamples=100,
-        )["false_positive_rate_difference"]  # fmt: skip
-        covered.append(seen["low"] <= 0.2 <= seen["high"])
-        zero.append(seen["low"] <= 0)
-    assert np.mean(covered) > 0.8 and np.mean(zero) < 0.3
+@pytest.mark.parametrize(("rates", "zero"), [([0.3, 0.1], (0.0, 0.3)), ([0.2] * 4, (0.85, 1.0))])
+def test_intervals_cover(rates, zero):
+    """Groups with these false alarms, in clusters of two: intervals have the true difference, and 0 only where it is that."""
+    rng, covered, with_zero = np.random.default_rng(0), [], []
+    sex, examples = np.repeat(np.arange(len(rates)), 200), np.repeat(np.arange(100 * len(rates)), 2)
+    for _ in range(60):
+        wrong = np.repeat(rng.random(len(sex) // 2) < np.repeat(rates, 100), 2).astype(int)
+        columns = {"sex": sex}
+        seen = figures(labels=[0] * len(sex), predictions=wrong, columns=columns, examples=examples, resamples=100)
+        cell = seen["false_positive_rate_difference"]
+        covered.append(cell["low"] <= max(rates) - min(rates) + 1e-9 <= cell["high"])
+        with_zero.append(cell["low"] == 0)
+    assert np.mean(covered) > 0.85 and zero[0] <= np.mean(with_zero) <= zero[1]
+
+
+def test_groups_without_one_error_may_differ_all_the_same():
+    seen = figures(labels=[0] * 60, predictions=[0] * 60, columns={"sex": ["f", "m"] * 30})
+    difference, group = seen["false_positive_rate_difference"], seen["groups"]["sex=f"]["false_positive_rate"]
+    assert difference == {"value": 0.0, "low": 0.0, "high": group["high"]} and group["high"] > 0.1
 
 
 # ---- Against fairlearn ----

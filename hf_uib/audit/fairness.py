@@ -52,9 +52,9 @@ def fairness_of(context: AuditContext) -> dict[str, dict[str, dict]]:
         ``high`` (95%), and ``groups``: of each its ``rows`` and `RATES`. Empty for one column without a positive class.
 
         Differences are the largest between two groups of at least ``thresholds.min_group_rows`` rows; equalised odds is the larger
-        of false alarms' and misses'. Hardt et al. (2016), arXiv 1610.02413; as in fairlearn. Examples are resampled; the samples
-        of a difference are centred on its value, for resampling inflates a maximum. The interval of a rate is the wider of
-        resampling's and Wilson's. A rate of a group without rows of that class is NaN.
+        of false alarms' and misses'. Hardt et al. (2016), arXiv 1610.02413; as in fairlearn. Examples are resampled; the interval
+        of a rate is the wider of resampling's and Wilson's, that of a difference is described in `_Difference`. A rate of a group
+        without rows of that class is NaN.
     """
     if context.positive is None and len(context.attributes) < 2:
         return {}
@@ -84,7 +84,7 @@ def _figures(context: AuditContext, name: str, column: str) -> dict[str, Any]:
     sizes = members.sum(0).tolist()
     large = np.asarray(sizes) >= context.thresholds.min_group_rows
     groups: dict[str, dict] = {group: {"rows": size} for group, size in zip(names, sizes, strict=True)}
-    spreads = {}
+    differences: dict[str, _Difference] = {}
     for rate, of in RATES.items():
         counted = members if of is None else members & (actual == of)[:, None]
         wrong = counted & (~predicted if of else predicted)[:, None]
@@ -93,30 +93,54 @@ def _figures(context: AuditContext, name: str, column: str) -> dict[str, Any]:
             low, high = resampler.wilson(estimate.value, rows)
             ends = {"low": float(np.fmin(low, estimate.low)), "high": float(np.fmax(high, estimate.high))}
             groups[group][rate] = {"value": estimate.value} | ends
-        spreads[rate] = _largest_difference([e for e, enough in zip(estimates, large, strict=True) if enough])
-    parity, alarms, misses = spreads.values()
-    odds = Estimate(float(np.maximum(alarms.value, misses.value)), np.maximum(alarms.samples, misses.samples))
-    for key, spread in zip(DIFFERENCES, (parity, odds, alarms, misses), strict=True):
-        figures[key] = _centred(spread).as_dict()
+        judged = [(e, groups[g][rate]) for g, e, enough in zip(names, estimates, large, strict=True) if enough]
+        differences[rate] = _largest_difference(judged)
+    parity, alarms, misses = differences.values()
+    for key, difference in zip(DIFFERENCES, (parity, _larger(alarms, misses), alarms, misses), strict=True):
+        figures[key] = difference.as_dict()
     return figures | {"groups": groups}
 
 
-def _largest_difference(estimates: list[Estimate]) -> Estimate:
-    """Between the rates of two groups; NaN with fewer than two groups that have the rate."""
-    known = [estimate for estimate in estimates if np.isfinite(estimate.value)]
+@dataclass
+class _Difference:
+    """The largest difference between the rates of two groups.
+
+    Attributes:
+        value: NaN with fewer than two groups that have the rate.
+        errors: ``[draws]`` the most that any difference of two groups moved in a resample.
+        most: the largest difference that the groups' own intervals allow.
+    """
+
+    value: float
+    errors: np.ndarray
+    most: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The value, plus and minus the 95% quantile of the errors; a percentile interval would miss a true difference of 0, for a
+        maximum only grows by resampling. Where no resample differs, as without one wrong row, `most` is the upper end."""
+        if np.isnan(self.value):
+            return dict.fromkeys(("value", "low", "high"), float("nan"))
+        margin = float(np.nanquantile(self.errors, 0.95)) or self.most - self.value
+        return {"value": self.value, "low": max(self.value - margin, 0.0), "high": min(self.value + margin, 1.0)}
+
+
+def _largest_difference(rates: list[tuple[Estimate, dict[str, float]]]) -> _Difference:
+    """Of the groups' rates and their intervals."""
+    known = [(estimate, cell) for estimate, cell in rates if np.isfinite(estimate.value)]
     if len(known) < 2:
-        return Estimate(float("nan"), np.full(1, np.nan))
-    values, samples = [e.value for e in known], np.stack([e.samples for e in known])
-    drawn = np.isfinite(samples).sum(0) > 1  # else a resample has rows of that class in one group at most
-    differences = np.where(drawn, np.fmax.reduce(samples) - np.fmin.reduce(samples), np.nan)
-    return Estimate(max(values) - min(values), differences)
+        return _Difference(float("nan"), np.full(1, np.nan), float("nan"))
+    values, moved = [e.value for e, _ in known], np.stack([e.samples - e.value for e, _ in known])
+    most = max(cell["high"] for _, cell in known) - min(cell["low"] for _, cell in known)
+    return _Difference(max(values) - min(values), np.fmax.reduce(moved) - np.fmin.reduce(moved), most)
 
 
-def _centred(difference: Estimate) -> Estimate:
-    if not np.isfinite(difference.samples).any():
-        return difference
-    samples = difference.samples - np.nanmean(difference.samples) + difference.value
-    return Estimate(difference.value, samples.clip(0, 1))
+def _larger(first: _Difference, second: _Difference) -> _Difference:
+    """NaN if one of them is."""
+    return _Difference(
+        float(np.maximum(first.value, second.value)),
+        np.fmax(first.errors, second.errors),
+        max(first.most, second.most),
+    )
 
 
 def not_estimable(context: AuditContext) -> list[str]:
