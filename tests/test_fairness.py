@@ -78,7 +78,7 @@ def test_rates_over_nothing_are_said_in_words():
     assert seen["false_negative_rate_difference"]["value"] == 0
     words = fairness.not_estimable(looked_at)
     assert words == [
-        "differences to groups of fewer than 20 test rows: 'sex=x' (3)",
+        "differences to small groups (1 by sex, of fewer than 20 test rows)",
         "false alarms of groups without a test row of another class than 'toxic': 'sex=f'",
     ]
 
@@ -258,6 +258,9 @@ def test_table_file_and_picture(tmp_path):
     assert set(cell) == {"value", "low", "high"} and cell["low"] <= cell["value"] <= cell["high"]
     longest = max(len(json.dumps(v)) for v in content["metrics"]["fairness"]["sex"]["model"].values())
     assert longest < 2000  # no row of the test set is in it
+    small = audited(["sex", "age"], thresholds=AuditThresholds(min_group_rows=60))
+    group = min(small.metrics["fairness"]["sex x age"]["model"]["groups"].items(), key=lambda pair: pair[1]["rows"])[0]
+    assert f"{group} (" in str(small) and group not in json.dumps(small.to_dict()) and group not in small.verdict
     assert [os.path.basename(path) for path in report.plot(str(tmp_path))] == ["audit.png"]
 
 

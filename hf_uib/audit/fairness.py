@@ -143,6 +143,19 @@ def _larger(first: _Difference, second: _Difference) -> _Difference:
     )
 
 
+def without_small_groups(fairness: dict[str, dict[str, dict]], least: int) -> dict[str, dict[str, dict]]:
+    """`fairness_of` as it is written and published: without groups so small that their rates would tell of single rows."""
+
+    def public(figures: dict[str, Any]) -> dict[str, Any]:
+        groups = {name: group for name, group in figures["groups"].items() if group["rows"] >= least}
+        return figures | {"groups": groups}
+
+    return {
+        column: {model: public(figures) if "groups" in figures else figures for model, figures in models.items()}
+        for column, models in fairness.items()
+    }
+
+
 def not_estimable(context: AuditContext) -> list[str]:
     """What of `fairness_of` cannot be had, in words."""
     missing = []
@@ -153,23 +166,25 @@ def not_estimable(context: AuditContext) -> list[str]:
             count = len(_names(attribute))
             missing.append(f"false alarms and misses by {column} ({count} groups; at most {MOST_GROUPS} are measured)")
         elif context.positive is not None:
-            missing += _without_rows(context, attribute)
+            missing += _without_rows(context, column)
     return missing
 
 
-def _without_rows(context: AuditContext, attribute: BiasAttribute) -> list[str]:
-    """Groups that are in no difference, or not in all."""
+def _without_rows(context: AuditContext, column: str) -> list[str]:
+    """Groups that are in no difference, or not in all. Small ones are not named: these sentences are published."""
+    attribute = context.attributes[column]
     assert context.positive is not None
     positive, label = context.positive
     actual, least = context.outputs["reference"]["test"].labels == positive, context.thresholds.min_group_rows
     members = {name: attribute.groups == name for name in _names(attribute)}
-    few = [f"'{name}' ({rows.sum()})" for name, rows in members.items() if rows.sum() < least]
-    sentences = [(few, f"differences to groups of fewer than {least} test rows")]
+    large = {name: rows for name, rows in members.items() if rows.sum() >= least}
+    few = len(members) - len(large)
+    missing = [f"differences to small groups ({few} by {column}, of fewer than {least} test rows)"] if few else []
     for words, of in (("false alarms", False), ("misses", True)):
         where = f"of the class '{label}'" if of else f"of another class than '{label}'"
-        never = [f"'{name}'" for name, rows in members.items() if not (actual[rows] == of).any()]
-        sentences.append((never, f"{words} of groups without a test row {where}"))
-    return [f"{sentence}: {_listed(names)}" for names, sentence in sentences if names]
+        never = [f"'{name}'" for name, rows in large.items() if not (actual[rows] == of).any()]
+        missing += [f"{words} of groups without a test row {where}: {_listed(never)}"] if never else []
+    return missing
 
 
 def _listed(names: list[str], most: int = 6) -> str:

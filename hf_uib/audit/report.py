@@ -16,7 +16,7 @@ from ..metrics.table import title_of
 from ..models import Name
 from .checks import Check, few_rows, run_checks
 from .context import AuditContext
-from .fairness import AuditedRows, audited_rows, fairness_of, metric_frame, not_estimable
+from .fairness import AuditedRows, audited_rows, fairness_of, metric_frame, not_estimable, without_small_groups
 from .gather import gather, loaded, plain_models
 from .thresholds import AuditThresholds
 
@@ -122,6 +122,12 @@ class AuditReport:
         """Whether no check fired."""
         return not self.flags
 
+    @property
+    def public_metrics(self) -> dict[str, Any]:
+        """`metrics` as file, card and picture have them: of groups with few test rows they hold no rates."""
+        fairness = without_small_groups(self.metrics.get("fairness", {}), self.thresholds.min_group_rows)
+        return self.metrics | {"fairness": fairness}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything; docs/audit.md describes the schema."""
         return {
@@ -134,7 +140,7 @@ class AuditReport:
             "positive_label": self.positive_label,
             "thresholds": self.thresholds.as_dict(),
             "checks": [check.as_dict() for check in self.checks],
-            "metrics": self.metrics,
+            "metrics": self.public_metrics,
         } | ({"deep": self.deep} if self.deep else {})
 
     def to_json(self, path: str) -> None:
@@ -147,7 +153,9 @@ class AuditReport:
         from .figures import draw_audit, draw_deep
 
         os.makedirs(folder, exist_ok=True)
-        return [draw_audit(self.metrics, self.checks, folder)] + ([draw_deep(self.deep, folder)] if self.deep else [])
+        return [draw_audit(self.public_metrics, self.checks, folder)] + (
+            [draw_deep(self.deep, folder)] if self.deep else []
+        )
 
     def metric_frame(self, bias_column: str | Sequence[str] | None = None, model: str = "model") -> Any:
         """A `fairlearn.metrics.MetricFrame` of the audited test rows: fairlearn's differences, ratios and plots of its figures.

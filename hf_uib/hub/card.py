@@ -238,7 +238,7 @@ def write_card(data: UnlearningCardData, folder: str) -> None:
     """
     audit = data.audit
     groups, group_count = groups_table(audit.metrics.get("groups", {})) if audit else ("", 0)
-    fairness, fairness_count = fairness_table(audit.metrics.get("fairness", {})) if audit else ("", 0)
+    fairness, fairness_count = fairness_table(audit.public_metrics["fairness"]) if audit else ("", 0)
     card = ModelCard.from_template(
         header_of(data),
         template_str=resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8"),
