@@ -121,6 +121,13 @@ def test_ids_are_no_groups():
     assert fairness.not_estimable(looked_at) == ["false alarms and misses by id (120 groups; at most 50 are measured)"]
 
 
+def test_one_group_alone_has_no_difference():
+    looked_at = context([0, 1] * 20, [0, 1] * 20, {"sex": ["f"] * 30 + [None] * 10})
+    assert np.isnan(fairness.fairness_of(looked_at)["sex"]["model"]["equalized_odds_difference"]["value"])
+    assert fairness.not_estimable(looked_at) == ["differences by sex (fewer than two groups of 20 test rows)"]
+    assert fairness.fairness_of(context([0, 1], [0, 1], {"sex": [None, None]}))["sex"]["model"]["groups"] == {}
+
+
 def test_without_a_positive_class():
     one = context([0, 1, 2], [0, 1, 1], {"sex": "ffm"}, positive=None)
     assert fairness.fairness_of(one) == {} and "give positive_label" in fairness.not_estimable(one)[0]

@@ -178,6 +178,8 @@ def _without_rows(context: AuditContext, column: str) -> list[str]:
     actual, least = context.outputs["reference"]["test"].labels == positive, context.thresholds.min_group_rows
     members = {name: attribute.groups == name for name in _names(attribute)}
     large = {name: rows for name, rows in members.items() if rows.sum() >= least}
+    if len(large) < 2:
+        return [f"differences by {column} (fewer than two groups of {least} test rows)"]
     few = len(members) - len(large)
     missing = [f"differences to small groups ({few} by {column}, of fewer than {least} test rows)"] if few else []
     for words, of in (("false alarms", False), ("misses", True)):
