@@ -18,6 +18,7 @@ from .report import write_report
 from .suites import (
     audits,
     cost,
+    fairness,
     gpu,
     lifecycle,
     memory,
@@ -51,6 +52,7 @@ COMMANDS = {
         "quantised bases against full precision: subspaces, merging, quantising again",
     ),
     "reach": (reach.run_reach, "other kinds of input and label: the examples' tasks"),
+    "fairness": (fairness.run_fairness, "false alarms and misses by group of a picture model, before and after"),
     "research": (research.run_research, "one setting varied at a time, on validation folds"),
     "truth": (truth.run_truth, "probes, a new head, relearning and rounded weights of every method"),
     "lifecycle": (lifecycle.run_lifecycle, "three requests one after the other, an audit after each, one undone"),

@@ -8,6 +8,7 @@ from .published import standard_sets_page
 from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
+from .suites.fairness import fairness_tables
 from .suites.gpu import gpu_tables
 from .suites.lifecycle import lifecycle_table
 from .suites.memory import memory_tables
@@ -85,6 +86,12 @@ REACH = f"""# Other kinds of input and label
 {WRITTEN} In the forget set an attribute gives the labels away. UIB has its defaults; LoRA is the same trainer without prior, noise,
 tokens and divergence, at the same learning rate, not tuned. All take the same retained rows and steps.
 """
+FAIRNESS = f"""# Fairness before and after
+
+{WRITTEN} *False alarms* are positives among rows whose label is not positive (FPR), *misses* are negatives among those
+whose label is (FNR). The equalised odds difference is the larger of the two differences between groups; demographic
+parity's is that of the predicted positives ([how](../audit.md#fairness)). The target is the retrained model's figure.
+"""
 AUDITS = f"""# The audit on planted fakes and on true retrained models
 
 {WRITTEN} The fakes are those of `hf_uib.audit.fakes`; the retrained models are others than the one that the audit is
@@ -153,6 +160,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
         ("cost", COST, [*whole_table(), *gpu_tables(), *cost_tables()]),
         ("audit", AUDITS, audit_tables()),
         ("reach", REACH, reach_tables()),
+        ("fairness", FAIRNESS, fairness_tables()),
     ):
         made |= {name: [head, *lines]} if lines else {}
     made["standard_sets"] = standard_sets_page(runs)

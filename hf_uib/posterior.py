@@ -5,6 +5,7 @@ Docs: docs/method.md, sections 2 and 3a.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F

@@ -179,7 +179,7 @@ BAD = [
     (["source=nowhere"], {}, "nothing to forget"),
     (["colour=red"], {}, "Column 'colour' is not in the dataset"),
     (["source"], {}, "write COLUMN=VALUE"),
-    (["source=clinic_a"], {"bias_column": "hue"}, "bias_column 'hue'"),
+    (["source=clinic_a"], {"bias_column": ["hue"]}, "bias_column 'hue'"),
     (["source=clinic_a"], {"test_split": "dev"}, "No split 'dev'"),
     ([], {}, "--forget_where is missing"),
     (["source=clinic_a"], {"dataset_name": "no/such"}, "neither here nor on the Hub"),

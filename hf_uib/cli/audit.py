@@ -42,7 +42,18 @@ class AuditArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_split: str = field(default="train", metadata={"help": "Split that holds forget and retained rows."})
     test_split: str = field(default="test", metadata={"help": "Split of unbiased rows that no model was trained on."})
-    bias_column: str | None = field(default=None, metadata={"help": "Column with the bias attribute."})
+    bias_column: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Column with the bias attribute; further ones after it, for fairness by each and by their crossing."
+        },
+    )
+    positive_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "Class that false alarms and misses by group are about: name or number. Default: class 1 of two, none of more."
+        },
+    )
     audit_label: str | None = field(
         default=None,
         metadata={
@@ -75,7 +86,7 @@ class AuditArguments:
 
 def main(arguments: list[str]) -> None:
     """`hf-uib audit ARGUMENTS`."""
-    lists = {"forget_where": "COLUMN=VALUE", "retrained": None, "text_column": "COLUMN"}
+    lists = {"forget_where": "COLUMN=VALUE", "retrained": None, "text_column": "COLUMN", "bias_column": "COLUMN"}
     (job,) = parse("audit", __doc__, arguments, AuditArguments, lists=lists)
     audit(job)
 
@@ -122,6 +133,7 @@ def audit(job: AuditArguments) -> AuditReport:
         seed=job.seed,
         columns=columns_of(job),
         label=job.audit_label,
+        positive_label=job.positive_label,
     )
     if processes().is_main_process:
         os.makedirs(job.output_dir, exist_ok=True)

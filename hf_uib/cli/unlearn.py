@@ -37,7 +37,7 @@ from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
 from ..inference import labelled_examples, predict
 from ..models import input_kind, labels_tokens, load_classifier
-from ..one_label import label_number, rows_with_label, two_classes
+from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..provenance import next_base
 from ..trainer import UIBTrainer
 from ..unlearning_task import MultiLabel, TokenLabels
@@ -81,8 +81,18 @@ class UnlearnArguments:
         default_factory=list,
         metadata={"help": "COLUMN=VALUE of the rows to forget; all of several must hold. Class names are accepted."},
     )
-    bias_column: str | None = field(
-        default=None, metadata={"help": "Column with the attribute to report the bias by."}
+    bias_column: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Column with the attribute to report the bias by; further ones after it, for fairness by each and by their "
+            "crossing."
+        },
+    )
+    positive_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "Class that false alarms and misses by group are about: name or number. Default: class 1 of two, none of more."
+        },
     )
     audit_label: str | None = field(
         default=None,
@@ -136,7 +146,7 @@ def main(arguments: list[str]) -> None:
         arguments,
         UIBConfig,
         UnlearnArguments,
-        lists={"forget_where": "COLUMN=VALUE", "text_column": "COLUMN"},
+        lists={"forget_where": "COLUMN=VALUE", "text_column": "COLUMN", "bias_column": "COLUMN"},
         **training_defaults(),
     )
     if job.model_name_or_path is None and job.dataset_name is None and job.request is None:
@@ -167,6 +177,9 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
     if oracle is not None:
         named_config({"the model": trainer.model.config, str(job.retrained_model): oracle.config})
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
+    positive_class(
+        trainer.model, job.positive_label, isinstance(trainer.task, MultiLabel)
+    )  # wrong ones are refused now
     number = None
     if isinstance(trainer.task, MultiLabel):
         number = label_number(trainer.model, job.audit_label, labels_of(trainer.forget_dataset))
@@ -175,7 +188,7 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
     if number is not None:
         given = lambda rows: rows if rows is None else rows.select(rows_with_label(labels_of(rows), number))
         shown = {part: given(rows) for part, rows in shown.items()}
-    measured = lambda model: _measured(trainer, model, shown, job.bias_column, number)
+    measured = lambda model: _measured(trainer, model, shown, next(iter(job.bias_column), None), number)
     results = {"original": measured(trainer.model)}
     last = {} if oracle is None else {"retrained": measured(oracle)}
     with nothing_lost(trainer, lambda: next_audit(args, job, trainer.eval_dataset)):
@@ -185,8 +198,10 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
         audit = None
         test: Any = trainer.eval_dataset
         if test is not None:
-            bias_column = job.bias_column if job.bias_column in test.column_names else None
-            audit = trainer.audit(test, bias_column, retrained_model=oracle, label=number)
+            bias_columns = [name for name in job.bias_column if name in test.column_names]
+            audit = trainer.audit(
+                test, bias_columns, retrained_model=oracle, label=number, positive_label=job.positive_label
+            )
         if trainer.is_world_process_zero():
             source = {
                 "model": _base_name(job.model_name_or_path),
@@ -235,10 +250,11 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     model: Any = next_base(name, **remote_code(job))
     splits = load_splits(str(job.dataset_name), job.dataset_config_name)
     train = split_of(splits, job.train_split)
-    if job.bias_column and job.bias_column not in train.column_names:
-        raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
-    if job.bias_column and not isinstance(train.features[job.bias_column], (Value, ClassLabel)):
-        raise ValueError(f"bias_column '{job.bias_column}' holds lists or files; name a column of plain values.")
+    for column in job.bias_column:
+        if column not in train.column_names:
+            raise ValueError(f"bias_column '{column}' is not among {', '.join(train.column_names)}.")
+        if not isinstance(train.features[column], (Value, ClassLabel)):
+            raise ValueError(f"bias_column '{column}' holds lists or files; name a column of plain values.")
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
     base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
@@ -283,10 +299,11 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
 
 
 def columns_of(job: Any) -> Columns:
-    """The columns that a job's flags name; those of its conditions are never the input."""
+    """The columns that a job's flags name; attributes and those of its conditions are never the input."""
     text = tuple(job.text_column) or None
-    return Columns(text, job.image_column, job.label_column, job.bias_column, condition_columns(job.forget_where),
-                   job.audio_column)  # fmt: skip
+    bias, *further = job.bias_column or [None]
+    other = (*condition_columns(job.forget_where), *further)
+    return Columns(text, job.image_column, job.label_column, bias, other, job.audio_column)
 
 
 def complete(dataset: Dataset, read: Reader, split: str) -> Dataset:
@@ -314,9 +331,9 @@ def audit_command(job: UnlearnArguments) -> str:
     """What an auditor pastes in the run's folder to check the merged model again, with paths of their own for words in capitals."""
     words = ["hf-uib", "audit", "--model", MERGED, "--reference", "MODEL_BEFORE", "--dataset_name", "DATA"]
     words += ["--forget_where", *map(shlex.quote, job.forget_where)]
-    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column", "audit_label"):
+    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column", "audit_label", "positive_label"):
         if value := getattr(job, flag):
-            words += [f"--{flag}", shlex.quote(value)]
+            words += [f"--{flag}", *map(shlex.quote, value if isinstance(value, list) else [value])]
     return " ".join(words + (["--retrained", "RETRAINED"] if job.retrained_model else []))
 
 
@@ -337,8 +354,10 @@ def next_audit(args: UIBConfig, job: UnlearnArguments, test: Any) -> str:
         value = getattr(job, setting.name, None)
         if setting.name in ("dataset_name", "reference") or not value or value == setting.default:
             continue  # a request's `reference` is a file number
-        if setting.name == "bias_column" and value not in getattr(test, "column_names", ()):
-            continue
+        if setting.name == "bias_column":
+            value = [name for name in value if name in getattr(test, "column_names", ())]
+            if not value:
+                continue
         words.append(f"--{setting.name}")
         words += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
     return shlex.join(words)
