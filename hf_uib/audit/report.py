@@ -40,7 +40,8 @@ def audit_model(
     """Audit any classifier that is said to have unlearned something.
 
     Args:
-        model: the model, by folder, Hub id or object; of a PeftModel the merged weights are audited.
+        model: the model, by folder, Hub id, ONNX file or object; of a PeftModel the merged weights are audited. Of an ONNX file
+            there are logits alone: what needs weights is not measured.
         reference_model: the model before unlearning; None takes a PeftModel's base.
         forget_dataset, retain_dataset, test_dataset: raw or encoded rows with labels; the test set is unbiased.
         bias_column: the attribute that gave the label away on the forget set.
@@ -71,7 +72,7 @@ def audit_model(
         columns=columns,
         label=label,
     )
-    if deep and context.label is None:  # which trains heads of one label a row
+    if deep and context.label is None and context.weights:  # it trains heads of one label a row
         from .deep import deep_audit
 
         context.deep = deep_audit(context)
@@ -208,6 +209,10 @@ def _not_measured(context: AuditContext) -> list[str]:
     if context.label is not None:
         missing.append(
             f"labels other than '{context.label}' (give label), and the deep audit, which is for one label a row"
+        )
+    elif not context.weights:
+        missing.append(
+            "what needs weights and features: a head fitted anew, the encoder, and the deep audit (an ONNX file has logits alone)"
         )
     elif not context.deep:
         missing.append("probes of every block, relearning, quantisation and pruning (deep=True)")
