@@ -93,11 +93,14 @@ class ExportedClassifier(nn.Module):
         self.main_input_name = self.columns[0]
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
-        """``logits`` in float32: ``[n, classes]``.
+        """``logits`` in float32: ``[n, classes]``. Masks and types of tokens that are not given are those that models take then.
 
         Raises:
             ValueError: an input of the file is missing.
         """
+        if "input_ids" in inputs:
+            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+            inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
         if missing := [name for name in self.columns if name not in inputs]:
             raise ValueError(f"{self.path} takes {', '.join(self.columns)}; {missing[0]} is missing.")
         given = {name: inputs[name].detach().cpu().numpy() for name in self.columns}
@@ -269,15 +272,16 @@ def export_onnx(
         processing_class: image processor, feature extractor or tokenizer.
         folder: new, empty, or an earlier export.
         rows: encoded rows to compare logits on, besides synthetic ones.
-        int8: also write ``model_int8.onnx``, by ONNX Runtime's dynamic quantiser. Its logits are compared, not held to ``tolerance``.
+        int8: also write ``model_int8.onnx``, by ONNX Runtime's dynamic quantiser. Its logits are compared, not held to
+            ``tolerance``.
         tolerance: the largest difference of a logit of ``model.onnx``.
 
     Returns:
         What ``export.json`` holds: versions, ``tolerance`` and, by file, ``bytes`` and the ``differences`` of `compare`.
 
     Raises:
-        ValueError: a package is missing, the folder holds something else, torch cannot export the model, or its logits differ by more
-            than ``tolerance``.
+        ValueError: a package is missing, the folder holds something else, torch cannot export the model, or its logits differ by
+            more than ``tolerance``.
     """
     runtime, target = _runtime(), os.path.abspath(name_of(folder))
     if os.path.exists(target) and not os.path.isdir(target):

@@ -46,9 +46,7 @@ def picture(tmp_path_factory):
 
 
 def test_what_is_written(picture):
-    assert sorted(os.listdir(picture.onnx)) == sorted(
-        ["config.json", EXPORT, MODEL, INT8, "preprocessor_config.json"]
-    )
+    assert sorted(os.listdir(picture.onnx)) == sorted(["config.json", EXPORT, MODEL, INT8, "preprocessor_config.json"])
     report = json.loads((picture.onnx / EXPORT).read_text())
     exact, rounded = (report["differences"][name]["synthetic rows"] for name in (MODEL, INT8))
     assert exact["largest_difference"] <= 1e-5 < rounded["largest_difference"] < 0.1 * rounded["largest_logit"]
@@ -62,7 +60,9 @@ def test_any_number_of_rows(picture, rows):
     exported = ExportedClassifier(picture.onnx / MODEL)
     pixels = torch.randn(rows, 1, 8, 8, generator=torch.Generator().manual_seed(rows))
     with torch.no_grad():
-        np.testing.assert_allclose(exported(pixel_values=pixels).logits, picture.model(pixel_values=pixels).logits, atol=1e-5)
+        np.testing.assert_allclose(
+            exported(pixel_values=pixels).logits, picture.model(pixel_values=pixels).logits, atol=1e-5
+        )
 
 
 def test_any_length(tmp_path):
@@ -75,15 +75,17 @@ def test_any_length(tmp_path):
         assert inputs["input_ids"].shape == (rows, length)
         with torch.no_grad():
             np.testing.assert_allclose(exported(**inputs).logits, model(**inputs).logits, atol=1e-5)
-    with pytest.raises(ValueError, match="attention_mask is missing"):
-        exported(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="input_ids is missing"):
+        exported(attention_mask=inputs["attention_mask"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in ("vit", "bert", "swinv2")])
+@pytest.mark.parametrize("architecture", ["roberta", "deberta-v2", "dinov2", "convnext"])
 def test_every_architecture(architecture, tmp_path):
     model = make_model(architecture)
-    report = export_onnx(model, processor_for(architecture, tmp_path), tmp_path / "onnx", int8=architecture == "convnext")
+    report = export_onnx(
+        model, processor_for(architecture, tmp_path), tmp_path / "onnx", int8=architecture == "convnext"
+    )
     assert report["differences"][MODEL]["synthetic rows"]["predictions_that_differ"] == 0
 
 
@@ -102,7 +104,8 @@ def test_another_models_logits_are_refused_and_nothing_is_written(picture, tmp_p
     assert (tmp_path / "onnx" / EXPORT).is_file()  # the earlier one is whole
 
 
-def test_nan_is_refused(picture, tmp_path):
+def test_nan_is_refused(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_uib.exported._write_onnx", lambda model, inputs, path: os.link(picture.onnx / MODEL, path))
     model = make_model()
     model.classifier.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="differ by up to nan"):
@@ -146,7 +149,9 @@ def rows_on_disk(folder) -> str:
 def test_the_file_is_audited_as_the_model_is(picture, tmp_path):
     make_model(seed=1).save_pretrained(tmp_path / "before")
     data = rows_on_disk(tmp_path / "data")
-    common = dict(dataset_name=data, reference=str(tmp_path / "before"), forget_where=["source=1"], bias_column="source")
+    common = dict(
+        dataset_name=data, reference=str(tmp_path / "before"), forget_where=["source=1"], bias_column="source"
+    )
     PROCESSOR.save_pretrained(tmp_path / "before")
     reports = [
         audit(AuditArguments(model=str(model), output_dir=str(tmp_path / f"audit-{i}"), deep=i == 1, **common))
@@ -158,7 +163,9 @@ def test_the_file_is_audited_as_the_model_is(picture, tmp_path):
             assert ours[name].fired == theirs[name].fired
     for part in ("test", "forget", "retain"):
         for figure, cell in reports[0].metrics[part]["model"].items():
-            assert reports[1].metrics[part]["model"][figure]["value"] == pytest.approx(cell["value"], abs=1e-6, nan_ok=True)
+            assert reports[1].metrics[part]["model"][figure]["value"] == pytest.approx(
+                cell["value"], abs=1e-6, nan_ok=True
+            )
     assert theirs["encoder_untouched"].fired is None and theirs["head_refit"].fired is None
     assert reports[1].deep == {} and any("logits alone" in text for text in reports[1].not_measured)
     assert not any("logits alone" in text for text in reports[0].not_measured)
@@ -172,7 +179,8 @@ def test_bias_figures_side_by_side(picture):
     assert table["int8"]["attack_auc"] == pytest.approx(table["PyTorch"]["attack_auc"], abs=0.05)
 
 
-def test_the_command_prints_the_table(picture, tmp_path, capsys):
+def test_the_command_prints_the_table(picture, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_uib.exported._write_onnx", lambda model, inputs, path: os.link(picture.onnx / MODEL, path))
     data = rows_on_disk(tmp_path / "data")
     words = ["export", str(picture.run), "--onnx", str(tmp_path / "onnx"), "--int8", "--dataset_name", data]
     dispatch([*words, "--forget_where", "source=1", "--bias_column", "source"])

@@ -4,9 +4,9 @@
     hf-uib export out --onnx out-onnx --int8 --dataset_name my-org/scans \\
         --forget_where source=clinic_a --bias_column source
 
-FOLDER is a merged checkpoint, a run's folder with merged/ in it, or an adapter (folder or Hub id), which is merged in memory. Nothing
-is written where the logits differ by more than --tolerance. `hf-uib audit --model OUT/model.onnx` audits the file. Needs the extra
-`onnx`.
+FOLDER is a merged checkpoint, a run's folder with merged/ in it, or an adapter (folder or Hub id), which is merged in memory.
+Nothing is written where the logits differ by more than --tolerance. `hf-uib audit --model out-onnx/model.onnx` audits the file.
+Needs the extra `onnx`.
 """
 
 import os

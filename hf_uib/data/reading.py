@@ -99,11 +99,11 @@ class Reader:
             return None if column is None else AudioInput(self.processing_class, column, self.main_input)
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             columns = text_columns(dataset, self.columns)
-            return TextInput(self.processing_class, columns, self._longest()) if columns else None
+            return TextInput(self.processing_class, columns, self.longest()) if columns else None
         return None
 
-    def _longest(self) -> int | None:
-        """Truncation length of texts: as given, the tokenizer's, or what the model has positions for."""
+    def longest(self) -> int | None:
+        """Truncation length of texts: as given, or what the model has positions for; None: the tokenizer's own."""
         positions = getattr(self.config, "max_position_embeddings", None)
         if self.max_length is not None or positions is None or self.processing_class.model_max_length <= positions:
             return self.max_length
