@@ -8,6 +8,7 @@ from .published import standard_sets_page
 from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
+from .suites.export import export_tables
 from .suites.lifecycle import lifecycle_table
 from .suites.reach import reach_tables
 from .suites.research import research_tables
@@ -81,6 +82,12 @@ REACH = f"""# Other kinds of input and label
 {WRITTEN} In the forget set an attribute gives the labels away. UIB has its defaults; LoRA is the same trainer without prior, noise,
 tokens and divergence, at the same learning rate, not tuned. All take the same retained rows and steps.
 """
+EXPORT = f"""# Exported models
+
+{WRITTEN} UIB's model after unlearning, merged (PyTorch), as ONNX in float32, and as ONNX with int8 weights from ONNX Runtime's
+dynamic quantiser, on the same test rows. Mean ± standard deviation over seeds; differences are from PyTorch, over all seeds.
+[Serving](../serving.md) has the commands.
+"""
 AUDITS = f"""# The audit on planted fakes and on true retrained models
 
 {WRITTEN} The fakes are those of `hf_uib.audit.fakes`; the retrained models are others than the one that the audit is
@@ -149,6 +156,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
         ("cost", COST, [*whole_table(), *cost_tables()]),
         ("audit", AUDITS, audit_tables()),
         ("reach", REACH, reach_tables()),
+        ("export", EXPORT, export_tables()),
     ):
         made |= {name: [head, *lines]} if lines else {}
     made["standard_sets"] = standard_sets_page(runs)

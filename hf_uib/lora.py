@@ -115,7 +115,8 @@ def serving_peft_config(model: nn.Module, rank: int) -> LoraConfig:
             "leave peft_config out, and serve the merged model."
         )
     inside = {id(m) for block in blocks_of(model).values() for m in block.modules()}
-    wanted, other = {}, set()
+    wanted: dict[str, list[str]] = {}
+    other = set()
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if id(module) in inside and isinstance(module, (nn.Linear, Conv1D)):
