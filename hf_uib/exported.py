@@ -20,7 +20,7 @@ from . import __version__
 from .checkpointing import STAGING, write_json
 from .data.labels import several_labels
 from .inference import predict
-from .models import Name, first_line, input_kind, name_of, num_labels_of
+from .models import Name, first_line, forward_columns, input_kind, name_of, num_labels_of
 
 MODEL, INT8, EXPORT = "model.onnx", "model_int8.onnx", "export.json"  # files of an export's folder
 TOLERANCE = 1e-3  # of a logit
@@ -127,7 +127,8 @@ def synthetic_inputs(model: Any, processing_class: Any, rows: int, length: int, 
         if kind == "audio":
             rate = processing_class.sampling_rate
             sounds = [random.normal(size=int(rate * (LEAST_SECONDS + length / 4))) for _ in range(rows)]
-            return dict(processing_class(sounds, sampling_rate=rate, return_tensors="pt", padding=True))
+            made = processing_class(sounds, sampling_rate=rate, return_tensors="pt", padding=True)
+            return {name: made[name] for name in made if name in forward_columns(model)}
         frames = getattr(model.config, "num_frames", 1)
         pictures = [[_noise(model, processing_class, random) for _ in range(frames)] for _ in range(rows)]
         given = pictures if kind == "video" else [many[0] for many in pictures]
@@ -146,14 +147,16 @@ def _tokens(model: Any, tokenizer: Any, rows: int, length: int, random: np.rando
         inputs["attention_mask"][row, end:] = 0
     if "token_type_ids" in tokenizer.model_input_names:
         inputs["token_type_ids"] = np.zeros(shape, int)
-    return {name: torch.from_numpy(inputs[name]) for name in tokenizer.model_input_names if name in inputs}
+    taken = [name for name in tokenizer.model_input_names if name in inputs and name in forward_columns(model)]
+    return {name: torch.from_numpy(inputs[name]) for name in taken}
 
 
 def _noise(model: Any, processor: Any, random: np.random.Generator) -> Image.Image:
     """A picture of the size that the model takes."""
-    size = getattr(model.config, "image_size", None) or max(dict(processor.size).values(), default=224)
+    config = getattr(model.config, "vision_config", model.config)  # CLIP's and SigLIP's
+    size = getattr(config, "image_size", None) or max(dict(processor.size).values(), default=224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    channels = () if getattr(model.config, "num_channels", 3) == 1 else (3,)
+    channels = () if getattr(config, "num_channels", 3) == 1 else (3,)
     return Image.fromarray(random.integers(0, 256, (height, width, *channels), dtype=np.uint8))
 
 

@@ -102,7 +102,7 @@ def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
 def serving_peft_config(model: nn.Module, rank: int) -> LoraConfig:
     """LoRA of one rank on every linear layer inside the blocks, and the head as a whole: what servers of adapters load.
 
-    The head is in ``modules_to_save``: it is trained by the fit to the retained rows, outside the bound, and `undo` refuses the
+    The head is in ``modules_to_save``: it is trained by the same loss, outside the bound and without noise, and `undo` refuses the
     adapter. Detaching brings the head from before back, to the bit.
 
     Raises:
