@@ -191,6 +191,8 @@ def _write_onnx(model: Any, inputs: dict[str, Tensor], path: str) -> None:
     Raises:
         ValueError: torch's exporter cannot.
     """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     columns = tuple(inputs)
     sizes = {0: torch.export.Dim("batch")}
     if all(tensor.ndim == 2 for tensor in inputs.values()):
@@ -198,17 +200,17 @@ def _write_onnx(model: Any, inputs: dict[str, Tensor], path: str) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
         with _quiet():
-            torch.onnx.export(
+            program: Any = torch.onnx.export(
                 _Logits(model, columns).eval(),
                 tuple(inputs.values()),
-                path,
                 dynamo=True,
                 dynamic_shapes=(tuple(dict(sizes) for _ in columns),),
                 input_names=list(columns),
                 output_names=["logits"],
-                external_data=weights > TOO_LARGE,
                 verbose=False,
             )
+            ClearMetadataAndDocStringPass()(program.model)  # where each step stands on this machine
+            program.save(path, external_data=weights > TOO_LARGE)
     except Exception as error:  # whatever the exporter meets in a model
         raise ValueError(
             f"torch cannot export {type(model).__name__} to ONNX ({type(error).__name__}: {first_line(error)})."
@@ -225,6 +227,11 @@ def _write_int8(source: str, path: str) -> None:
             source, path, op_types_to_quantize=["MatMul", "Gemm", "Gather"], weight_type=QuantType.QInt8,
             use_external_data_format=os.path.exists(f"{source}.data"),
         )  # fmt: skip
+
+
+def _size(path: str) -> int:
+    """Bytes of an ONNX file, and of the weights beside it."""
+    return sum(os.path.getsize(name) for name in (path, f"{path}.data") if os.path.isfile(name))
 
 
 def _differences(model: Any, first: np.ndarray, other: np.ndarray) -> dict[str, float]:
@@ -310,7 +317,7 @@ def export_onnx(
             found[INT8] = compare(model, ExportedClassifier(quantised), processing_class, rows)
         report = {"hf_uib": __version__, "torch": torch.__version__, "onnxruntime": runtime.__version__}
         report |= {"classes": num_labels_of(model), "tolerance": tolerance, "differences": found}
-        report |= {"bytes": {name: os.path.getsize(os.path.join(unfinished, name)) for name in found}}
+        report |= {"bytes": {name: _size(os.path.join(unfinished, name)) for name in found}}
         write_json(report, os.path.join(unfinished, EXPORT))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(unfinished, target)

@@ -151,6 +151,7 @@ def lineage_text(repo: str, found: Iterable[Descendant]) -> str:
     count = {verdict: sum(one.verdict == verdict for one in found) for verdict in (HOLDS, UNCLEAR)}
     told = f"{count[HOLDS]} of {len(found)} models still hold what had to go, by their cards"
     told += f"; {count[UNCLEAR]} are unclear" if count[UNCLEAR] else ""
+    told += f" (the first {MOST} alone)" if len(found) >= MOST else ""
     return "\n".join(
         [*lines, "", f"{told}. Cards alone were read: no weights, and no copies whose cards do not name {repo}."]
     )
