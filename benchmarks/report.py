@@ -8,6 +8,7 @@ from .published import standard_sets_page
 from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
+from .suites.export import export_tables
 from .suites.fairness import fairness_tables
 from .suites.gpu import gpu_tables
 from .suites.lifecycle import lifecycle_table
@@ -92,6 +93,12 @@ FAIRNESS = f"""# Fairness before and after
 whose label is (FNR). The equalised odds difference is the larger of the two differences between groups; demographic
 parity's is that of the predicted positives ([how](../audit.md#fairness)). The target is the retrained model's figure.
 """
+EXPORT = f"""# Exported models
+
+{WRITTEN} UIB's model after unlearning, merged (PyTorch), as ONNX in float32, and as ONNX with int8 weights from ONNX Runtime's
+dynamic quantiser, on the same test rows. Mean ± standard deviation over seeds; differences are from PyTorch, over all seeds.
+[Serving](../serving.md) has the commands.
+"""
 AUDITS = f"""# The audit on planted fakes and on true retrained models
 
 {WRITTEN} The fakes are those of `hf_uib.audit.fakes`; the retrained models are others than the one that the audit is
@@ -161,6 +168,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
         ("audit", AUDITS, audit_tables()),
         ("reach", REACH, reach_tables()),
         ("fairness", FAIRNESS, fairness_tables()),
+        ("export", EXPORT, export_tables()),
     ):
         made |= {name: [head, *lines]} if lines else {}
     made["standard_sets"] = standard_sets_page(runs)

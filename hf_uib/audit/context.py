@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from torch import nn
 
-from ..inference import ModelOutputs
+from ..inference import ModelOutputs, has_weights
 from ..metrics import counterfactual_gap, klom, membership_attack, memorisation_strata, unlearning_gap
 from .statistics import Estimate, Resampler
 from .thresholds import AuditThresholds
@@ -104,6 +104,11 @@ class AuditContext:
     def attribute(self) -> BiasAttribute | None:
         """The one whose bias the checks judge."""
         return next(iter(self.attributes.values()), None)
+
+    @property
+    def weights(self) -> bool:
+        """Whether every model has weights; an exported file has logits alone."""
+        return all(map(has_weights, self.models.values()))
 
     @property
     def coded(self) -> bool:
@@ -277,8 +282,9 @@ class AuditContext:
     # ---- The re-fitted head ----
 
     def refit(self) -> dict[str, Estimate]:
-        """Shortcut rate of each model's features under a new linear head; empty where the attribute stands for no classes."""
-        return {name: self._refit(name) for name in self.names} if self.coded else {}
+        """Shortcut rate of each model's features under a new linear head; empty where the attribute stands for no classes, or a
+        model has no features."""
+        return {name: self._refit(name) for name in self.names} if self.coded and self.weights else {}
 
     @_once
     def _refit(self, name: str) -> Estimate:

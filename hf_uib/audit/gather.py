@@ -15,6 +15,7 @@ from ..data.columns import Columns
 from ..data.labels import model_names, named_config
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
+from ..exported import ExportedClassifier, is_onnx
 from ..inference import ModelOutputs, observe, processes
 from ..lora import require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
@@ -31,10 +32,12 @@ from .thresholds import AuditThresholds
 
 
 def loaded(model: Name | nn.Module, trust_remote_code: bool = False) -> nn.Module:
-    """A model by folder or Hub id, on this process's device; a model that is given stays where it is."""
+    """A model by folder, Hub id or ONNX file, on this process's device; a model that is given stays where it is."""
     given: Any = name_of(model)
     if not isinstance(given, str):
         return given
+    if is_onnx(given):
+        return ExportedClassifier(given)
     return load_classifier(given, trust_remote_code=trust_remote_code).to(processes().device)
 
 

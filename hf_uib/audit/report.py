@@ -47,7 +47,8 @@ def audit_model(
     """Audit any classifier that is said to have unlearned something.
 
     Args:
-        model: the model, by folder, Hub id or object; of a PeftModel the merged weights are audited.
+        model: the model, by folder, Hub id, ONNX file or object; of a PeftModel the merged weights are audited. Of an ONNX file
+            there are logits alone: what needs weights is not measured.
         reference_model: the model before unlearning; None takes a PeftModel's base.
         forget_dataset, retain_dataset, test_dataset: raw or encoded rows with labels; the test set is unbiased.
         bias_column: the attribute that gave the label away on the forget set. Of several the first is the one that the checks
@@ -83,7 +84,9 @@ def audit_model(
         label=label,
         positive_label=positive_label,
     )
-    if deep and context.label is None and not context.of_tokens:  # which trains heads of one label a row
+    if (
+        deep and context.label is None and context.weights and not context.of_tokens
+    ):  # it trains heads of one label a row
         from .deep import deep_audit
 
         context.deep = deep_audit(context)
@@ -266,6 +269,10 @@ def _not_measured(context: AuditContext) -> list[str]:
         )
     elif context.of_tokens:
         missing.append("the deep audit, which is for one label a row")
+    elif not context.weights:
+        missing.append(
+            "what needs weights and features: a head fitted anew, the encoder, and the deep audit (an ONNX file has logits alone)"
+        )
     elif not context.deep:
         missing.append("probes of every block, relearning, quantisation and pruning (deep=True)")
     return missing

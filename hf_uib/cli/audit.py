@@ -14,6 +14,7 @@ from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
 from ..data.sources import load_processor, load_splits, split_forget, split_of
+from ..exported import folder_of
 from ..inference import processes
 from ..models import input_kind
 from .outputs import quiet
@@ -25,7 +26,9 @@ from .unlearn import columns_of, remote_code
 class AuditArguments:
     """What to audit, on what."""
 
-    model: str = field(metadata={"help": "The model that unlearned: Hub id or folder, an adapter's included."})
+    model: str = field(
+        metadata={"help": "The model that unlearned: Hub id or folder, an adapter's included, or an ONNX file."}
+    )
     dataset_name: str = field(
         metadata={"help": "Hub id, folder or file with the data the reference was trained on, and a test split."}
     )
@@ -113,6 +116,7 @@ def audit(job: AuditArguments) -> AuditReport:
     model: Any = load(job.model)
     reference = load(job.reference) if job.reference else None
     retrained = [load(name) for name in job.retrained]
+    processors = [folder_of(name) for name in (job.reference, job.model) if name]
     splits = load_splits(job.dataset_name, job.dataset_config_name)
     train = split_of(splits, job.train_split)
     test = split_of(splits, job.test_split)
@@ -127,7 +131,7 @@ def audit(job: AuditArguments) -> AuditReport:
         test_dataset=test,
         bias_column=job.bias_column,
         retrained_model=retrained,
-        processing_class=load_processor(job.reference, job.model, kind=input_kind(model), **remote_code(job)),
+        processing_class=load_processor(*processors, kind=input_kind(model), **remote_code(job)),
         example_column=job.example_column,
         deep=job.deep,
         seed=job.seed,

@@ -36,6 +36,7 @@ from ..hub.card import hub_id
 from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
 from ..inference import labelled_examples, predict
+from ..lora import SERVING
 from ..models import input_kind, labels_tokens, load_classifier
 from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..provenance import next_base
@@ -121,6 +122,13 @@ class UnlearnArguments:
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
+    )
+    peft_config: str | None = field(
+        default=None,
+        metadata={
+            "help": f"`{SERVING}`: an adapter that vLLM loads, with LoRA on the linear layers of the blocks and the whole head. "
+            "Default: LoRA on every linear layer."
+        },
     )
     save_merged: bool = field(default=False, metadata={"help": f"Also write the merged model to output_dir/{MERGED}."})
     request: str | None = field(
@@ -225,6 +233,8 @@ def check_job(job: UnlearnArguments) -> None:
             raise ValueError(
                 f"--{name} is missing; give --model_name_or_path, --dataset_name and --forget_where together."
             )
+    if job.peft_config not in (None, SERVING):
+        raise ValueError(f"--peft_config is '{job.peft_config}'; give {SERVING}, or leave it out.")
     if not job.request:
         return
     for name in ("what", "why", "due"):
@@ -291,6 +301,7 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         calibration_dataset=sets.get("calibration"),
         eval_dataset=sets.get("test"),
         processing_class=processor,
+        peft_config=job.peft_config,  # type: ignore[arg-type]  # another word is refused
         columns=columns,
     )
     trainer.request = job.what or f"{len(forget)} rows, chosen by {_columns_of(job.forget_where)}"
