@@ -199,7 +199,7 @@ def head_of(model: Any) -> nn.Module:
     return linear[-1]
 
 
-def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """``[n, tokens, width]`` to ``[n, width]``; padding does not count."""
     hidden = hidden.float()
     if hidden.ndim == 2:
@@ -238,7 +238,7 @@ def observe(
         mask = named.get("attention_mask")
 
     def keep(key, hidden):
-        seen[key].append(_pooled(hidden, mask).cpu().numpy())
+        seen[key].append(pooled(hidden, mask).cpu().numpy())
 
     def on_block(key):
         return lambda module, inputs, output: keep(key, output[0] if isinstance(output, tuple) else output)

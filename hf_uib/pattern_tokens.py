@@ -122,7 +122,7 @@ class PatternTokens(nn.Module):
         seen: list[Any] = []
 
         def stop(module, args, kwargs):
-            seen.append(tokens_of(_input_of(args, kwargs)))
+            seen.append(tokens_of(block_input(args, kwargs)))
             raise _BlockReached
 
         handles = [block.register_forward_pre_hook(stop, with_kwargs=True) for block in self._block]
@@ -187,7 +187,7 @@ class PatternTokens(nn.Module):
     def _swap(self, module, args, kwargs):
         if self._draw is None or not module.training:
             return None
-        hidden = _input_of(args, kwargs)
+        hidden = block_input(args, kwargs)
         n = len(hidden)
         rows = torch.arange(n, device=hidden.device) if self.rows is None or len(self.rows) != n else self.rows
         taken, donors = (drawn[rows % DRAWS] for drawn in self._draw)
@@ -203,7 +203,7 @@ class PatternTokens(nn.Module):
         """
 
         def paste(module, args, kwargs):
-            hidden = _input_of(args, kwargs)
+            hidden = block_input(args, kwargs)
             every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
             return _replaced(args, kwargs, self._with_tokens(hidden, donors, every, attention_mask))
 
@@ -295,7 +295,8 @@ def tokens_of(hidden: Any) -> Tensor | None:
     return hidden.flatten(2).mT if hidden.ndim == 4 else hidden
 
 
-def _input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+def block_input(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a forward pre-hook of a block sees as its input."""
     return args[0] if args else kwargs.get("hidden_states")
 
 
