@@ -15,7 +15,7 @@ import sys
 from .methods import METHODS
 from .registry import suite
 from .report import write_report
-from .suites import audits, cost, lifecycle, reach, research, runs, scale, smoke, truth, whole
+from .suites import audits, cost, discover, lifecycle, reach, research, runs, scale, smoke, truth, whole
 from .tasks import TASKS
 
 COMMANDS = {
@@ -33,6 +33,7 @@ COMMANDS = {
     "research": (research.run_research, "one setting varied at a time, on validation folds"),
     "truth": (truth.run_truth, "probes, a new head, relearning and rounded weights of every method"),
     "lifecycle": (lifecycle.run_lifecycle, "three requests one after the other, an audit after each, one undone"),
+    "discover": (discover.run_discover, "rows that teach a shortcut, found without attribute labels"),
     "report": (write_report, "write the tables and figures"),
 }
 EARLIER = {f"--{name}": name for name in COMMANDS} | {"cpu": "run", "gpu": "gpu-cost"}
