@@ -20,7 +20,7 @@ from .words import telling_words
 
 ROWS = "rows.parquet"
 SURE = 0.05  # largest p-value
-FULL_MEMBERS = 1.0  # smallest ratio of distances
+FULL_MEMBERS = 0.85  # smallest ratio of distances: 1 is that of rows which look just like those of another class
 FEWEST_SHARE = 0.01  # of the rows that contradict: fewer cannot be told from wrong labels
 SHOWN_CLASSES, SHOWN_PICTURES = 10, 6
 

@@ -79,7 +79,8 @@ def trimmed_margins(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[n
 def distance_ratio(margins: np.ndarray) -> float:
     """How far the misread rows are in another class, as a share of how far the others are in their own (medians of margins).
 
-    About 1 and more: they are full members of another class by what the head reads. Hard rows lie between two classes: less.
+    1 where they look just like the rows of another class; more where the next class is a near one for most rows and not for these.
+    Hard rows lie between two classes: less.
     """
     misread = margins < 0
     if not misread.any() or misread.all():
