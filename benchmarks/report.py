@@ -8,6 +8,7 @@ from .published import standard_sets_page
 from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
+from .suites.discover import discover_tables
 from .suites.lifecycle import lifecycle_table
 from .suites.reach import reach_tables
 from .suites.research import research_tables
@@ -81,6 +82,12 @@ REACH = f"""# Other kinds of input and label
 {WRITTEN} In the forget set an attribute gives the labels away. UIB has its defaults; LoRA is the same trainer without prior, noise,
 tokens and divergence, at the same learning rate, not tuned. All take the same retained rows and steps.
 """
+DISCOVER = f"""# Rows that teach a shortcut, found without attribute labels
+
+{WRITTEN} `hf_uib.discover` on training sets in which the hue gives the label away, except in a share of the rows; these conflict, and
+are to be retained. Mean ± standard deviation over seeds. It was developed on seeds from 100 on. The least confident rows are as many
+as `discover` names; the early-stopped fit takes 40 steps.
+"""
 AUDITS = f"""# The audit on planted fakes and on true retrained models
 
 {WRITTEN} The fakes are those of `hf_uib.audit.fakes`; the retrained models are others than the one that the audit is
@@ -149,6 +156,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
         ("cost", COST, [*whole_table(), *cost_tables()]),
         ("audit", AUDITS, audit_tables()),
         ("reach", REACH, reach_tables()),
+        ("discover", DISCOVER, discover_tables()),
     ):
         made |= {name: [head, *lines]} if lines else {}
     made["standard_sets"] = standard_sets_page(runs)

@@ -22,14 +22,14 @@ def main(
 
     Args:
         steps: of unlearning.
-        train_steps: of the original.
+        train_steps: of the original on unbiased digits, and then on biased ones.
         output_dir: for ``found.png``, ``rows.parquet`` and the trainer.
 
     Returns:
         What was found, and rows of the results table.
     """
     task = digits_colour()
-    task.train_settings |= {"steps": train_steps}
+    task.train_settings |= {"pretrain_steps": train_steps, "steps": train_steps}
     model = prepare_models(task, 0, output_dir)["original"]
     train = merged(task.sets["forget"], task.sets["retain"]).remove_columns("colour")
 
