@@ -253,7 +253,7 @@ def head_of(model: Any) -> nn.Module:
     return linear[-1]
 
 
-def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """``[n, tokens, width]`` to ``[n, width]``; padding does not count."""
     hidden = hidden.float()
     if hidden.ndim == 2:
@@ -296,7 +296,7 @@ def observe(
 
     def keep(key, hidden):
         if not of_tokens:
-            seen[key].append(_pooled(hidden, mask).cpu().numpy())
+            seen[key].append(pooled(hidden, mask).cpu().numpy())
         elif hidden.shape[:2] == mask.shape:
             seen[key].append(hidden[mask].float().cpu().numpy())
 

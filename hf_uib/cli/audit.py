@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
-from ..data.sources import load_processor, load_splits, split_forget, split_of
+from ..data.sources import load_processor, load_splits, split_of
 from ..exported import folder_of
 from ..inference import processes
 from ..models import input_kind
 from .outputs import quiet
 from .parser import parse
-from .unlearn import columns_of, remote_code
+from .unlearn import chosen_rows, columns_of, remote_code
 
 
 @dataclass
@@ -42,6 +42,19 @@ class AuditArguments:
         default_factory=list,
         metadata={"help": "COLUMN=VALUE of the rows to forget; all of several must hold. Class names are accepted."},
     )
+    forget_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "rows.parquet of `hf-uib discover`: the rows to forget and those to retain; the others stay out."
+        },
+    )
+    forget_scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "CSV, JSON or Parquet file with a score for each row, as an attribution method gives them; with --forget_top."
+        },
+    )
+    forget_top: int | None = field(default=None, metadata={"help": "Forget that many rows with the highest scores."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_split: str = field(default="train", metadata={"help": "Split that holds forget and retained rows."})
     test_split: str = field(default="test", metadata={"help": "Split of unbiased rows that no model was trained on."})
@@ -120,9 +133,9 @@ def audit(job: AuditArguments) -> AuditReport:
     splits = load_splits(job.dataset_name, job.dataset_config_name)
     train = split_of(splits, job.train_split)
     test = split_of(splits, job.test_split)
-    if not job.forget_where:
+    if not job.forget_where and job.forget_rows is None and job.forget_scores is None:
         raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
-    forget, retain = split_forget(train, job.forget_where, job.train_split)
+    forget, retain = chosen_rows(train, job)
     report = audit_model(
         model,
         reference_model=reference,

@@ -10,6 +10,7 @@ from .parser import one_line_errors, refuse
 
 COMMANDS = {
     "unlearn": "make a fine-tuned classifier forget rows of its training data, or a pattern in them",
+    "discover": "rows of a training set that teach a shortcut, where no attribute is labelled",
     "audit": "look for what is left of the forget set in any checkpoints",
     "demo": "a bias in real digits, unlearned and compared with retraining, in about a minute",
     "export": "the merged model as ONNX, compared with PyTorch's; its int8 too",

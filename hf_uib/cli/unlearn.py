@@ -20,6 +20,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from ..config import UIBConfig
+from ..data.chosen import choose_rows
 from ..data.columns import Columns
 from ..data.labels import labels_of, named_config
 from ..data.reading import Reader
@@ -28,7 +29,6 @@ from ..data.sources import (
     load_processor,
     load_splits,
     near_misses,
-    split_forget,
     split_of,
     without_rows_of,
 )
@@ -82,6 +82,19 @@ class UnlearnArguments:
         default_factory=list,
         metadata={"help": "COLUMN=VALUE of the rows to forget; all of several must hold. Class names are accepted."},
     )
+    forget_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "rows.parquet of `hf-uib discover`: the rows to forget and those to retain; the others stay out."
+        },
+    )
+    forget_scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "CSV, JSON or Parquet file with a score for each row, as an attribution method gives them; with --forget_top."
+        },
+    )
+    forget_top: int | None = field(default=None, metadata={"help": "Forget that many rows with the highest scores."})
     bias_column: list[str] = field(
         default_factory=list,
         metadata={
@@ -213,7 +226,7 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
         if trainer.is_world_process_zero():
             source = {
                 "model": _base_name(job.model_name_or_path),
-                "forget_columns": _columns_of(job.forget_where),  # a value may be somebody's name
+                "forget_columns": chosen_by(job),  # a value may be somebody's name
             }
             save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
             if job.request:
@@ -228,8 +241,9 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
 
 def check_job(job: UnlearnArguments) -> None:
     """Refuse a job that lacks a part, and a request that lacks what an answer needs or says who asks."""
+    listed = job.forget_rows is not None or job.forget_scores is not None
     for name in ("model_name_or_path", "dataset_name", "forget_where"):
-        if not getattr(job, name):
+        if not getattr(job, name) and not (name == "forget_where" and listed):
             raise ValueError(
                 f"--{name} is missing; give --model_name_or_path, --dataset_name and --forget_where together."
             )
@@ -237,6 +251,8 @@ def check_job(job: UnlearnArguments) -> None:
         raise ValueError(f"--peft_config is '{job.peft_config}'; give {SERVING}, or leave it out.")
     if not job.request:
         return
+    if listed:
+        raise ValueError(f"{job.request} chooses rows by a file; a request names them by `forget_where`.")
     for name in ("what", "why", "due"):
         if not getattr(job, name):
             raise ValueError(
@@ -260,11 +276,7 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     model: Any = next_base(name, **remote_code(job))
     splits = load_splits(str(job.dataset_name), job.dataset_config_name)
     train = split_of(splits, job.train_split)
-    for column in job.bias_column:
-        if column not in train.column_names:
-            raise ValueError(f"bias_column '{column}' is not among {', '.join(train.column_names)}.")
-        if not isinstance(train.features[column], (Value, ClassLabel)):
-            raise ValueError(f"bias_column '{column}' holds lists or files; name a column of plain values.")
+    check_bias_columns(job.bias_column, train)
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
     base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
@@ -282,7 +294,9 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     def rows_of(split: str) -> Dataset:
         return complete(split_of(splits, split), read, split) if job.drop_incomplete_rows else split_of(splits, split)
 
-    forget, retain = split_forget(rows_of(job.train_split), job.forget_where, job.train_split)
+    forget, retain = chosen_rows(train, job)
+    if job.drop_incomplete_rows:
+        forget, retain = (complete(rows, read, job.train_split) for rows in (forget, retain))
     for column, values in near_misses(retain, job.forget_where).items():
         print(
             f"Not forgotten: {values} retained rows whose {column} differs from the condition in case or space alone."
@@ -304,9 +318,23 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         peft_config=job.peft_config,  # type: ignore[arg-type]  # another word is refused
         columns=columns,
     )
-    trainer.request = job.what or f"{len(forget)} rows, chosen by {_columns_of(job.forget_where)}"
+    trainer.request = job.what or f"{len(forget)} rows, chosen by {chosen_by(job)}"
     trainer.dataset_name = hub_id(job.dataset_name)
     return trainer
+
+
+def check_bias_columns(bias_columns: list[str], train: Dataset) -> None:
+    """Refuse an attribute that the data lack, or that has no plain values."""
+    for column in bias_columns:
+        if column not in train.column_names:
+            raise ValueError(f"bias_column '{column}' is not among {', '.join(train.column_names)}.")
+        if not isinstance(train.features[column], (Value, ClassLabel)):
+            raise ValueError(f"bias_column '{column}' holds lists or files; name a column of plain values.")
+
+
+def chosen_rows(train: Dataset, job: Any) -> tuple[Dataset, Dataset]:
+    """The rows of the training split that a job forgets, and those that it retains."""
+    return choose_rows(train, job.train_split, job.forget_where, job.forget_rows, job.forget_scores, job.forget_top)
 
 
 def columns_of(job: Any) -> Columns:
@@ -405,8 +433,11 @@ def _base_name(path: str | None) -> str:
     return os.path.basename((path or "").rstrip("/"))
 
 
-def _columns_of(conditions: list[str]) -> str:
-    return " and ".join(dict.fromkeys(condition.partition("=")[0] for condition in conditions))
+def chosen_by(job: UnlearnArguments) -> str:
+    """By what a job's forget rows are chosen; no value is said."""
+    if job.forget_rows is not None:
+        return "hf-uib discover"
+    return "a score" if job.forget_scores is not None else " and ".join(condition_columns(job.forget_where))
 
 
 def _last_or_named(checkpoint: str | None) -> str | bool | None:
