@@ -18,6 +18,9 @@ from .report import write_report
 from .suites import (
     audits,
     cost,
+    discover,
+    export,
+    fairness,
     gpu,
     lifecycle,
     memory,
@@ -51,9 +54,12 @@ COMMANDS = {
         "quantised bases against full precision: subspaces, merging, quantising again",
     ),
     "reach": (reach.run_reach, "other kinds of input and label: the examples' tasks"),
+    "fairness": (fairness.run_fairness, "false alarms and misses by group of a picture model, before and after"),
     "research": (research.run_research, "one setting varied at a time, on validation folds"),
     "truth": (truth.run_truth, "probes, a new head, relearning and rounded weights of every method"),
     "lifecycle": (lifecycle.run_lifecycle, "three requests one after the other, an audit after each, one undone"),
+    "export": (export.run_export, "UIB's merged model in PyTorch, as ONNX and as ONNX with int8 weights"),
+    "discover": (discover.run_discover, "rows that teach a shortcut, found without attribute labels"),
     "report": (write_report, "write the tables and figures"),
 }
 EARLIER = {f"--{name}": name for name in COMMANDS} | {"cpu": "run", "gpu-cost": "gpu"}

@@ -28,9 +28,14 @@ def collator_of(model: nn.Module, processing_class=None, collator: Callable | No
     return collator_for(forward_columns(model), processing_class, collator, labels_tokens(model))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; an exported file, which has none, runs on the CPU."""
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+
 def batcher(model: nn.Module, processing_class=None) -> Callable[[list[dict]], tuple[dict, torch.Tensor]]:
     """Makes encoded rows one batch on the model's device: what its forward takes, and the labels ``[n]``."""
-    collator, device = collator_of(model, processing_class), next(model.parameters()).device
+    collator, device = collator_of(model, processing_class), device_of(model)
 
     def batch(rows: list[dict]) -> tuple[dict, torch.Tensor]:
         inputs = {name: value.to(device) for name, value in collator(rows).items()}
@@ -87,7 +92,7 @@ def forward(
             logits.append(model(**inputs).logits.float())
     model.train(training)
     if not logits:  # no row is this process's
-        device, config = next(model.parameters()).device, getattr(model, "config", None)
+        device, config = device_of(model), getattr(model, "config", None)
         none = torch.zeros(0, getattr(config, "num_labels", 1), device=device)
         if labels_tokens(model):
             return none[:, None], torch.zeros(0, 1, dtype=torch.long, device=device)
@@ -182,7 +187,7 @@ def predict(
     Of a model that labels tokens see `forward`. ``note`` gets each batch before it is passed, and gives it back.
     """
     rows = range(len(dataset)) if rows is None else rows
-    collator, device = collator_of(model, processing_class), next(model.parameters()).device
+    collator, device = collator_of(model, processing_class), device_of(model)
     move = lambda batch: {name: value.to(device) for name, value in batch.items()}
     batches = batches_of(dataset, rows, collator, move, batch_size=batch_size, description=description, quiet=quiet)
     logits, labels = forward(model, batches if note is None else map(note, batches))
@@ -230,6 +235,11 @@ class ModelOutputs:
         return torch.from_numpy(self.logits).double().softmax(-1).numpy()
 
 
+def has_weights(model: nn.Module) -> bool:
+    """Whether there is more of a model than its logits; there is not of an exported file."""
+    return next(model.parameters(), None) is not None
+
+
 def head_of(model: Any) -> nn.Module:
     """The last layer: the last linear one with as many outputs as the model has classes.
 
@@ -243,7 +253,7 @@ def head_of(model: Any) -> nn.Module:
     return linear[-1]
 
 
-def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """``[n, tokens, width]`` to ``[n, width]``; padding does not count."""
     hidden = hidden.float()
     if hidden.ndim == 2:
@@ -265,7 +275,7 @@ def processes() -> PartialState:
 def observe(
     model: nn.Module, dataset, processing_class=None, every_block: bool = False, name: str = "", batch_size: int = 256
 ) -> ModelOutputs:
-    """One pass of a plain classifier over the rows, in eval mode, shared between the processes.
+    """One pass of a plain classifier over the rows, in eval mode, shared between the processes. An exported file has no features.
 
     Args:
         model: no adapter on it; its mode is restored.
@@ -274,6 +284,7 @@ def observe(
     """
     blocks = blocks_of(model)
     watched = blocks if every_block else dict(list(blocks.items())[-1:])
+    head = head_of(model) if has_weights(model) else None
     seen: dict[str, list[np.ndarray]] = {key: [] for key in [*watched, "head"]}
     of_tokens = labels_tokens(model)
     mask: Any = None
@@ -285,7 +296,7 @@ def observe(
 
     def keep(key, hidden):
         if not of_tokens:
-            seen[key].append(_pooled(hidden, mask).cpu().numpy())
+            seen[key].append(pooled(hidden, mask).cpu().numpy())
         elif hidden.shape[:2] == mask.shape:
             seen[key].append(hidden[mask].float().cpu().numpy())
 
@@ -293,7 +304,8 @@ def observe(
         return lambda module, inputs, output: keep(key, output[0] if isinstance(output, tuple) else output)
 
     handles = [module.register_forward_hook(on_block(key)) for key, module in watched.items()]
-    handles.append(head_of(model).register_forward_pre_hook(lambda module, inputs: keep("head", inputs[0])))
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(lambda module, inputs: keep("head", inputs[0])))
     state = processes()
     mine, quiet = range(state.process_index, len(dataset), state.num_processes), not state.is_main_process
     try:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
@@ -26,6 +26,8 @@ ADDITIVE_FIELDS = {
     "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "modules_to_save",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "runtime_config",
 }  # fmt: skip
+SERVING = "serving"  # as peft_config
+SERVED_HEADS = ("classifier", "score")  # heads that vLLM takes from modules_to_save
 FROZEN = "frozen_before_the_adapter"  # attribute of a PeftModel: names of weights
 ADDITIVE_INITS = (True, False, "gaussian", "orthogonal")  # these leave W as it is
 
@@ -133,11 +135,56 @@ def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to adapt; UIB needs a model with nn.Linear layers."
         )
-    targets = sorted(t for last, names in linear.items() for t in ([last] if last not in other else names))
+    targets = _short_names(linear, other)
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int, seed: int = 0) -> PeftModel:
+def serving_peft_config(model: nn.Module, rank: int) -> LoraConfig:
+    """LoRA of one rank on every linear layer inside the blocks, and the head as a whole: what servers of adapters load.
+
+    The head is in ``modules_to_save``: it is trained by the same loss, outside the bound and without noise, and `undo` refuses the
+    adapter. Detaching brings the head from before back, to the bit.
+
+    Raises:
+        ValueError: the model has no head that servers know, or no linear layer inside its blocks.
+    """
+    heads = [name for name, _ in model.named_modules() if name.endswith(SERVED_HEADS)]  # as PEFT reads modules_to_save
+    if len(heads) != 1 or heads[0] not in SERVED_HEADS:
+        raise ValueError(
+            f"{type(model).__name__} has no head that is all in one module called {' or '.join(SERVED_HEADS)}, as servers want it; "
+            "leave peft_config out, and serve the merged model."
+        )
+    inside = {id(m) for block in blocks_of(model).values() for m in block.modules()}
+    wanted: dict[str, list[str]] = {}
+    other = set()
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D)):
+            wanted.setdefault(last, []).append(name)
+        else:
+            other.add(last)
+    if not wanted:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer inside its blocks; leave peft_config out, and serve the merged model."
+        )
+    targets = _short_names(wanted, other)
+    return LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=heads, lora_dropout=0.0, bias="none"
+    )
+
+
+def _short_names(wanted: dict[str, list[str]], other: Collection[str]) -> list[str]:
+    """Names of layers as ``target_modules``: their last part where no ``other`` module has it.
+
+    Args:
+        wanted: full names, by their last part.
+    """
+    return sorted(t for last, names in wanted.items() for t in ([last] if last not in other else names))
+
+
+def attach_adapter(
+    model: nn.Module, peft_config: LoraConfig | Literal["serving"] | None, rank: int, seed: int = 0
+) -> PeftModel:
     """Give the model the adapter that will be trained.
 
     Three cases: a plain model gets a new adapter; a PeftModel with a fresh adapter (B = 0) is taken as it is, and so is one
@@ -181,14 +228,18 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int, 
                 "is_trainable=True), or merge it into the model (merge_and_unload) and pass the result."
             )
         return model
+    if isinstance(peft_config, str):
+        if peft_config != SERVING:
+            raise ValueError(f"peft_config is '{peft_config}'; give '{SERVING}', a LoraConfig or nothing.")
+        peft_config = serving_peft_config(model, rank)
     # A copy: PEFT writes to the one it is given
-    peft_config = copy.deepcopy(peft_config) if peft_config else default_peft_config(model, rank)
-    require_additive(peft_config)
+    settings = copy.deepcopy(peft_config) if peft_config else default_peft_config(model, rank)
+    require_additive(settings)
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # PEFT sets it right for each layer, and says so
         torch.manual_seed(seed)
-        model = get_peft_model(model, peft_config)
+        model = get_peft_model(model, settings)
     model.__dict__[FROZEN] = frozen
     _only_linear(model)
     _in_the_blocks(model)

@@ -378,8 +378,9 @@ def num_labels_of(model: Any) -> int:
 
 def forward_columns(model: nn.Module) -> set[str]:
     """The columns that the model's forward takes, and the label names."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return set(inspect.signature(base.forward).parameters) | {"labels", "label"}
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = getattr(base, "columns", None) or inspect.signature(base.forward).parameters  # those of an exported file
+    return {*named, "labels", "label"}
 
 
 def labels_tokens(model: Any) -> bool:

@@ -124,7 +124,7 @@ class PatternTokens(nn.Module):
         seen: list[Any] = []
 
         def stop(module, args, kwargs):
-            seen.append(tokens_of(_input_of(args, kwargs)))
+            seen.append(tokens_of(block_input(args, kwargs)))
             if not is_sharded(model):  # whose passes have to end
                 raise _BlockReached
 
@@ -190,7 +190,7 @@ class PatternTokens(nn.Module):
     def _swap(self, module, args, kwargs):
         if self._draw is None or not module.training:
             return None
-        hidden = _input_of(args, kwargs)
+        hidden = block_input(args, kwargs)
         n = len(hidden)
         rows = torch.arange(n, device=hidden.device) if self.rows is None or len(self.rows) != n else self.rows
         taken, donors = (drawn[rows % DRAWS] for drawn in self._draw)
@@ -206,7 +206,7 @@ class PatternTokens(nn.Module):
         """
 
         def paste(module, args, kwargs):
-            hidden = _input_of(args, kwargs)
+            hidden = block_input(args, kwargs)
             every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
             return _replaced(args, kwargs, self._with_tokens(hidden, donors, every, attention_mask))
 
@@ -306,7 +306,8 @@ def tokens_of(hidden: Any) -> Tensor | None:
     return hidden.flatten(2).mT if hidden.ndim == 4 else hidden
 
 
-def _input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+def block_input(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a forward pre-hook of a block sees as its input."""
     return args[0] if args else kwargs.get("hidden_states")
 
 

@@ -5,6 +5,7 @@ Docs: docs/method.md, sections 2 and 3a.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -424,7 +425,8 @@ class ChannelNoise:
     def _noise_of(self, x: Tensor) -> dict[str, Tensor]:
         """Each layer's ``kappa G`` of the rows of ``x``, ``[n, k, k]``; taken once for all layers that get the same rows."""
         if len(x) not in self.taken:
-            self.taken[len(x)] = dict(zip(self.subspaces, self.noise[:, self._draws(x)].unbind(), strict=True))
+            noise = cast(Tensor, self.noise)
+            self.taken[len(x)] = dict(zip(self.subspaces, noise[:, self._draws(x)].unbind(), strict=True))
         return self.taken[len(x)]
 
     def _draws(self, x: Tensor) -> Tensor:

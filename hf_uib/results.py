@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -283,14 +284,14 @@ class ResultsMixin(AtomicCheckpoints):
             for name, value in zip(self.layers, nats.tolist(), strict=True)
         ]
 
-    def audit(self, test_dataset, bias_column: str | None = None, retrained_model=None, **settings):
+    def audit(self, test_dataset, bias_column: str | Sequence[str] | None = None, retrained_model=None, **settings):
         """Audit the trained model against the one it started from; see [`~hf_uib.audit_model`].
 
         Args:
             test_dataset: unbiased rows, raw or encoded, never trained on.
-            bias_column: the attribute that gave the label away on the forget set.
+            bias_column: the attribute that gave the label away on the forget set; further ones after it for fairness.
             retrained_model: trained without the forget set, one or several.
-            settings: further arguments of `audit_model`, as ``deep`` and ``example_column``.
+            settings: further arguments of `audit_model`, as ``deep``, ``positive_label`` and ``example_column``.
 
         Returns:
             [`~hf_uib.AuditReport`]; the card takes its verdict up.

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -69,7 +69,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics: as in [`~transformers.Trainer`]. Raw pictures and texts are encoded with
             ``processing_class``. Streams (`IterableDataset`) are written to disk first.
-        peft_config: a `LoraConfig`; by default LoRA on every linear layer.
+        peft_config: a `LoraConfig`; by default LoRA on every linear layer. ``"serving"``: LoRA on the linear layers of the blocks
+            and the whole head, which vLLM and other servers of adapters load ([`serving_peft_config`]).
         prior: a [`~hf_uib.priors.Prior`] of your own, instead of ``args.prior``.
         columns: [`~hf_uib.data.columns.Columns`]: names of text, picture, label and bias columns that are not the usual ones.
 
@@ -105,7 +106,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         preprocess_logits_for_metrics: Callable | None = None,
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | Literal["serving"] | None = None,
         prior: Prior | None = None,
         columns: Columns = Columns(),  # noqa: B008
     ):

@@ -232,7 +232,7 @@ COMMAND_LINE = {
     "unknown value": (dict(forget_where=["source=nowhere"]), "nothing to forget"),
     "unknown class": (dict(forget_where=["label=zebra"]), "No row of split 'train' meets label=zebra"),
     "a condition on pictures": (dict(forget_where=["image=x"]), "cannot be compared"),
-    "unknown bias column": (dict(forget_where=["source=clinic_a"], bias_column="hue"), "bias_column 'hue'"),
+    "unknown bias column": (dict(forget_where=["source=clinic_a"], bias_column=["hue"]), "bias_column 'hue'"),
     "unknown test split": (dict(forget_where=["source=clinic_a"], test_split="dev"), "No split 'dev'"),
     "unknown calibration split": (dict(forget_where=["source=clinic_a"], calibration_split="dev"), "No split 'dev'"),
     "no such oracle": (dict(forget_where=["source=clinic_a"], retrained_model="no/such-oracle"), "no/such-oracle"),

@@ -1,8 +1,10 @@
 """From models and data sets to the `AuditContext`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from datasets import ClassLabel
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,11 +15,12 @@ from ..data.columns import Columns
 from ..data.labels import model_names, named_config
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
+from ..exported import ExportedClassifier, is_onnx
 from ..inference import ModelOutputs, observe, processes
 from ..lora import require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import Name, labels_tokens, load_classifier, name_of, num_labels_of
-from ..one_label import label_number, rows_with_label, two_classes
+from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..provenance import detached, merged_copy
 from ..quantised import keep_codes
 from ..unlearning_task import MultiLabel, SingleLabel, TokenLabels, UnlearningTask, task_of
@@ -29,10 +32,12 @@ from .thresholds import AuditThresholds
 
 
 def loaded(model: Name | nn.Module, trust_remote_code: bool = False) -> nn.Module:
-    """A model by folder or Hub id, on this process's device; a model that is given stays where it is."""
+    """A model by folder, Hub id or ONNX file, on this process's device; a model that is given stays where it is."""
     given: Any = name_of(model)
     if not isinstance(given, str):
         return given
+    if is_onnx(given):
+        return ExportedClassifier(given)
     return load_classifier(given, trust_remote_code=trust_remote_code).to(processes().device)
 
 
@@ -88,13 +93,14 @@ def gather(
     datasets: dict[str, Any],
     *,
     processing_class: Any = None,
-    bias_column: str | None = None,
+    bias_column: str | Sequence[str] | None = None,
     example_column: str | None = None,
     deep: bool = False,
     seed: int = 0,
     thresholds: AuditThresholds | None = None,
     columns: Columns = Columns(),  # noqa: B008
     label: str | int | None = None,
+    positive_label: str | int | None = None,
 ) -> AuditContext:
     """What the checks look at: the encoded samples of the sets, and what each plain model says about them.
 
@@ -104,9 +110,10 @@ def gather(
         deep: keep the features of every block, not of the last alone.
         columns: names of columns that are not the usual ones.
         label: the label of a multi-label model that is looked at; see `one_label.label_number`.
+        positive_label: see `one_label.positive_class`.
 
     Raises:
-        ValueError: no forget or test rows, or a column or the label is missing.
+        ValueError: no forget or test rows, or a column or a label is missing.
     """
     thresholds = thresholds or AuditThresholds()
     model: Any = models["model"]
@@ -125,8 +132,11 @@ def gather(
     config = named_config({name: models[name].config for name in ("reference", *models)})
     main_input = getattr(model, "main_input_name", "input_ids")
     read = Reader(config, main_input, processing_class, columns, of_tokens=labels_tokens(model))
+    named: Any = next(m for m in models.values() if m.config is config)
+    positive = positive_class(named, positive_label, isinstance(task, MultiLabel))
     sets, number = _samples(read, datasets, example_column, seed, thresholds, task, model, label)
-    for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
+    bias_columns = [bias_column] if isinstance(bias_column, str) else list(bias_column or ())
+    for setting, name in (*(("bias_column", name) for name in bias_columns), ("example_column", example_column)):
         if name is not None and name not in _names(sets["test"]):
             raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
     outputs = {
@@ -137,10 +147,13 @@ def gather(
     }
     if number is not None:
         outputs = {name: {part: _of_label(out, number) for part, out in row.items()} for name, row in outputs.items()}
-    attribute = None
-    if bias_column is not None:
-        seen = outputs["reference"]
-        attribute = _bias_attribute(sets, bias_column, seen["forget"], seen["test"], thresholds.attribute_association)
+    seen = outputs["reference"]
+    attributes = {
+        name: _bias_attribute(sets, name, seen["forget"], seen["test"], thresholds.attribute_association)
+        for name in dict.fromkeys(bias_columns)
+    }
+    if len(attributes) > 1:
+        attributes[" x ".join(attributes)] = _crossing(list(attributes.values()))
     ids = _column(sets["test"], example_column)
     examples = None if ids is None else np.unique([str(e) for e in ids], return_inverse=True)[1]
     resamplers = {
@@ -153,9 +166,11 @@ def gather(
         for part, out in outputs["reference"].items()
     }
     sizes = {part: len(rows) for part, rows in datasets.items() if rows is not None}
+    name_of_class = lambda number: model_names(config).get(number, str(number))
+    label_name = None if number is None else name_of_class(number)
     return AuditContext(
-        models, oracles, sets, outputs, sizes, resamplers, attribute, examples, processing_class, thresholds, seed,
-        label=None if number is None else model_names(config).get(number, str(number)),
+        models, oracles, sets, outputs, sizes, resamplers, attributes, examples, processing_class, thresholds, seed,
+        label=label_name, positive=None if positive is None else (positive, label_name or name_of_class(positive)),
     )  # fmt: skip
 
 
@@ -232,7 +247,18 @@ def _bias_attribute(
         codes = np.unique(values, return_inverse=True)[1]
     else:
         codes = np.asarray([stands_for.get(value, -1) for value in values])
-    return BiasAttribute(values, np.where(missing, -1, codes), stands_for is not None, concerned)
+    feature = (getattr(sets["test"], "features", None) or {}).get(bias_column)
+    named = feature.int2str if isinstance(feature, ClassLabel) else str
+    groups = np.asarray(["" if value is None else f"{bias_column}={named(value)}" for value in raw])
+    return BiasAttribute(values, np.where(missing, -1, codes), stands_for is not None, groups, concerned)
+
+
+def _crossing(attributes: list[BiasAttribute]) -> BiasAttribute:
+    """The groups that several attributes make together; a row that lacks one value is in none. It stands for no classes."""
+    rows = list(zip(*(attribute.groups for attribute in attributes), strict=True))
+    groups = np.asarray([", ".join(row) if all(row) else "" for row in rows])
+    codes = np.unique(groups, return_inverse=True)[1]
+    return BiasAttribute(groups, np.where(groups == "", -1, codes), False, groups, attributes[0].concerned)
 
 
 def _names(rows: Any) -> list[str]:

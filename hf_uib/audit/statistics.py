@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -67,11 +68,27 @@ class Resampler:
 
     def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
         """``sum(numerator) / sum(denominator)`` of row-wise values ``[n]``."""
-        top, bottom = self._sums(numerator.astype(float)), self._sums(denominator.astype(float))
+        return self.ratios(numerator[:, None], denominator[:, None])[0]
+
+    def ratios(self, numerators: np.ndarray, denominators: np.ndarray) -> list[Estimate]:
+        """`ratio` of each column of ``[n, k]``."""
+        top, bottom = self._sums(numerators.astype(float)), self._sums(denominators.astype(float))
         with np.errstate(invalid="ignore", divide="ignore"):
             samples = (self.weights @ top) / (self.weights @ bottom)
-            value = float(np.divide(top.sum(), bottom.sum()))
-        return Estimate(value, samples)
+            values = top.sum(0) / bottom.sum(0)
+        return [Estimate(float(value), column) for value, column in zip(values, samples.T, strict=True)]
+
+    def wilson(self, rate: float, counted: np.ndarray) -> tuple[float, float]:
+        """95% interval of a rate over the rows ``counted [n]`` by Wilson (1927), with the examples that they come from as its n.
+
+        Unlike resampling it is not empty where all rows are alike: 0 of 3 says little.
+        """
+        n = len(np.unique(self.ids[counted]))
+        if not n:
+            return float("nan"), float("nan")
+        z2 = NormalDist().inv_cdf(0.975) ** 2
+        middle, half = rate + z2 / (2 * n), (z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) ** 0.5
+        return max((middle - half) / (1 + z2 / n), 0.0), min((middle + half) / (1 + z2 / n), 1.0)
 
     def cramers_v(self, first: np.ndarray, second: np.ndarray, counted: np.ndarray | None = None) -> Estimate:
         """Cramér's V of two codes ``[n]``, of the rows that are ``counted [n]`` (all by default); resampling inflates it, so its

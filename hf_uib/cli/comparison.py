@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 
 from ..data.labels import several_labels
+from ..data.reading import Reader
 from ..data.sources import PROCESSORS, load_processor
 from ..hub.push import MERGED
 from ..models import fingerprint, forward_columns, input_kind, labels_tokens, load_classifier
@@ -168,9 +169,8 @@ def _processor(model, *names: str):
         except Exception as error:  # whatever a library says of its files
             reasons.append(in_one_line(error))
             continue
-        if own == "text":
-            longest = getattr(model.config, "max_position_embeddings", processor.model_max_length)
-            processor.model_max_length = min(processor.model_max_length, longest)
+        if own == "text" and (longest := Reader(model.config, "input_ids", processor).longest()) is not None:
+            processor.model_max_length = longest  # as texts were cut in training and audit
         return processor
     kind = PROCESSORS[own]
     raise ValueError(f"{' and '.join(names)} have no {kind}; save it there with save_pretrained. ({reasons[-1]})")

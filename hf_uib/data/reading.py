@@ -117,14 +117,14 @@ class Reader:
         if isinstance(self.processing_class, PreTrainedTokenizerBase) and self.of_tokens:
             words = words_column(dataset, self.columns)
             label = label_column(dataset, self.columns) if has_labels(dataset, self.columns) else None
-            return None if words is None else WordsInput(self.processing_class, words, label, self._longest())
+            return None if words is None else WordsInput(self.processing_class, words, label, self.longest())
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             columns = text_columns(dataset, self.columns)
-            return TextInput(self.processing_class, columns, self._longest()) if columns else None
+            return TextInput(self.processing_class, columns, self.longest()) if columns else None
         return None
 
-    def _longest(self) -> int | None:
-        """Truncation length of texts: as given, the tokenizer's, or what the model has positions for."""
+    def longest(self) -> int | None:
+        """Truncation length of texts: as given, or what the model has positions for; None: the tokenizer's own."""
         positions = getattr(self.config, "max_position_embeddings", None)
         if self.max_length is not None or positions is None or self.processing_class.model_max_length <= positions:
             return self.max_length
