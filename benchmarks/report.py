@@ -167,7 +167,7 @@ def write_report(options=None) -> None:
         print(f"docs/benchmark/{name}")
     for name, lines in {
         "README.md": readme_table(runs),
-        "docs/scale.md": [*quantised_tables(), *scale_tables()],
+        "docs/scale.md": [*scale_tables(), *quantised_tables()],
         "docs/deletion_requests.md": lifecycle_table(),
         "benchmarks/research.md": research_tables(),
     }.items():
