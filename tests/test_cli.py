@@ -23,6 +23,8 @@ from hf_uib import UIBConfig
 from hf_uib.cli import main, parser
 from hf_uib.cli.audit import AuditArguments
 from hf_uib.cli.comparison import AppArguments
+from hf_uib.cli.export import ExportArguments
+from hf_uib.cli.lineage import LineageArguments
 from hf_uib.cli.unlearn import UnlearnArguments, next_audit, unlearn
 from hf_uib.data.sources import matching_rows
 
@@ -179,7 +181,7 @@ BAD = [
     (["source=nowhere"], {}, "nothing to forget"),
     (["colour=red"], {}, "Column 'colour' is not in the dataset"),
     (["source"], {}, "write COLUMN=VALUE"),
-    (["source=clinic_a"], {"bias_column": "hue"}, "bias_column 'hue'"),
+    (["source=clinic_a"], {"bias_column": ["hue"]}, "bias_column 'hue'"),
     (["source=clinic_a"], {"test_split": "dev"}, "No split 'dev'"),
     ([], {}, "--forget_where is missing"),
     (["source=clinic_a"], {"dataset_name": "no/such"}, "neither here nor on the Hub"),
@@ -202,6 +204,8 @@ FLAGS = {
     "unlearn": ("--forget_where", "--bias_column", "--beta", "--prior_strength", "--noise_to_signal", "--save_merged"),
     "audit": ("--reference", "--retrained", "--deep", "--example_column"),
     "demo": ("--output_dir", "--seed", "--max_steps"),
+    "export": ("--onnx", "--int8", "--tolerance", "--bias_column"),
+    "lineage": ("--repo",),
     "app": ("--adapter", "--base", "--model", "--reference", "--server_port"),
 }
 
@@ -217,10 +221,12 @@ def help_of(capsys, *arguments) -> str:
 def test_help_describes_every_flag(command, capsys):
     shown = help_of(capsys, command)
     assert all(re.search(rf"{flag}\b", shown) for flag in FLAGS[command])
-    assert ("--accelerate_config" in shown) == (command != "app")
+    assert ("--accelerate_config" in shown) == (command in main.LAUNCHED)
 
 
-@pytest.mark.parametrize("kind", [UIBConfig, UnlearnArguments, AuditArguments, AppArguments])
+@pytest.mark.parametrize(
+    "kind", [UIBConfig, UnlearnArguments, AuditArguments, ExportArguments, LineageArguments, AppArguments]
+)
 def test_every_flag_has_a_help_text(kind):
     assert not [field.name for field in dataclasses.fields(kind) if field.init and not field.metadata.get("help")]
 

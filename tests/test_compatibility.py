@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import make_model, make_rows
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback
 
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.config import refuse_unsupported
@@ -228,3 +229,58 @@ def test_second_derivatives_of_a_sharded_base_are_refused():
     model.__dict__[BEFORE] = None
     with pytest.raises(ValueError, match="takes second derivatives"):
         InfluencePrior().attach(context)
+
+
+# ---- device_map ----
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model("bert").save_pretrained(folder)
+    return folder
+
+
+def on_devices(checkpoint, **settings):
+    return AutoModelForSequenceClassification.from_pretrained(checkpoint, **settings)
+
+
+def texts(path, model):
+    args = UIBConfig(
+        str(path), max_steps=2, subspace_rank=4, use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no"
+    )
+    return UIBTrainer(
+        model, args, make_rows("bert", 12, seed=1), make_rows("bert", 8, seed=2), make_rows("bert", 9, seed=3)
+    )
+
+
+def test_a_device_map_of_one_device_changes_nothing(tmp_path, checkpoint):
+    found = []
+    for places in (None, "auto", {"": "cpu"}):
+        model = on_devices(checkpoint, device_map=places)
+        if isinstance(places, dict):  # with accelerate's hooks on every module, as on several devices
+            model = dispatch_model(model, places, main_device="cpu", force_hooks=True)
+        trainer = texts(tmp_path, model)
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    assert trainer.adapted_model.get_base_model().hf_device_map == {"": "cpu"}
+    assert any(found[0][name].any() for name in found[0] if "lora_B" in name)
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+
+
+@pytest.mark.parametrize("part", ["bert.embeddings", "bert.encoder.layer.1"])  # without linear layers, and with them
+def test_a_model_with_parts_on_disk_is_refused(tmp_path, checkpoint, part):
+    parts = ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler", "dropout", "classifier")
+    places = {name: "disk" if name == part else "cpu" for name in parts}
+    model = on_devices(checkpoint, device_map=places, offload_folder=str(tmp_path / "offloaded"))
+    with pytest.raises(ValueError, match=rf"{part}\..* is offloaded \(disk\)") as caught:
+        texts(tmp_path / "out", model)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_model_over_several_devices_is_refused(tmp_path):
+    model = make_model("bert")
+    model.hf_device_map = {"bert": 0, "classifier": 1}  # as accelerate leaves it: there is one device here
+    with pytest.raises(ValueError, match=r"on several devices \(0, 1\)") as caught:
+        texts(tmp_path / "out", model)
+    assert "\n" not in str(caught.value)

@@ -18,9 +18,9 @@ from hf_uib import load_classifier
 pytestmark = pytest.mark.distributed
 
 
-def launched(path, processes, batch, accumulation=1, seed=0, prior="calibrated", config="cpu_two_processes"):
+def launched(path, processes, batch, accumulation=1, seed=0, prior="calibrated", *more, config="cpu_two_processes"):
     """What tests/two_processes.py wrote."""
-    settings = (path, batch, accumulation, seed, prior)
+    settings = (path, batch, accumulation, seed, prior, *more)
     command, environment = command_for("two_processes.py", processes, *settings, config=config)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -52,8 +52,9 @@ def test_two_processes_compute_what_one_does(tmp_path, prior):
     # Conjugate gradients and Adam's first steps carry rounding further under `influence`
     assert max(seen.values()) < (5e-4 if prior == "influence" else 2e-4), seen
     if prior == "calibrated":
-        split = launched(tmp_path / "split.pt", 2, 2, accumulation=2, prior=prior)
+        split = launched(tmp_path / "split.pt", 2, 2, 2, 0, prior, "streams")  # one process writes, and both read
         assert max(differences(one, split).values()) < 2e-4
+        assert not list((tmp_path / "split.pt.cache").glob("hf_uib_*"))
         other = differences(one, launched(tmp_path / "other.pt", 2, 4, seed=1, prior=prior))  # the control
         assert other["adapter"] > 1e-2 and other["losses"] > 1e-2
 
