@@ -236,8 +236,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         """
         if is_quantised(self.model):
             raise ValueError(
-                "The base is quantised, and FSDP would take its codes apart: leave FSDP out (`--accelerate_config ddp`), or load the "
-                "base unquantised."
+                "The base is quantised, and FSDP would take its codes apart: leave FSDP out (`--accelerate_config ddp`), or load "
+                "the base unquantised."
             )
         self._base_fingerprint = fingerprint(self.model)
         self.check_base_name()
