@@ -22,6 +22,7 @@ import hf_uib
 from hf_uib import UIBConfig
 from hf_uib.cli import main, parser
 from hf_uib.cli.audit import AuditArguments
+from hf_uib.cli.discover import DiscoverArguments
 from hf_uib.cli.comparison import AppArguments
 from hf_uib.cli.unlearn import UnlearnArguments, next_audit, unlearn
 from hf_uib.data.sources import matching_rows
@@ -202,6 +203,7 @@ FLAGS = {
     "unlearn": ("--forget_where", "--bias_column", "--beta", "--prior_strength", "--noise_to_signal", "--save_merged"),
     "audit": ("--reference", "--retrained", "--deep", "--example_column"),
     "demo": ("--output_dir", "--seed", "--max_steps"),
+    "discover": ("--model_name_or_path", "--dataset_name", "--train_split", "--text_column", "--output_dir"),
     "app": ("--adapter", "--base", "--model", "--reference", "--server_port"),
 }
 
@@ -217,10 +219,10 @@ def help_of(capsys, *arguments) -> str:
 def test_help_describes_every_flag(command, capsys):
     shown = help_of(capsys, command)
     assert all(re.search(rf"{flag}\b", shown) for flag in FLAGS[command])
-    assert ("--accelerate_config" in shown) == (command != "app")
+    assert ("--accelerate_config" in shown) == (command not in ("app", "discover"))
 
 
-@pytest.mark.parametrize("kind", [UIBConfig, UnlearnArguments, AuditArguments, AppArguments])
+@pytest.mark.parametrize("kind", [UIBConfig, UnlearnArguments, AuditArguments, DiscoverArguments, AppArguments])
 def test_every_flag_has_a_help_text(kind):
     assert not [field.name for field in dataclasses.fields(kind) if field.init and not field.metadata.get("help")]
 
