@@ -22,8 +22,8 @@ import hf_uib
 from hf_uib import UIBConfig
 from hf_uib.cli import main, parser
 from hf_uib.cli.audit import AuditArguments
-from hf_uib.cli.discover import DiscoverArguments
 from hf_uib.cli.comparison import AppArguments
+from hf_uib.cli.discover import DiscoverArguments
 from hf_uib.cli.unlearn import UnlearnArguments, next_audit, unlearn
 from hf_uib.data.sources import matching_rows
 
