@@ -160,7 +160,8 @@ def shape_tables() -> list[str]:
             found.append([title, "on" if on else "off", *pairs, f"({usual:,.0f})"])
     weights = predicted(LAYERS, ROWS, LENGTH, True)["weights"]
     return [
-        f"Of this version: memory by shape, a Llama of {LAYERS} layers ({weights * MB / 2e9:.2f} thousand million weights, {weights:,.0f} MB in "
+        f"Of this version: memory by shape, "
+        f"a Llama of {LAYERS} layers ({weights * MB / 2e9:.2f} thousand million weights, {weights:,.0f} MB in "
         f"bf16) with LoRA of rank {RANK} on every linear layer. MB, measured on a CPU with {' and '.join(map(str, CUTS))} of the "
         f"layers ({ROWS} rows of {LENGTH} tokens in a forward pass; the highest resident memory of a process of its own, less what "
         f"it had before the model, and {embeddings:,.0f} MB for the embeddings of the words left out), "
