@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .channel_kl import wide_dtype
-from .lora import base_of, weight_matrix
+from .lora import base_of, matrix_shape
 from .objective import margin
+from .sharding import whole
 
 PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
@@ -66,7 +67,7 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
     """
     statistics = {}
     for index, (name, layer) in enumerate(layers.items()):
-        d_out, d_in = weight_matrix(layer).shape
+        d_out, d_in = matrix_shape(layer)
         device, rows, sketch = layer.weight.device, d_out, None
         if d_out > 4 * rank + 16:
             rows = 2 * rank + 8
@@ -80,7 +81,7 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
             tokens=torch.zeros((), device=device, dtype=wide_dtype(device)),
             reached=torch.zeros((), device=device),
             d_out=d_out,
-            bias=layer.bias,
+            bias=None if layer.bias is None else whole(layer.bias.detach()),
             sketch=sketch,
         )
     return statistics
@@ -161,7 +162,7 @@ class _Recording:
 
     def _on_forward(self, stats: LayerStatistics, module, inputs, output) -> None:
         # As it came: in float32 it would be a copy
-        kept = _Kept.apply(self.leaf, inputs[0].detach()).grad_fn if output.requires_grad else None
+        kept = _Kept.apply(self.leaf, inputs[0].detach()) if output.requires_grad else None
         if self.again:
             return
         x = input_rows(module, inputs[0].detach()).float()
@@ -175,7 +176,7 @@ class _Recording:
             output.register_hook(partial(self._on_gradient, stats, module, kept))
 
     def _on_gradient(self, stats: LayerStatistics, module, kept, gradient: Tensor) -> None:
-        given = kept.saved_tensors[0]
+        given = kept.grad_fn.saved_tensors[0]
         x = input_rows(module, given).float()
         stats.reached += 1
         g = output_rows(module, gradient).float()

@@ -19,22 +19,30 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
+from .quantised import plain_tensors
 from .state import identity_of
 
 BASE = "base"  # folder beside an adapter, of a base that has no name
 # Settings of `from_pretrained` that say where a file is, not how it is read
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}  # by the name of a model's input
-TASKS = (None, "SEQ_CLS", "FEATURE_EXTRACTION")  # PEFT's, of adapters that may be on a classifier
+TASKS = (None, "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")  # PEFT's, of adapters that may be on a classifier
 Name = str | os.PathLike
 
 
@@ -156,6 +164,7 @@ def _class_of(config: Any) -> Any:
     for auto, names in (
         (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
         (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     ):
         known = [one for entry in names.values() for one in (entry if isinstance(entry, tuple) else (entry,))]
         if architecture in known or auto.__name__ in own_code:
@@ -173,7 +182,9 @@ def _class_of(config: Any) -> Any:
 def _load_adapter(name: str, adapter: Any, settings: dict[str, Any]) -> PeftModel:
     """An adapter on its base, which gets the adapter's head and class names where it has others or none."""
     if adapter.task_type not in TASKS:
-        raise ValueError(f"{name} is an adapter for {adapter.task_type}; UIB needs a classifier's (SEQ_CLS, or none).")
+        raise ValueError(
+            f"{name} is an adapter for {adapter.task_type}; UIB needs a classifier's (SEQ_CLS, TOKEN_CLS, or none)."
+        )
     where = _where(settings)
     weights = adapter_weights(name, **where)
     base_settings = {key: value for key, value in settings.items() if key not in ("revision", "subfolder")}
@@ -274,6 +285,9 @@ def _adapter_file(name: str, file: str, where: dict[str, Any]) -> str | None:
 
 def _classifier_for(config: Any, task_type: str | None) -> Any:
     """The Auto class that puts a head on a headless base."""
+    if task_type == "TOKEN_CLS":
+        known = config.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+        return AutoModelForTokenClassification if known else None
     image = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     text = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if text and (task_type == "SEQ_CLS" or not image):
@@ -364,8 +378,15 @@ def num_labels_of(model: Any) -> int:
 
 def forward_columns(model: nn.Module) -> set[str]:
     """The columns that the model's forward takes, and the label names."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = getattr(base, "columns", None) or inspect.signature(base.forward).parameters  # those of an exported file
+    return {*named, "labels", "label"}
+
+
+def labels_tokens(model: Any) -> bool:
+    """Whether a classifier labels each token, not whole rows."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return set(inspect.signature(base.forward).parameters) | {"labels", "label"}
+    return type(base).__name__.endswith("ForTokenClassification")
 
 
 def input_kind(model: Any) -> str:
@@ -385,6 +406,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return {f"block {i + 1}": block for i, block in enumerate(longest)}
 
 
+def is_adapters(name: str) -> bool:
+    """Whether a weight of that name is the adapter's: a factor, or in a module that ``modules_to_save`` put in another's place."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
 def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
     """Hash of every weight that is not the adapter's, or of those that are.
 
@@ -394,9 +420,10 @@ def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
     for name, weight in sorted(model.get_base_model().state_dict().items()):
         if ".original_module." in name:
             continue
-        if (".lora_" in name or ".modules_to_save." in name) == of_the_adapter:
+        if is_adapters(name) == of_the_adapter:
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            for part in plain_tensors(weight):
+                digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -409,11 +436,18 @@ def base_is_named(model: PeftModel, name: str | None) -> bool | None:
         return None
     base: Any = model.get_base_model()
     replaced = [n for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    config, settings = copy.deepcopy(base.config), {}
+    if (method := getattr(config, "quantization_config", None)) is not None:
+        if saved_quantised(name):
+            config.quantization_config = method.to_dict()
+        else:
+            del config.quantization_config
+            settings["quantization_config"] = method
     try:
         with torch.random.fork_rng(devices=[]), _quiet_about_heads():
             named = type(base).from_pretrained(
-                name, config=copy.deepcopy(base.config), dtype=base.dtype, ignore_mismatched_sizes=True,
-                local_files_only=True, use_safetensors=True,
+                name, config=config, dtype=base.dtype, ignore_mismatched_sizes=True, local_files_only=True,
+                use_safetensors=True, **settings,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, TypeError, AttributeError, SafetensorError):
         return False
@@ -422,6 +456,16 @@ def base_is_named(model: PeftModel, name: str | None) -> bool | None:
         plain = key.replace(".base_layer.", ".")
         if ".lora_" in key or any(key.startswith(f"{module}.") for module in replaced):
             continue
-        if plain not in theirs or not torch.equal(theirs[plain].cpu(), weight.detach().cpu()):
+        if plain not in theirs or not _same(theirs[plain], weight):
             return False
     return True
+
+
+def saved_quantised(name: str) -> bool:
+    """Whether a checkpoint that is here holds codes."""
+    return "quantization_config" in PretrainedConfig.get_config_dict(name, local_files_only=True)[0]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    pairs = zip(plain_tensors(one), plain_tensors(other), strict=False)
+    return type(one) is type(other) and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)

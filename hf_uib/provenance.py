@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from . import __version__
-from .lora import adapter_name, copy_without_hooks, lora_layers, require_additive, require_plain_weights
-from .models import Name, adapter_weights, load_classifier, name_of
+from .lora import adapter_name, copy_without_hooks, lora_layers, require_additive, require_known_weights
+from .models import Name, adapter_weights, base_is_named, load_classifier, name_of, saved_quantised
+from .quantised import dequantised, is_quantised
 from .state import STATE_NAME
 
 MERGED_ERROR = 0.01  # of the largest logit
@@ -63,7 +64,42 @@ def detached(model: PeftModel) -> PreTrainedModel:
     return model.unload()
 
 
-def merged(model: PeftModel, inputs: dict[str, torch.Tensor], requests: list[dict]) -> PreTrainedModel:
+def merged_copy(model: PeftModel) -> PreTrainedModel:
+    """A plain copy with the adapter merged into its weights, which are de-quantised first where they are codes: it computes what
+    the adapted model does, to rounding."""
+    if is_quantised(model):
+        return on_base(model, dequantised(detached(model))).merge_and_unload()
+    return copy_without_hooks(model).merge_and_unload()
+
+
+def on_base(model: PeftModel, base: PreTrainedModel) -> PeftModel:
+    """The model's adapter on another base, which is changed in place."""
+    name = adapter_name(model)
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    other = get_peft_model(base, copy.deepcopy(model.peft_config[name]), adapter_name=name)
+    base.requires_grad_(True)  # as after `from_pretrained`
+    set_peft_model_state_dict(other, state, adapter_name=name)
+    return other.eval()
+
+
+def full_precision_base(model: PeftModel) -> PreTrainedModel | None:
+    """The checkpoint that a quantised base was loaded from, without quantisation; None where its name leads to no such weights
+    here. Nothing is downloaded."""
+    base: Any = model.get_base_model()
+    name = base.config._name_or_path
+    if not base_is_named(model, name) or saved_quantised(name):
+        return None
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
+    found = type(base).from_pretrained(
+        name, config=config, dtype="auto", ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True
+    )  # fmt: skip
+    return found.to(base.device)
+
+
+def merged(
+    model: PeftModel, inputs: dict[str, torch.Tensor], requests: list[dict], base: PreTrainedModel | None = None
+) -> PreTrainedModel:
     """A plain copy of the model with the adapter merged into its weights.
 
     Warns where rounding makes its logits another model's (a base in 16 bits).
@@ -71,10 +107,14 @@ def merged(model: PeftModel, inputs: dict[str, torch.Tensor], requests: list[dic
     Args:
         inputs: of some rows, to compare the logits on.
         requests: all that the merged model has unlearned.
+        base: to merge into, instead of the model's own; changed in place.
     """
-    plain: Any = copy_without_hooks(model).merge_and_unload()
+    adapted: Any = copy_without_hooks(model) if base is None else on_base(model, base)
+    inputs = {name: value.to(next(adapted.parameters()).device) for name, value in inputs.items()}
     with torch.no_grad():
-        before, after = (m.eval()(**inputs).logits.float() for m in (model, plain))
+        before = adapted.eval()(**inputs).logits.float()
+        plain = adapted.merge_and_unload()
+        after = plain.eval()(**inputs).logits.float()
     difference = (before - after).abs().max()
     if difference > MERGED_ERROR * before.abs().max():
         warnings.warn(
@@ -107,7 +147,9 @@ def undo(model: Name | PreTrainedModel, adapter: Name, *, trust_remote_code: boo
     given, adapter = name_of(model), str(name_of(adapter))
     named = isinstance(given, str)
     merged: Any = load_classifier(given, trust_remote_code=trust_remote_code) if named else copy.deepcopy(given)
-    require_plain_weights(merged)
+    require_known_weights(merged)
+    if is_quantised(merged):
+        raise ValueError("The merged model is quantised, and W - s B A would be rounded: load it unquantised.")
     record = _state_of(adapter)["record"]
     if not record["from_zero"]:
         raise ValueError(
@@ -140,7 +182,7 @@ def next_base(name: Name, *, trust_remote_code: bool = False) -> Any:
     except ValueError:  # somebody's fine-tuning, to be trained further
         return model
     done = requests_of(model)
-    return without_origin(_adapted(detached(model), name, record).merge_and_unload(), [*done, record])
+    return without_origin(merged_copy(_adapted(detached(model), name, record)), [*done, record])
 
 
 def without_origin(model: PreTrainedModel, requests: list[dict]) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from .models import fingerprint
 from .posterior import ChannelPosterior
 from .priors import Prior
 from .priors.calibrated import quantiles
-from .provenance import RequestRecord, detached, merged, requests_of
+from .provenance import RequestRecord, detached, full_precision_base, merged, merged_copy, requests_of
+from .quantised import dequantised, is_quantised
 
 if TYPE_CHECKING:
     from .audit.report import AuditReport
@@ -54,7 +56,8 @@ class ResultsMixin(AtomicCheckpoints):
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     results_from_audit: bool
-    _base_fingerprint: str | None
+    _base_fingerprint: str | None = None  # not computed yet
+    _merged_into: str | None = None  # what an adapter of a quantised base was merged into
 
     @property
     def posterior(self) -> ChannelPosterior:
@@ -233,10 +236,13 @@ class ResultsMixin(AtomicCheckpoints):
             return detached(self.adapted_model)
         before = copy_without_hooks(self.adapted_model)
         set_peft_model_state_dict(before, self.adapter_before, adapter_name=self.adapter_name)
-        return before.merge_and_unload()
+        return merged_copy(before)
 
     def merge_and_unload(self) -> PreTrainedModel:
         """A plain model with the adapter merged into its weights: the artefact for deletion duties. The trainer's stays.
+
+        The adapter of a quantised base goes into the checkpoint that the base was loaded from, in full precision, where that is
+        here; else into the de-quantised weights, with a warning that says how far the logits are off.
 
         Warns where rounding makes its logits another model's (a base in 16 bits).
         """
@@ -244,7 +250,24 @@ class ResultsMixin(AtomicCheckpoints):
         inputs.pop("labels")
         nothing = self._posterior is None or self.unlearned_nothing  # no request is then merged
         requests = requests_of(self.model) if nothing else self.provenance
-        return merged(self.adapted_model, inputs, requests)
+        if not is_quantised(self.adapted_model):
+            return merged(self.adapted_model, inputs, requests)
+        base = full_precision_base(self.adapted_model)
+        self._merged_into = "de-quantised weights" if base is None else "the checkpoint in full precision"
+        plain = merged(
+            self.adapted_model, inputs, requests, dequantised(detached(self.adapted_model)) if base is None else base
+        )
+        if base is None:
+            self.adapted_model.eval()
+            with torch.no_grad():
+                adapted, after = (model(**inputs).logits.float() for model in (self.adapted_model, plain))
+            warnings.warn(
+                "The adapter was merged into de-quantised weights: the checkpoint that the base was quantised from is not here. On "
+                f"{len(after)} forget rows the logits differ from the adapted model's by up to {(after - adapted).abs().max():.2g} "
+                f"({adapted.abs().max():.2g} the largest).",
+                stacklevel=2,
+            )
+        return plain
 
     def layer_report(self) -> list[dict]:
         """Where the pattern lived, one entry per adapted layer.
@@ -261,14 +284,14 @@ class ResultsMixin(AtomicCheckpoints):
             for name, value in zip(self.layers, nats.tolist(), strict=True)
         ]
 
-    def audit(self, test_dataset, bias_column: str | None = None, retrained_model=None, **settings):
+    def audit(self, test_dataset, bias_column: str | Sequence[str] | None = None, retrained_model=None, **settings):
         """Audit the trained model against the one it started from; see [`~hf_uib.audit_model`].
 
         Args:
             test_dataset: unbiased rows, raw or encoded, never trained on.
-            bias_column: the attribute that gave the label away on the forget set.
+            bias_column: the attribute that gave the label away on the forget set; further ones after it for fairness.
             retrained_model: trained without the forget set, one or several.
-            settings: further arguments of `audit_model`, as ``deep`` and ``example_column``.
+            settings: further arguments of `audit_model`, as ``deep``, ``positive_label`` and ``example_column``.
 
         Returns:
             [`~hf_uib.AuditReport`]; the card takes its verdict up.

@@ -127,7 +127,10 @@ TRAINER = {
     "a model that is not loaded": (lambda p: train(p, model=make_model().to("meta")), "holds no weight (it is on `meta`)"),
     "regression": (lambda p: train(p, model=make_model(num_labels=1, problem_type="regression")), "problem_type"),
     "a model of several labels": (lambda p: train(p, model=make_model(problem_type="multi_label_classification")), "3 numbers"),
-    "labels of tokens": (lambda p: train(p, model=other_head("BertForTokenClassification")), "TokenClassification labels tokens"),
+    "labels of rows for a model of tokens": (
+        lambda p: train(p, other_head("BertForTokenClassification"), *texts()), "takes a label for each word",
+    ),
+    "answers to questions": (lambda p: train(p, model=other_head("BertForQuestionAnswering")), "Answering answers questions"),
     "generation": (lambda p: train(p, model=other_head("BertLMHeadModel")), "generates; for those see OpenUnlearning"),
     "an adapter that cannot be trained": (lambda p: train(p, model=saved_adapter(p, False)), "is_trainable=True"),
     "an adapter and a peft_config": (
@@ -229,7 +232,7 @@ COMMAND_LINE = {
     "unknown value": (dict(forget_where=["source=nowhere"]), "nothing to forget"),
     "unknown class": (dict(forget_where=["label=zebra"]), "No row of split 'train' meets label=zebra"),
     "a condition on pictures": (dict(forget_where=["image=x"]), "cannot be compared"),
-    "unknown bias column": (dict(forget_where=["source=clinic_a"], bias_column="hue"), "bias_column 'hue'"),
+    "unknown bias column": (dict(forget_where=["source=clinic_a"], bias_column=["hue"]), "bias_column 'hue'"),
     "unknown test split": (dict(forget_where=["source=clinic_a"], test_split="dev"), "No split 'dev'"),
     "unknown calibration split": (dict(forget_where=["source=clinic_a"], calibration_split="dev"), "No split 'dev'"),
     "no such oracle": (dict(forget_where=["source=clinic_a"], retrained_model="no/such-oracle"), "no/such-oracle"),

@@ -38,7 +38,7 @@ from hf_uib.lora import (
     is_linear,
     lora_layers,
     require_additive,
-    require_plain_weights,
+    require_known_weights,
     weight_matrix,
 )
 from hf_uib.models import BASE, load_classifier, num_labels_of
@@ -655,7 +655,7 @@ def test_undo_on_a_quantised_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_floating_point_weights_are_taken(dtype):
-    require_plain_weights(make_model().to(dtype))
+    require_known_weights(make_model().to(dtype))
 
 
 # ---- 7. GPT-2's Conv1D ----

@@ -8,6 +8,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from conftest import make_model, make_rows
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_uib import UIBConfig, UIBTrainer
@@ -53,9 +54,12 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str, stream
         adapter = {
             n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if "lora" in n
         }
+        base = [p for n, p in trainer.model.named_parameters() if ".lora_" not in n]
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in base]
         torch.save(
             {
                 "world": args.world_size,
+                "share": sum(p.numel() for p in held) / sum(p.numel() for p in base),
                 "subspaces": dict(trainer.posterior.subspaces.items()),
                 "output_scale": dict(trainer.posterior.output_scales.items()),
                 "pattern_z": torch.tensor(trainer.statistics["pattern_z"]),

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..data.pairing import fetch
 from ..inference import batcher, observe, processes
 from ..lora import weight_matrix
+from ..quantised import dequantised
 from .checks import plain_bias
 from .context import AuditContext
 
@@ -30,7 +31,7 @@ def deep_audit(context: AuditContext) -> dict[str, Any]:
     """
     if processes().is_main_process:
         print(f"Deep audit: about {max(_estimated_seconds(context) / 60, 0.1):.1f} minutes.", flush=True)
-    models, subjects = context.models, _subjects(context)
+    models, subjects = {name: dequantised(m) for name, m in context.models.items()}, _subjects(context)
     results: dict[str, Any] = {"probes": probe_every_block(context), "relearning": {}, "compression": {}}
     for name in tqdm(subjects, desc="Relearning", leave=False):
         results["relearning"][name] = relearn(models[name], context)

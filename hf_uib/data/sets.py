@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .checks import check_overlap, comparable, removed_classes
+from .checks import check_overlap, comparable, compared_classes, one_label, removed_classes
 from .columns import label_column
 from .fingerprints import fingerprint_of, row_hashes
 from .labels import transform_of
@@ -27,6 +27,7 @@ class UnlearningSets:
         fingerprints: by set, of the rows as they were given.
         removed_classes: the classes of the forget set, if none of them is in the retained data.
         comparable: numbers of the retained rows that the forget rows are compared with, ``[n]``; see `checks.comparable`.
+        compared_classes: where tokens are labelled, the classes of the tokens that are compared; see `checks.compared_classes`.
         one_label: whether all forget rows have the same label.
         reader: of further sets of the same data.
     """
@@ -38,6 +39,7 @@ class UnlearningSets:
     fingerprints: dict[str, str]
     removed_classes: list[int]
     comparable: np.ndarray
+    compared_classes: list[int]
     one_label: bool
     reader: Reader
 
@@ -93,7 +95,8 @@ class UnlearningSets:
             fingerprints={name: fingerprint_of(rows) for name, rows in hashes.items()},
             removed_classes=removed_classes(labels["forget"], labels.get("retain")),
             comparable=comparable(labels["forget"], labels.get("retain")),
-            one_label=len(np.unique(labels["forget"], axis=0)) == 1,
+            compared_classes=compared_classes(labels["forget"], labels.get("retain")),
+            one_label=one_label(labels["forget"]),
             reader=read,
         )
 

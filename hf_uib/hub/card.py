@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import __version__
 from ..metrics.table import METRICS, title_of
 from ..serialization import is_marked
-from .tables import WORST, groups_table, has_oracle, plain, results_table
+from .tables import WORST, fairness_table, groups_table, has_oracle, plain, results_table
 
 if TYPE_CHECKING:
     from ..audit.report import AuditReport
@@ -50,10 +50,11 @@ class UnlearningCardData:
         request: what was to be forgotten, in words.
         requests: every request of the model, as records; this run's is the last.
         base: Hub id of the model before unlearning, with its revision, if it has one; and the hash of its weights.
+        quantisation: how the weights below the adapter were quantised, in words; merged_into: what its adapter was merged into.
         repository: Hub id that the card is for.
         merged: the card is the merged model's, not the adapter's.
         adapter_folder: where PEFT keeps an adapter of another name than ``default``.
-        kind: of the input: image, video, audio or text.
+        kind: of what is classified: image, video, audio, text or token.
         data_sets: forget, retain, calibration and eval set, as far as there are any.
         dataset_name: Hub id of the data.
         retained: retained rows were given.
@@ -101,6 +102,8 @@ class UnlearningCardData:
     dataset: str | list[str] | None = None
     evaluated: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    quantisation: str | None = None
+    merged_into: str | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
 
@@ -238,6 +241,7 @@ def write_card(data: UnlearningCardData, folder: str) -> None:
     """
     audit = data.audit
     groups, group_count = groups_table(audit.metrics.get("groups", {})) if audit else ("", 0)
+    fairness, fairness_count = fairness_table(audit.public_metrics["fairness"]) if audit else ("", 0)
     card = ModelCard.from_template(
         header_of(data),
         template_str=resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8"),
@@ -255,6 +259,9 @@ def write_card(data: UnlearningCardData, folder: str) -> None:
         ],
         groups=groups,
         group_count=group_count,
+        fairness=fairness,
+        fairness_count=fairness_count,
+        positive=plain(audit.positive_label) if audit and audit.positive_label else "",
         worst=WORST,
         figures=[name for name in FIGURES if is_marked(os.path.join(folder, name))],
         tried=attacks_of(audit) if audit else [],

@@ -14,7 +14,8 @@ from transformers.utils import PushInProgress
 
 from ..checkpointing import AtomicCheckpoints, atomic_directory, files_in
 from ..data.fingerprints import fingerprint
-from ..models import input_kind
+from ..models import input_kind, labels_tokens
+from ..quantised import quantisation_of
 from ..serialization import is_marked
 from .card import FIGURES, DataSummary, UnlearningCardData, emissions_of, settings_of, write_card
 from .push import ADAPTER_PATTERNS, MERGED, published, upload_files
@@ -55,6 +56,7 @@ class HubMixin(AtomicCheckpoints):
     layers: dict[str, Any]
     adapter_name: str
     prior: Any
+    _merged_into: str | None
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     card_settings: dict[str, Any]
@@ -249,7 +251,7 @@ class HubMixin(AtomicCheckpoints):
             repository=repository,
             merged=merged,
             adapter_folder=self._adapter_folder,
-            kind=input_kind(model),
+            kind="token" if labels_tokens(model) else input_kind(model),
             data_sets=self._data_summaries(),
             dataset_name=self.dataset_name,
             retained=self.retain_dataset is not None,
@@ -262,6 +264,8 @@ class HubMixin(AtomicCheckpoints):
             results=self.results,
             evaluated=self.evaluated,
             warnings=self.run_warnings,
+            quantisation=quantisation_of(model),
+            merged_into=self._merged_into,
             audit=self.audit_report,
             emissions=emissions_of(self.callback_handler.callbacks),
             own_tags=self._tag_names,
