@@ -111,7 +111,8 @@ def memory_tables() -> list[str]:
         for line in lines
     ]
     return [
-        "Private memory in MB, against rows (ten tokens each). On disk: memory-mapped. Streams: made as they are read, written to "
+        "Of this version: private memory in MB, "
+        "against rows (ten tokens each). On disk: memory-mapped. Streams: made as they are read, written to "
         "disk by the trainer:\n",
         *table(
             [

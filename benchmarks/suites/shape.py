@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from hf_uib import UIBConfig, UIBTrainer
+from hf_uib import UIBConfig, UIBTrainer, contrast, measurements
 from hf_uib.lora import is_linear, weight_matrix
 from hf_uib.models import blocks_of
 
@@ -28,7 +28,8 @@ CONFIG = dict(
 )  # fmt: skip
 LAYERS = 16
 CUTS = (1, 2)  # layers that are measured
-ROWS, LENGTH, RANK = 4, 128, 16  # of a forward pass, and of a row; LoRA's r and the subspace's k
+WORDS = 1024  # of the vocabulary that is measured; the rest of the embeddings is added
+ROWS, LENGTH, RANK = 4, 64, 16  # of a forward pass, and of a row; LoRA's r and the subspace's k
 USUAL = (64, 512)  # rows and length of a run's forward pass, on paper alone
 MB = 2**20
 
@@ -106,7 +107,7 @@ def kept_inside(config: LlamaConfig, inner: list[tuple[int, int]], rank: int) ->
 def token_rows(count: int, seed: int) -> datasets.Dataset:
     """Random rows."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(5, 1000, (count, LENGTH))
+    tokens = rng.integers(5, WORDS, (count, LENGTH))
     columns = {"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()}
     return datasets.Dataset.from_dict(columns | {"labels": rng.integers(0, 2, count).tolist()}).with_format("torch")
 
@@ -119,12 +120,14 @@ def forget_peak() -> None:
 
 def measure(layers: int, checkpointing: bool, folder: str) -> dict:
     """In a process of its own: the highest resident memory of the statistics pass and of two steps, less what was there."""
-    sets = [token_rows(count, seed) for seed, count in enumerate((24, 24, 8))]
+    sets = [token_rows(count, seed) for seed, count in enumerate((2 * ROWS, 2 * ROWS, ROWS))]
     before = status("VmRSS")
-    model = AutoModelForSequenceClassification.from_config(config_of(layers), dtype=torch.bfloat16)
+    config = config_of(layers)
+    config.vocab_size = WORDS
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
     args = UIBConfig(
         folder, max_steps=2, per_device_train_batch_size=ROWS // 2, per_device_eval_batch_size=1, subspace_rank=RANK,
-        contrast_samples=24, gradient_checkpointing=checkpointing, prior_fraction=1.0, use_cpu=True, save_strategy="no",
+        contrast_samples=2 * ROWS, gradient_checkpointing=checkpointing, prior_fraction=1.0, use_cpu=True, save_strategy="no",
         disable_tqdm=True, report_to="none",
     )  # fmt: skip
     trainer = UIBTrainer(model, args, *sets[:2], calibration_dataset=sets[2])
@@ -146,10 +149,10 @@ def shape_tables() -> list[str]:
     if not lines:
         return []
     first, second = CUTS
-    found = []
+    embeddings, found = 2 * (CONFIG["vocab_size"] - WORDS) * CONFIG["hidden_size"] / MB, []
     for what, title in (("statistics", "statistics pass"), ("step", "training step")):
         for on in (True, False):
-            measured = [lines[layers, on][what] for layers in CUTS]
+            measured = [lines[layers, on][what] + embeddings for layers in CUTS]
             whole = measured[0] + (LAYERS - first) * (measured[1] - measured[0]) / (second - first)
             paper = [predicted(layers, ROWS, LENGTH, on)[what] for layers in (*CUTS, LAYERS)]
             pairs = [f"{seen:,.0f} ({said:,.0f})" for seen, said in zip((*measured, whole), paper, strict=True)]
@@ -157,10 +160,12 @@ def shape_tables() -> list[str]:
             found.append([title, "on" if on else "off", *pairs, f"({usual:,.0f})"])
     weights = predicted(LAYERS, ROWS, LENGTH, True)["weights"]
     return [
-        f"Memory by shape: a Llama of {LAYERS} layers ({weights * MB / 2e9:.2f} thousand million weights, {weights:,.0f} MB in "
+        f"Of this version: memory by shape, "
+        f"a Llama of {LAYERS} layers ({weights * MB / 2e9:.2f} thousand million weights, {weights:,.0f} MB in "
         f"bf16) with LoRA of rank {RANK} on every linear layer. MB, measured on a CPU with {' and '.join(map(str, CUTS))} of the "
         f"layers ({ROWS} rows of {LENGTH} tokens in a forward pass; the highest resident memory of a process of its own, less what "
-        f"it had before the model), extrapolated in a straight line to {LAYERS}; in brackets what `benchmarks/suites/shape.py` "
+        f"it had before the model, and {embeddings:,.0f} MB for the embeddings of the words left out), "
+        f"extrapolated in a straight line to {LAYERS}; in brackets what `benchmarks/suites/shape.py` "
         "predicts on paper:\n",
         *table(
             [
@@ -177,4 +182,5 @@ def shape_tables() -> list[str]:
 
 if __name__ == "__main__":
     runs.quiet()
+    contrast.CHUNKS = measurements.CHUNKS = 2  # more of them take longer, and no more memory
     print(json.dumps(measure(int(sys.argv[1]), sys.argv[2] == "on", sys.argv[3])))
