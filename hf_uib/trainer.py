@@ -49,6 +49,7 @@ from .pattern_tokens import PatternTokens
 from .posterior import ChannelPosterior
 from .priors import Prior, PriorContext, build_prior
 from .provenance import next_base
+from .quantised import is_quantised
 from .results import ResultsMixin
 from .schedule import noise_scale, prior_acts, sample_size
 from .sharding import average_gradients, fsdp_plugin, is_sharded, shard
@@ -228,7 +229,16 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.audit_report = None
 
     def _shard_base(self, plugin: FullyShardedDataParallelPlugin) -> None:
-        """FSDP: each process keeps its part of the base. What reads all of it on one process alone comes before."""
+        """FSDP: each process keeps its part of the base. What reads all of it on one process alone comes before.
+
+        Raises:
+            ValueError: the base is quantised.
+        """
+        if is_quantised(self.model):
+            raise ValueError(
+                "The base is quantised, and FSDP would take its codes apart: leave FSDP out (`--accelerate_config ddp`), or load "
+                "the base unquantised."
+            )
         self._base_fingerprint = fingerprint(self.model)
         self.check_base_name()
         adapter = {weight for name, weight in self.model.named_parameters() if is_adapters(name)}

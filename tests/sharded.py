@@ -23,6 +23,9 @@ def main(path: str) -> None:
     def adapter(trainer):
         return torch.cat([p.detach().flatten() for n, p in trainer.model.named_parameters() if ".lora_B" in n])
 
+    def losses(trainer):
+        return torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])
+
     trainer = trainer_in(path)
     trainer.train()
     trainer.save_model()
@@ -48,7 +51,8 @@ def main(path: str) -> None:
             "sharded": is_sharded(trainer.model),
             "moved": adapter(trainer).abs().max().item(),
             "resumed": (adapter(trainer) - adapter(again)).abs().max().item(),
-            "bf16": (adapter(trainer) - adapter(half)).abs().max().item(),
+            "bf16": (losses(trainer) - losses(half)).abs().max().item(),
+            "bf16 adapter": str(adapter(half).dtype),
             "merged": (logits - of_merged).abs().max().item(),
             "logits": logits,
             "detached": detached.state_dict(),

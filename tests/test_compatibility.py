@@ -1,6 +1,7 @@
 """What else a TrainingArguments can ask for: the same result, or a refusal in one line. The table is in docs/scale.md."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,9 @@ from transformers import AutoModelForSequenceClassification, EarlyStoppingCallba
 
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.config import refuse_unsupported
+from hf_uib.inference import SharedInference
+from hf_uib.priors import InfluencePrior, PriorContext
+from hf_uib.sharding import BEFORE
 
 
 def train(path, callbacks=None, eval_dataset=None, **settings):
@@ -186,6 +190,45 @@ def test_a_second_process_takes_no_part_in_a_push(tmp_path, monkeypatch):
     trainer = train(tmp_path)
     monkeypatch.setattr(UIBTrainer, "is_world_process_zero", lambda self: False)
     trainer._push_from_checkpoint(str(tmp_path))
+
+
+def batches_of_processes(rows, processes, batch_size, sharded):
+    """What each process gets of a sample."""
+    model = torch.nn.Linear(1, 1)
+    if sharded:
+        model.__dict__[BEFORE] = None
+
+    def of_process(i):
+        accelerator = SimpleNamespace(process_index=i, num_processes=processes, is_main_process=True)
+        same = lambda batch: batch
+        shared = SharedInference(model, torch.tensor, same, accelerator, batch_size, 0, nullcontext, True)
+        return [batch.tolist() for batch in shared.batches(range(100, 200), range(rows))]
+
+    return [of_process(i) for i in range(processes)]
+
+
+@pytest.mark.parametrize("rows, processes, batch_size", [(27, 2, 4), (9, 2, 4), (85, 8, 32), (13, 3, 4), (2, 2, 4)])
+def test_processes_that_share_a_base_get_equally_many_batches(rows, processes, batch_size):
+    found = batches_of_processes(rows, processes, batch_size, sharded=True)
+    assert len({len(batches) for batches in found}) == 1
+    assert max(len(batch) for batches in found for batch in batches) <= batch_size
+    assert sorted(row for batches in found for batch in batches for row in batch) == list(range(100, 100 + rows))
+
+
+def test_without_a_shared_base_they_do_not():
+    assert [len(batches) for batches in batches_of_processes(9, 2, 4, sharded=False)] == [2, 1]
+    with pytest.raises(ValueError, match="equally many batches") as caught:
+        batches_of_processes(1, 2, 4, sharded=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_second_derivatives_of_a_sharded_base_are_refused():
+    model = torch.nn.Linear(1, 1)
+    context = PriorContext(model, list, list, (1, 1), lambda tensors: None)
+    InfluencePrior().attach(context)  # the control
+    model.__dict__[BEFORE] = None
+    with pytest.raises(ValueError, match="takes second derivatives"):
+        InfluencePrior().attach(context)
 
 
 # ---- device_map ----

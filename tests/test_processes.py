@@ -73,7 +73,8 @@ def test_a_sharded_run_is_saved_resumed_detached_and_merged(tmp_path):
     found = torch.load(f"{folder}.pt", weights_only=True)
     assert found["world"] == 2 and found["sharded"]
     assert found["resumed"] == 0 < found["moved"]
-    assert found["merged"] < 1e-5 and found["bf16"] < 0.1
+    assert found["merged"] < 1e-5
+    assert found["bf16 adapter"] == "torch.float32" and 0 < found["bf16"] < 0.2  # nats
     assert "equally many" in found["refused"] and "\n" not in found["refused"]
     before = make_model()
     assert all(torch.equal(found["detached"][name], weight) for name, weight in before.state_dict().items())
