@@ -288,6 +288,13 @@ def test_the_audit_looks_at_labelled_tokens(tmp_path, parts):
     assert len(seen.features["head"]) == len(seen.labels) == len(seen.rows)
     by_row = [seen.margins[seen.rows == i].mean() for i in range(len(test))]
     np.testing.assert_allclose(seen.row_margins, by_row)
+    few = parts["test"].map(lambda row, i: {"source": "herald" if i < 15 else "gazette"}, with_indices=True)
+    assert sum(len(row["tokens"]) for row in few.select(range(15))) > report.thresholds.min_group_rows
+    again = trainer.audit(few, bias_column="source", positive_label="person")  # tokens of 15 rows are no large group
+    assert "attribute gazette" in again.metrics["groups"]["model"]["every"]
+    assert "attribute herald" not in again.metrics["groups"]["model"]["every"]
+    sizes = {name: group["rows"] for name, group in again.metrics["fairness"]["source"]["model"]["groups"].items()}
+    assert sizes == {"source=gazette": 105, "source=herald": 15}
     with pytest.raises(ValueError, match="example_column 'source' is for models that label rows"):
         audit_model(before, reference_model=before, forget_dataset=parts["forget"], test_dataset=parts["test"],
                     processing_class=TOKENIZER, example_column="source")  # fmt: skip

@@ -257,7 +257,12 @@ class AuditContext:
             for b in np.unique(names[names != ""]):
                 groups[b] = names == b
                 groups |= {f"class {y}, {b}": (labels == y) & (names == b) for y in np.unique(labels)}
-        return {name: rows for name, rows in groups.items() if rows.sum() >= self.thresholds.min_group_rows}
+        return {name: rows for name, rows in groups.items() if self.rows_in(rows) >= self.thresholds.min_group_rows}
+
+    def rows_in(self, chosen: np.ndarray) -> int:
+        """How many test rows the ``chosen [n]`` examples are of: tokens of one row are one."""
+        rows = self.outputs["reference"]["test"].rows
+        return int(chosen.sum()) if rows is None else len(np.unique(rows[chosen]))
 
     @_once
     def group(self, name: str, group: str) -> Estimate:

@@ -75,13 +75,13 @@ def _figures(context: AuditContext, name: str, column: str) -> dict[str, Any]:
     predictions = context.outputs[name]["test"].predictions
     figures: dict[str, Any] = {}
     if len(context.attributes) > 1:  # of the only one it stands among the test set's figures
-        figures["cramers_v"] = resampler.cramers_v(predictions, attribute.codes).as_dict()
+        figures["cramers_v"] = resampler.cramers_v(predictions, attribute.codes, attribute.concerned).as_dict()
     if context.positive is None:
         return figures
     predicted, actual = (x == context.positive[0] for x in (predictions, context.outputs[name]["test"].labels))
     names = _names(attribute)
     members = attribute.groups[:, None] == np.asarray(names)  # [n, groups]
-    sizes = members.sum(0).tolist()
+    sizes = [context.rows_in(group) for group in members.T]
     large = np.asarray(sizes) >= context.thresholds.min_group_rows
     groups: dict[str, dict] = {group: {"rows": size} for group, size in zip(names, sizes, strict=True)}
     differences: dict[str, _Difference] = {}
@@ -177,7 +177,7 @@ def _without_rows(context: AuditContext, column: str) -> list[str]:
     positive, label = context.positive
     actual, least = context.outputs["reference"]["test"].labels == positive, context.thresholds.min_group_rows
     members = {name: attribute.groups == name for name in _names(attribute)}
-    large = {name: rows for name, rows in members.items() if rows.sum() >= least}
+    large = {name: rows for name, rows in members.items() if context.rows_in(rows) >= least}
     if len(large) < 2:
         return [f"differences by {column} (fewer than two groups of {least} test rows)"]
     few = len(members) - len(large)
