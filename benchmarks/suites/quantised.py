@@ -132,8 +132,8 @@ def quantised_tables() -> list[str]:
         named = f"{task}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         found += [f"{named}: accuracy, and in brackets conflicting accuracy (mean ± sd).\n", *table(COLUMNS, rows)]
     head = (
-        "Quantised bases, in this version (`python -m benchmarks quantised`). Overlap of the contrast's subspaces with those on the base "
-        "in full precision: the mean of the squared cosines of the principal angles, over 16 directions a layer.\n"
+        "Quantised bases, in this version (`python -m benchmarks quantised`). Overlap of the contrast's subspaces with those "
+        "on the base in full precision: the mean of the squared cosines of the principal angles, over 16 directions a layer.\n"
     )
     return [head, *found] if found else []
 
