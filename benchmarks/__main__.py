@@ -15,7 +15,25 @@ import sys
 from .methods import METHODS
 from .registry import suite
 from .report import write_report
-from .suites import audits, cost, lifecycle, quantised, reach, research, runs, scale, smoke, truth, whole
+from .suites import (
+    audits,
+    cost,
+    discover,
+    export,
+    fairness,
+    gpu,
+    lifecycle,
+    memory,
+    quantised,
+    reach,
+    research,
+    runs,
+    scale,
+    shape,
+    smoke,
+    truth,
+    whole,
+)
 from .tasks import TASKS
 
 COMMANDS = {
@@ -23,23 +41,28 @@ COMMANDS = {
     "smoke": (smoke.smoke, "every method on digits-colour for ten steps, to a scratch file"),
     "tune": (runs.tune, "the methods' grids, on validation folds of further seeds"),
     "cost": (cost.run_cost, "step time and memory, on two CPU cores"),
-    "gpu-cost": (cost.run_gpu_cost, "the same at ViT-B and BERT-base size in bf16, on a GPU"),
+    "gpu": (gpu.run_gpu, "steps and whole runs at ViT-B and BERT-base size in bf16, and the digits, on a GPU"),
     "whole": (whole.run_whole, "whole runs against LoRA fine-tuning, in pairs"),
     "processes": (cost.run_processes, "throughput under one and two processes"),
     "scaling": (cost.run_scaling, "how the statistics pass grows"),
-    "scale": (scale.run_scale, "one process against two, kills and resumes, memory of a million rows"),
+    "scale": (scale.run_scale, "one process against two, kills and resumes"),
+    "memory": (memory.run_memory, "memory of a million rows, on disk and as streams"),
+    "shape": (shape.run_shape, "memory of a classifier of a thousand million weights, by its shape"),
     "audit": (audits.run_audits, "planted fakes and retrained models through the audit"),
     "quantised": (
         quantised.run_quantised,
         "quantised bases against full precision: subspaces, merging, quantising again",
     ),
     "reach": (reach.run_reach, "other kinds of input and label: the examples' tasks"),
+    "fairness": (fairness.run_fairness, "false alarms and misses by group of a picture model, before and after"),
     "research": (research.run_research, "one setting varied at a time, on validation folds"),
     "truth": (truth.run_truth, "probes, a new head, relearning and rounded weights of every method"),
     "lifecycle": (lifecycle.run_lifecycle, "three requests one after the other, an audit after each, one undone"),
+    "export": (export.run_export, "UIB's merged model in PyTorch, as ONNX and as ONNX with int8 weights"),
+    "discover": (discover.run_discover, "rows that teach a shortcut, found without attribute labels"),
     "report": (write_report, "write the tables and figures"),
 }
-EARLIER = {f"--{name}": name for name in COMMANDS} | {"cpu": "run", "gpu": "gpu-cost"}
+EARLIER = {f"--{name}": name for name in COMMANDS} | {"cpu": "run", "gpu-cost": "gpu"}
 
 
 def build_parser() -> argparse.ArgumentParser:

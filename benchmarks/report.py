@@ -8,12 +8,18 @@ from .published import standard_sets_page
 from .registry import suite
 from .suites.audits import audit_tables
 from .suites.cost import cost_tables
+from .suites.discover import discover_tables
+from .suites.export import export_tables
+from .suites.fairness import fairness_tables
+from .suites.gpu import gpu_tables
 from .suites.lifecycle import lifecycle_table
+from .suites.memory import memory_tables
 from .suites.quantised import quantised_tables
 from .suites.reach import reach_tables
 from .suites.research import research_tables
 from .suites.runs import SEEDS
 from .suites.scale import scale_tables
+from .suites.shape import shape_tables
 from .suites.truth import truth_table
 from .suites.whole import whole_table
 from .tasks import TASKS
@@ -82,6 +88,24 @@ REACH = f"""# Other kinds of input and label
 {WRITTEN} In the forget set an attribute gives the labels away. UIB has its defaults; LoRA is the same trainer without prior, noise,
 tokens and divergence, at the same learning rate, not tuned. All take the same retained rows and steps.
 """
+FAIRNESS = f"""# Fairness before and after
+
+{WRITTEN} *False alarms* are positives among rows whose label is not positive (FPR), *misses* are negatives among those
+whose label is (FNR). The equalised odds difference is the larger of the two differences between groups; demographic
+parity's is that of the predicted positives ([how](../audit.md#fairness)). The target is the retrained model's figure.
+"""
+EXPORT = f"""# Exported models
+
+{WRITTEN} UIB's model after unlearning, merged (PyTorch), as ONNX in float32, and as ONNX with int8 weights from ONNX Runtime's
+dynamic quantiser, on the same test rows. Mean ± standard deviation over seeds; differences are from PyTorch, over all seeds.
+[Serving](../serving.md) has the commands.
+"""
+DISCOVER = f"""# Rows that teach a shortcut, found without attribute labels
+
+{WRITTEN} `hf_uib.discover` on training sets in which the hue gives the label away, except in a share of the rows; these conflict,
+and are to be retained. Mean ± standard deviation over seeds. It was developed on seeds from 100 on. The least confident rows are as
+many as `discover` names; the early-stopped fit takes 40 steps.
+"""
 AUDITS = f"""# The audit on planted fakes and on true retrained models
 
 {WRITTEN} The fakes are those of `hf_uib.audit.fakes`; the retrained models are others than the one that the audit is
@@ -147,9 +171,12 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
     made = {name: task_page(name, runs) for name in tasks}
     for name, head, lines in (
         ("tuning", TUNING, tables.tuning_table()),
-        ("cost", COST, [*whole_table(), *cost_tables()]),
+        ("cost", COST, [*whole_table(), *gpu_tables(), *cost_tables()]),
         ("audit", AUDITS, audit_tables()),
         ("reach", REACH, reach_tables()),
+        ("fairness", FAIRNESS, fairness_tables()),
+        ("export", EXPORT, export_tables()),
+        ("discover", DISCOVER, discover_tables()),
     ):
         made |= {name: [head, *lines]} if lines else {}
     made["standard_sets"] = standard_sets_page(runs)
@@ -167,7 +194,7 @@ def write_report(options=None) -> None:
         print(f"docs/benchmark/{name}")
     for name, lines in {
         "README.md": readme_table(runs),
-        "docs/scale.md": [*scale_tables(), *quantised_tables()],
+        "docs/scale.md": [*scale_tables(), *memory_tables(), *shape_tables(), *quantised_tables()],
         "docs/deletion_requests.md": lifecycle_table(),
         "benchmarks/research.md": research_tables(),
     }.items():

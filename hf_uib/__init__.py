@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0.dev0"
 __all__ = [
     "AuditReport",
+    "Discovery",
     "Prior",
     "UIBConfig",
     "UIBTrainer",
     "audit_model",
+    "discover",
     "load_classifier",
     "register_prior",
     "retrain",
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from .audit.oracle import retrain
     from .audit.report import AuditReport, audit_model
     from .config import UIBConfig
+    from .discovery.find import discover
+    from .discovery.report import Discovery
     from .models import load_classifier
     from .priors import Prior, register_prior
     from .provenance import undo
@@ -26,10 +30,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AuditReport": ".audit.report",
+    "Discovery": ".discovery.report",
     "Prior": ".priors",
     "UIBConfig": ".config",
     "UIBTrainer": ".trainer",
     "audit_model": ".audit.report",
+    "discover": ".discovery.find",
     "load_classifier": ".models",
     "register_prior": ".priors",
     "retrain": ".audit.oracle",

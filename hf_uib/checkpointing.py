@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from .lora import adapter_name
 from .models import BASE, adapter_weights, base_is_named
 from .provenance import detached
 from .serialization import dumps, plain
+from .sharding import is_sharded
 from .state import UIBState
 
 if TYPE_CHECKING:
@@ -96,11 +97,13 @@ class AtomicCheckpoints(Trainer):
         raise NotImplementedError
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save and not is_sharded(self.model):
             return
         target = str(output_dir if output_dir is not None else self.args.output_dir)
         # Beside the checkpoint, which is written to run/_unfinished/checkpoint-N
         self._save_base(os.path.dirname(os.path.dirname(target)) if self._staging else target)
+        if not self.args.should_save:  # it helped to gather the base
+            return
         with atomic_directory(target) as folder:
             super()._save(folder, state_dict)
             for name in (TRAINING_ARGS_NAME, "README.md"):  # PEFT's card: ours needs the run's figures beside it
@@ -117,20 +120,26 @@ class AtomicCheckpoints(Trainer):
 
         The adapter's config then names no base, unless the named checkpoint is not here to be compared.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        adapter = model.peft_config[adapter_name(model)]
-        if self._base_is_named is None:
-            base: Any = model.get_base_model()
-            same = base_is_named(model, adapter.base_model_name_or_path or getattr(base.config, "_name_or_path", None))
-            if same is False:  # the name is that of what it was fine-tuned from
-                adapter.base_model_name_or_path = self.base_name = None
-                base.name_or_path = base.config._name_or_path = ""
-            self._base_is_named = bool(same)
+        self.check_base_name()
         if self._base_is_named or folder in self._base_folders:
             return
-        with atomic_directory(folder, f"{STAGING}_{BASE}") as unfinished:
-            detached(model).save_pretrained(os.path.join(unfinished, BASE))
+        base = detached(self.accelerator.unwrap_model(self.model))
+        if self.args.should_save:
+            with atomic_directory(folder, f"{STAGING}_{BASE}") as unfinished:
+                base.save_pretrained(os.path.join(unfinished, BASE))
         self._base_folders |= {folder}
+
+    def check_base_name(self) -> None:
+        """Find out, once, whether the name of the model below the adapter leads to its weights, and take it off if it does not."""
+        if self._base_is_named is not None:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        adapter, base = model.peft_config[adapter_name(model)], cast(Any, model.get_base_model())
+        same = base_is_named(model, adapter.base_model_name_or_path or getattr(base.config, "_name_or_path", None))
+        if same is False:  # the name is that of what it was fine-tuned from
+            adapter.base_model_name_or_path = self.base_name = None
+            base.name_or_path = base.config._name_or_path = ""
+        self._base_is_named = bool(same)
 
     def save_state(self) -> None:
         """As in Trainer; NaN becomes null."""

@@ -2,16 +2,17 @@
 
 import json
 import math
-import os
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any
 
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import TrainingArguments
 
 from .priors import prior_class
 from .settings import ChannelSettings, InfluenceSettings
+from .sharding import fsdp_plugin
 
 
 @dataclass
@@ -245,11 +246,8 @@ def refuse_unsupported(args: UIBConfig) -> None:
     """
     if args.n_gpu > 1:
         raise ValueError("UIBTrainer does not run under DataParallel; start it with `accelerate launch` instead.")
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError(
-            "UIBTrainer does not run under FSDP: prior and posterior need each layer's weight whole. Use data parallel training "
-            "(`hf-uib unlearn --accelerate_config ddp`) or DeepSpeed ZeRO-2 (`zero2`)."
-        )
+    if (plugin := fsdp_plugin(args)) is not None:
+        _refuse_unsupported_fsdp(plugin)
     if args.auto_find_batch_size:
         raise ValueError(
             "UIBTrainer does not run with auto_find_batch_size: a second try would go on from weights the first one moved. Set "
@@ -266,7 +264,30 @@ def refuse_unsupported(args: UIBConfig) -> None:
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     if deepspeed is not None and deepspeed.is_zero3():
         raise ValueError(
-            "UIBTrainer does not run under DeepSpeed ZeRO-3: prior and posterior need each layer's weight whole. Use ZeRO-2."
+            "UIBTrainer does not run under DeepSpeed ZeRO-3, which takes the adapter's weights apart too. Use FSDP2, which shards "
+            "the base alone (`--accelerate_config fsdp2`), or ZeRO-2."
+        )
+
+
+def _refuse_unsupported_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "UIBTrainer runs under FSDP2, not FSDP1; set fsdp_version: 2 (`hf-uib unlearn --accelerate_config fsdp2`)."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "UIBTrainer under FSDP looks at the whole base before it is sharded; set fsdp_cpu_ram_efficient_loading: false, so "
+            "that every process loads it."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "UIBTrainer under FSDP keeps its part of the base on the device; leave fsdp_offload_params out."
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "UIBTrainer shards the base itself; set gradient_checkpointing, not fsdp_activation_checkpointing."
         )
 
 

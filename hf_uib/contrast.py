@@ -1,17 +1,20 @@
 """Where the change in the distribution lives: the contrast C_l and its subspace V_l (method, section 3a)."""
 
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .channel_kl import wide_dtype
 from .lora import base_of, matrix_shape
 from .objective import margin
+from .sharding import whole
 
 PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
@@ -78,7 +81,7 @@ def new_statistics(layers: dict[str, Any], rank: int, seed: int = 0) -> dict[str
             tokens=torch.zeros((), device=device, dtype=wide_dtype(device)),
             reached=torch.zeros((), device=device),
             d_out=d_out,
-            bias=layer.bias,
+            bias=None if layer.bias is None else whole(layer.bias.detach()),
             sketch=sketch,
         )
     return statistics
@@ -106,39 +109,81 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
     return y.flatten(2).transpose(1, 2).flatten(0, 1) if isinstance(base_of(module), nn.Conv2d) else y.flatten(0, -2)
 
 
-@contextmanager
-def _recording(modules: dict[str, Any], statistics: dict[str, LayerStatistics], weight: float, scores):
-    """Hooks that add ``weight * sum_t g_t x_t'`` of a backward pass to the statistics of each module."""
+class _Kept(torch.autograd.Function):
+    """Keeps a tensor as autograd does: in a block that is computed again on the way back it is too."""
 
-    def hook_of(stats: LayerStatistics):
-        def hook(module, inputs, output):
-            x = input_rows(module, inputs[0].detach()).float()
-            signal = output_rows(module, output.detach()).float()
-            if stats.bias is not None:
-                signal = signal - stats.bias.detach().float()
-            stats.inputs += x.sum(0)
-            stats.outputs += signal.square().sum()
-            stats.tokens += len(x)
+    @staticmethod
+    def forward(ctx, leaf: Tensor, x: Tensor) -> Tensor:
+        """Of a leaf that requires grad."""
+        ctx.save_for_backward(x)
+        return leaf.clone()
 
-            def on_gradient(gradient):
-                stats.reached += 1
-                g = output_rows(module, gradient).float()
-                g = g if stats.sketch is None else g @ stats.sketch.T
-                stats.chunk += weight * (g.T @ x)
-                if stats.direction is not None and len(inputs[0]) % len(scores) == 0:  # else what all examples share
-                    scores.add_(((g @ stats.direction) * x).sum(1).view(len(scores), -1).sum(1))
 
-            if output.requires_grad:
-                output.register_hook(on_gradient)
+class _Recording:
+    """Hooks that add ``weight * sum_t g_t x_t'`` of a backward pass to the statistics of each module, for a ``with`` block.
 
-        return hook
+    Args:
+        blocks: of which the input alone is kept for the way back, where they are computed again (gradient checkpointing).
+    """
 
-    handles = [modules[name].register_forward_hook(hook_of(stats)) for name, stats in statistics.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    def __init__(
+        self, modules: dict[str, Any], statistics: dict[str, LayerStatistics], weight: float, scores, blocks=()
+    ):
+        self.modules, self.statistics, self.weight, self.scores = modules, statistics, weight, scores
+        self.blocks, self.again = blocks, False
+        self.leaf = torch.zeros((), requires_grad=True)
+
+    def __enter__(self) -> None:
+        self.handles = [
+            self.modules[name].register_forward_hook(partial(self._on_forward, stats))
+            for name, stats in self.statistics.items()
+        ]
+        self.forwards = [(block, vars(block).get("forward")) for block in self.blocks]
+        for block in self.blocks:
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), self._once_more())
+            )
+
+    def __exit__(self, *error) -> None:
+        for block, forward in self.forwards:
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+        for handle in self.handles:
             handle.remove()
+
+    @contextmanager
+    def _once_more(self):
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
+
+    def _on_forward(self, stats: LayerStatistics, module, inputs, output) -> None:
+        # As it came: in float32 it would be a copy
+        kept = _Kept.apply(self.leaf, inputs[0].detach()) if output.requires_grad else None
+        if self.again:
+            return
+        x = input_rows(module, inputs[0].detach()).float()
+        signal = output_rows(module, output.detach()).float()
+        if stats.bias is not None:
+            signal = signal - stats.bias.detach().float()
+        stats.inputs += x.sum(0)
+        stats.outputs += signal.square().sum()
+        stats.tokens += len(x)
+        if kept is not None:
+            output.register_hook(partial(self._on_gradient, stats, module, kept))
+
+    def _on_gradient(self, stats: LayerStatistics, module, kept, gradient: Tensor) -> None:
+        given = kept.grad_fn.saved_tensors[0]
+        x = input_rows(module, given).float()
+        stats.reached += 1
+        g = output_rows(module, gradient).float()
+        g = g if stats.sketch is None else g @ stats.sketch.T
+        stats.chunk += self.weight * (g.T @ x)
+        if stats.direction is not None and len(given) % len(self.scores) == 0:  # else what all examples share
+            self.scores.add_(((g @ stats.direction) * x).sum(1).view(len(self.scores), -1).sum(1))
 
 
 def accumulate(
@@ -147,6 +192,7 @@ def accumulate(
     statistics: dict[str, LayerStatistics],
     batches: Iterable[tuple[dict[str, Tensor], float]],
     margin: Callable[[Tensor, Tensor], Tensor] = margin,
+    blocks: Collection[nn.Module] = (),
 ) -> Tensor:
     """Add the margin gradients of ``batches`` to ``statistics``.
 
@@ -165,7 +211,7 @@ def accumulate(
     for inputs, weight in batches:
         labels = inputs["labels"]
         scores = torch.zeros(len(labels), device=labels.device)
-        with _recording(modules, statistics, weight, scores):
+        with _Recording(modules, statistics, weight, scores, blocks):
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             torch.autograd.backward(margin(logits, labels).sum(), inputs=_leaves(model))
         s = scores.cpu().double()
@@ -289,6 +335,7 @@ def measure_contrast(
     random: bool = False,
     seed: int = 0,
     min_relative_scale: float = 1e-3,
+    blocks: Collection[nn.Module] = (),
     sum_over_processes: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
 ) -> ContrastStatistics:
     """One pass over samples of both sets, and a short one over forget rows.
@@ -303,6 +350,7 @@ def measure_contrast(
         margin: of logits and labels, ``[n]`` in nats.
         random: take random subspaces instead, for comparison.
         min_relative_scale: what is smaller, relative to the mean input or the usual output scale, counts as zero.
+        blocks: see `accumulate`.
 
     Raises:
         ValueError: a statistic is NaN or infinite.
@@ -312,7 +360,7 @@ def measure_contrast(
     stats = new_statistics({name: base_of(layer) for name, layer in layers.items()}, rank, seed)
     moments = []
     for chunk in range(CHUNKS):
-        moments.append(accumulate(model, layers, stats, batches(chunk), margin))
+        moments.append(accumulate(model, layers, stats, batches(chunk), margin, blocks))
         sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
         for layer in stats.values():
             layer.take_chunk()

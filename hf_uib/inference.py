@@ -1,26 +1,41 @@
 """One way to pass rows through a model: logits, labels and features of its blocks."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data.labels import several_labels
-from .data.pairing import Subset, collator_for
-from .models import blocks_of, forward_columns, num_labels_of
+from .data.labels import IGNORED, several_labels
+from .data.pairing import Subset, UIBCollator, collator_for
+from .models import blocks_of, forward_columns, labels_tokens, num_labels_of
+from .sharding import is_sharded
+
+
+def collator_of(model: nn.Module, processing_class=None, collator: Callable | None = None) -> UIBCollator:
+    """What makes encoded rows a batch for a model: see `collator_for`."""
+    return collator_for(forward_columns(model), processing_class, collator, labels_tokens(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; an exported file, which has none, runs on the CPU."""
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
 
 
 def batcher(model: nn.Module, processing_class=None) -> Callable[[list[dict]], tuple[dict, torch.Tensor]]:
     """Makes encoded rows one batch on the model's device: what its forward takes, and the labels ``[n]``."""
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    collator, device = collator_of(model, processing_class), device_of(model)
 
     def batch(rows: list[dict]) -> tuple[dict, torch.Tensor]:
         inputs = {name: value.to(device) for name, value in collator(rows).items()}
@@ -63,6 +78,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Logits ``[n, classes]`` in float32 and labels ``[n]`` of all batches, in eval mode; the model's mode is restored.
 
+    Of a model that labels tokens: ``[n, length, classes]`` and ``[n, length]``, padded to the longest row (-100).
+
     Args:
         context: entered around each forward, for autocast.
     """
@@ -75,9 +92,15 @@ def forward(
             logits.append(model(**inputs).logits.float())
     model.train(training)
     if not logits:  # no row is this process's
-        device, config = next(model.parameters()).device, getattr(model, "config", None)
+        device, config = device_of(model), getattr(model, "config", None)
         none = torch.zeros(0, getattr(config, "num_labels", 1), device=device)
+        if labels_tokens(model):
+            return none[:, None], torch.zeros(0, 1, dtype=torch.long, device=device)
         return none, none.clone() if several_labels(config) else torch.zeros(0, dtype=torch.long, device=device)
+    if logits[0].ndim == 3:
+        longest = max(batch.shape[1] for batch in logits)
+        logits = [F.pad(batch, (0, 0, 0, longest - batch.shape[1])) for batch in logits]
+        labels = [F.pad(batch, (0, longest - batch.shape[1]), value=IGNORED) for batch in labels]
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -106,24 +129,37 @@ class SharedInference:
 
     def batches(self, dataset, rows: Sequence[int], description: str = "") -> Iterator[dict]:
         """Batches of this process's part of the rows."""
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        processes = self.accelerator.num_processes
+        mine = rows[self.accelerator.process_index :: processes]
         self.examples += len(rows)
-        return batches_of(
+        batches = partial(
+            batches_of,
             dataset,
-            mine,
-            self.collator,
-            self.move,
-            batch_size=self.batch_size,
+            collator=self.collator,
+            move=self.move,
             num_workers=self.num_workers,
             description=description,
             quiet=self.quiet or not description or not self.accelerator.is_main_process,
         )
+        if not is_sharded(self.model):
+            return batches(mine, batch_size=self.batch_size)
+        # Each pass gathers weights from all processes, so that they need equally many
+        count = math.ceil(math.ceil(len(rows) / processes) / self.batch_size)
+        if len(rows) // processes < count:
+            raise ValueError(
+                f"A set is too small: {len(rows)} of its rows are measured at a time, by {processes} processes that share the base "
+                "(FSDP) and need equally many batches. Take fewer processes."
+            )
+        parts = [part.tolist() for part in np.array_split(mine, count)]
+        return chain.from_iterable(batches(part, batch_size=len(part)) for part in parts)
 
     def forward(self, dataset, rows: Sequence[int], description: str = "") -> tuple[Tensor, Tensor]:
         """Logits ``[n, classes]`` and labels ``[n, ...]`` of all the rows, on every process."""
         pair = forward(self.model, self.batches(dataset, rows, description), self.context)
         if self.accelerator.num_processes > 1:
             there = torch.ones(len(pair[0]), dtype=torch.long, device=pair[0].device)
+            if pair[0].ndim == 3:
+                pair = self.accelerator.pad_across_processes(pair, dim=1, pad_index=IGNORED)
             padded = self.accelerator.pad_across_processes((*pair, there), dim=0)
             logits, labels, there = self.accelerator.gather(padded)
             return logits[there == 1], labels[there == 1]
@@ -144,29 +180,35 @@ def predict(
     description: str = "Evaluating",
     rows: Sequence[int] | None = None,
     quiet: bool = False,
+    note: Callable[[dict], dict] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows (all, or some), in eval mode; the model's mode is restored."""
+    """Logits ``[n, classes]`` and labels ``[n]`` of encoded rows (all, or some), in eval mode; the model's mode is restored.
+
+    Of a model that labels tokens see `forward`. ``note`` gets each batch before it is passed, and gives it back.
+    """
     rows = range(len(dataset)) if rows is None else rows
-    collator, device = collator_for(forward_columns(model), processing_class), next(model.parameters()).device
+    collator, device = collator_of(model, processing_class), device_of(model)
     move = lambda batch: {name: value.to(device) for name, value in batch.items()}
     batches = batches_of(dataset, rows, collator, move, batch_size=batch_size, description=description, quiet=quiet)
-    logits, labels = forward(model, batches)
+    logits, labels = forward(model, batches if note is None else map(note, batches))
     return logits.cpu().numpy(), labels.cpu().numpy()
 
 
 @dataclass
 class ModelOutputs:
-    """Of one model on one set of rows.
+    """Of one model on one set of rows. Where tokens are labelled, each labelled token is an example.
 
     Attributes:
         logits: ``[n, classes]``; labels: ``[n]``.
         features: mean over the tokens of each watched block's output, ``[n, width]``, by name; ``head`` is what the last
-            layer gets.
+            layer gets. Of a labelled token its own.
+        rows: ``[n]``, the row of each token; None where rows are labelled.
     """
 
     logits: np.ndarray
     labels: np.ndarray
     features: dict[str, np.ndarray] = field(default_factory=dict)
+    rows: np.ndarray | None = None
 
     @property
     def predictions(self) -> np.ndarray:
@@ -181,9 +223,21 @@ class ModelOutputs:
         return margin(torch.from_numpy(self.logits).double(), torch.from_numpy(self.labels)).numpy()
 
     @property
+    def row_margins(self) -> np.ndarray:
+        """``[rows]``, the margins; of labelled tokens their mean in each row."""
+        if self.rows is None:
+            return self.margins
+        return np.bincount(self.rows, self.margins) / np.bincount(self.rows)
+
+    @property
     def probabilities(self) -> np.ndarray:
         """``[n, classes]``."""
         return torch.from_numpy(self.logits).double().softmax(-1).numpy()
+
+
+def has_weights(model: nn.Module) -> bool:
+    """Whether there is more of a model than its logits; there is not of an exported file."""
+    return next(model.parameters(), None) is not None
 
 
 def head_of(model: Any) -> nn.Module:
@@ -199,7 +253,7 @@ def head_of(model: Any) -> nn.Module:
     return linear[-1]
 
 
-def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """``[n, tokens, width]`` to ``[n, width]``; padding does not count."""
     hidden = hidden.float()
     if hidden.ndim == 2:
@@ -221,7 +275,7 @@ def processes() -> PartialState:
 def observe(
     model: nn.Module, dataset, processing_class=None, every_block: bool = False, name: str = "", batch_size: int = 256
 ) -> ModelOutputs:
-    """One pass of a plain classifier over the rows, in eval mode, shared between the processes.
+    """One pass of a plain classifier over the rows, in eval mode, shared between the processes. An exported file has no features.
 
     Args:
         model: no adapter on it; its mode is restored.
@@ -230,43 +284,57 @@ def observe(
     """
     blocks = blocks_of(model)
     watched = blocks if every_block else dict(list(blocks.items())[-1:])
+    head = head_of(model) if has_weights(model) else None
     seen: dict[str, list[np.ndarray]] = {key: [] for key in [*watched, "head"]}
-    mask: Tensor | None = None
+    of_tokens = labels_tokens(model)
+    mask: Any = None
 
-    def on_model(module, inputs, named):
+    def note(batch):
         nonlocal mask
-        mask = named.get("attention_mask")
+        mask = batch["labels"] != IGNORED if of_tokens else batch.get("attention_mask")
+        return batch
 
     def keep(key, hidden):
-        seen[key].append(_pooled(hidden, mask).cpu().numpy())
+        if not of_tokens:
+            seen[key].append(pooled(hidden, mask).cpu().numpy())
+        elif hidden.shape[:2] == mask.shape:
+            seen[key].append(hidden[mask].float().cpu().numpy())
 
     def on_block(key):
         return lambda module, inputs, output: keep(key, output[0] if isinstance(output, tuple) else output)
 
     handles = [module.register_forward_hook(on_block(key)) for key, module in watched.items()]
-    handles.append(head_of(model).register_forward_pre_hook(lambda module, inputs: keep("head", inputs[0])))
-    handles.append(model.register_forward_pre_hook(on_model, with_kwargs=True))
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(lambda module, inputs: keep("head", inputs[0])))
     state = processes()
     mine, quiet = range(state.process_index, len(dataset), state.num_processes), not state.is_main_process
     try:
-        logits, labels = predict(model, dataset, processing_class, batch_size, f"Audit: {name}", mine, quiet)
+        logits, labels = predict(model, dataset, processing_class, batch_size, f"Audit: {name}", mine, quiet, note)
     finally:
         for handle in handles:
             handle.remove()
-    part = {"logits": logits, "labels": labels} | {
+    logits, labels, rows = labelled_examples(logits, labels)
+    part = {"logits": logits, "labels": labels, "rows": np.asarray(mine)[rows]} | {
         key: np.concatenate(values) for key, values in seen.items() if values
     }
     whole = _in_order(gather_object([part])) if state.num_processes > 1 else part
-    return ModelOutputs(whole.pop("logits"), whole.pop("labels"), whole)
+    rows = whole.pop("rows")
+    return ModelOutputs(whole.pop("logits"), whole.pop("labels"), whole, rows if of_tokens else None)
+
+
+def labelled_examples(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits ``[m, classes]``, labels ``[m]`` and rows ``[m]`` of all labelled tokens. What labels rows stays as it is.
+
+    Args:
+        logits, labels: as `predict` gives them.
+    """
+    if logits.ndim == 2:
+        return logits, labels, np.arange(len(labels))
+    given = labels != IGNORED
+    return logits[given], labels[given], np.nonzero(given)[0]
 
 
 def _in_order(parts: list[dict]) -> dict[str, np.ndarray]:
-    """Rows ``rank::processes`` of each process, put back in their order."""
-    whole = {}
-    for key in parts[0]:
-        pieces = [part[key] for part in parts if key in part]
-        rows = np.empty((sum(map(len, pieces)), *pieces[0].shape[1:]), pieces[0].dtype)
-        for rank, piece in enumerate(pieces):
-            rows[rank :: len(parts)] = piece
-        whole[key] = rows
-    return whole
+    """What the processes have of the examples, in the order of their ``rows``."""
+    order = np.argsort(np.concatenate([part["rows"] for part in parts]), kind="stable")
+    return {key: np.concatenate([part[key] for part in parts if key in part])[order] for key in parts[0]}

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .models import blocks_of
 from .quantised import dense_weight, holds_codes, is_quantised, prepare_codes, quantisation_of
+from .sharding import copy_of, whole
 
 AdaptedLayer = Any  # PEFT's LoRA layer around a linear one: an nn.Module and a LoraLayer
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -25,6 +26,8 @@ ADDITIVE_FIELDS = {
     "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "modules_to_save",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "runtime_config",
 }  # fmt: skip
+SERVING = "serving"  # as peft_config
+SERVED_HEADS = ("classifier", "score")  # heads that vLLM takes from modules_to_save
 FROZEN = "frozen_before_the_adapter"  # attribute of a PeftModel: names of weights
 ADDITIVE_INITS = (True, False, "gaussian", "orthogonal")  # these leave W as it is
 
@@ -42,9 +45,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: Any) -> Tensor:
-    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``: a view of it, or de-quantised."""
+    """The weight of a linear layer, or of the one below an adapter, as ``[d_out, d_in]``: a view of it, or de-quantised, or
+    gathered."""
     base = base_of(module)
-    return base.weight.T if isinstance(base, Conv1D) else dense_weight(base).flatten(1)
+    return whole(base.weight).T if isinstance(base, Conv1D) else whole(dense_weight(base)).flatten(1)
 
 
 def matrix_shape(module: Any) -> tuple[int, int]:
@@ -88,6 +92,29 @@ def require_known_weights(model: nn.Module) -> None:
         )
 
 
+def require_one_device(model: nn.Module) -> None:
+    """Refuse models whose parts are on several devices or on disk (``device_map``).
+
+    Raises:
+        ValueError: with what to do.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            where = next((f" ({at})" for part, at in places.items() if name.startswith(part)), "")
+            raise ValueError(
+                f"{name} holds no weight (it is on `meta`): this part of the model is offloaded{where} or was never loaded. Load "
+                'the whole model on one device (device_map={"": 0}), in bfloat16 if it is too large.'
+            )
+    devices = sorted(set(map(str, places.values())) or {str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"The model's layers are on several devices ({', '.join(devices)}): the noise and the divergence of all layers are "
+            'computed on one. Load it on one device (device_map={"": 0}), in bfloat16 if it is too large; several GPUs share the '
+            "rows under `accelerate launch`."
+        )
+
+
 def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
     """LoRA on every linear layer, head and patch embedding included: both can unlearn, and detaching stays exact.
 
@@ -108,11 +135,56 @@ def default_peft_config(model: nn.Module, rank: int) -> LoraConfig:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to adapt; UIB needs a model with nn.Linear layers."
         )
-    targets = sorted(t for last, names in linear.items() for t in ([last] if last not in other else names))
+    targets = _short_names(linear, other)
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int, seed: int = 0) -> PeftModel:
+def serving_peft_config(model: nn.Module, rank: int) -> LoraConfig:
+    """LoRA of one rank on every linear layer inside the blocks, and the head as a whole: what servers of adapters load.
+
+    The head is in ``modules_to_save``: it is trained by the same loss, outside the bound and without noise, and `undo` refuses the
+    adapter. Detaching brings the head from before back, to the bit.
+
+    Raises:
+        ValueError: the model has no head that servers know, or no linear layer inside its blocks.
+    """
+    heads = [name for name, _ in model.named_modules() if name.endswith(SERVED_HEADS)]  # as PEFT reads modules_to_save
+    if len(heads) != 1 or heads[0] not in SERVED_HEADS:
+        raise ValueError(
+            f"{type(model).__name__} has no head that is all in one module called {' or '.join(SERVED_HEADS)}, as servers want it; "
+            "leave peft_config out, and serve the merged model."
+        )
+    inside = {id(m) for block in blocks_of(model).values() for m in block.modules()}
+    wanted: dict[str, list[str]] = {}
+    other = set()
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D)):
+            wanted.setdefault(last, []).append(name)
+        else:
+            other.add(last)
+    if not wanted:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer inside its blocks; leave peft_config out, and serve the merged model."
+        )
+    targets = _short_names(wanted, other)
+    return LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=heads, lora_dropout=0.0, bias="none"
+    )
+
+
+def _short_names(wanted: dict[str, list[str]], other: Collection[str]) -> list[str]:
+    """Names of layers as ``target_modules``: their last part where no ``other`` module has it.
+
+    Args:
+        wanted: full names, by their last part.
+    """
+    return sorted(t for last, names in wanted.items() for t in ([last] if last not in other else names))
+
+
+def attach_adapter(
+    model: nn.Module, peft_config: LoraConfig | Literal["serving"] | None, rank: int, seed: int = 0
+) -> PeftModel:
     """Give the model the adapter that will be trained.
 
     Three cases: a plain model gets a new adapter; a PeftModel with a fresh adapter (B = 0) is taken as it is, and so is one
@@ -156,14 +228,18 @@ def attach_adapter(model: nn.Module, peft_config: LoraConfig | None, rank: int, 
                 "is_trainable=True), or merge it into the model (merge_and_unload) and pass the result."
             )
         return model
+    if isinstance(peft_config, str):
+        if peft_config != SERVING:
+            raise ValueError(f"peft_config is '{peft_config}'; give '{SERVING}', a LoraConfig or nothing.")
+        peft_config = serving_peft_config(model, rank)
     # A copy: PEFT writes to the one it is given
-    peft_config = copy.deepcopy(peft_config) if peft_config else default_peft_config(model, rank)
-    require_additive(peft_config)
+    settings = copy.deepcopy(peft_config) if peft_config else default_peft_config(model, rank)
+    require_additive(settings)
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # PEFT sets it right for each layer, and says so
         torch.manual_seed(seed)
-        model = get_peft_model(model, peft_config)
+        model = get_peft_model(model, settings)
     model.__dict__[FROZEN] = frozen
     _only_linear(model)
     _in_the_blocks(model)
@@ -364,7 +440,7 @@ def require_input_gradients(module: nn.Module, inputs: tuple, named: dict) -> No
 def copy_without_hooks(model: PeftModel) -> PeftModel:
     """A copy of the model for merging or detaching: our hooks stay behind, gradient checkpointing is off, and the weights may be
     trained that could be before the adapter came (of a PeftModel: all)."""
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     for module in list[Any](model.modules()):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:

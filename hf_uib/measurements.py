@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from .config import UIBConfig
 from .contrast import CHUNKS, PROBE_ROWS, ContrastStatistics, measure_contrast
+from .data.labels import IGNORED
 from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
 from .inference import SharedInference, batches_of
 from .lora import AdaptedLayer
+from .models import blocks_of
+from .objective import margin
 from .pattern_tokens import PatternTokens
 from .unlearning_task import UnlearningTask
 
@@ -59,13 +62,15 @@ class Measurements:
             random=self.args.prior_subspace == "random",
             seed=self.args.seed,
             min_relative_scale=self.args.channel.min_relative_scale,
+            blocks=blocks_of(model).values() if self.args.gradient_checkpointing else (),
             sum_over_processes=self.inference.sum,
         )
         self.statistics["pattern_z"] = found.pattern_z
-        if tokens is not None and self.compared and self.pattern_found:
+        if tokens is not None and self.compared and self.pattern_found and not self.sets.removed_classes:
             forget, kept = self._compared_rows
             classifier = self.inference.accelerator.unwrap_model(model)
-            tokens.find(classifier, self._all(self.sets.forget, forget), self._all(self.sets.retain, kept), forget)
+            rows = self._told_apart(self.sets.forget, forget), self._told_apart(self.sets.retain, kept)
+            tokens.find(classifier, *rows, forget)
             self.fill(tokens, model)
         return found
 
@@ -81,38 +86,58 @@ class Measurements:
 
     def fill(self, tokens: PatternTokens, model: nn.Module) -> None:
         """Read the donors' tokens."""
-        rows = self._all(self.sets.forget, tokens.donors.tolist())
+        rows = self._told_apart(self.sets.forget, tokens.donors.tolist())
         tokens.fill(self.inference.accelerator.unwrap_model(model), rows)
 
     @torch.no_grad()
     def pattern_effect(self, tokens: PatternTokens, model: nn.Module) -> float:
         """How far the pattern's tokens move the margins of unseen rows towards the label they come with, on average, in nats.
 
-        Calibration rows where there are any, else retained ones. What the model reads of the pattern elsewhere is not seen.
+        Calibration rows where there are any, else retained ones. What the model reads of the pattern elsewhere is not seen. Where
+        tokens are labelled: the margins of those of the compared classes, for the donor's class.
         """
         dataset: Any = self.sets.retain if self.sets.calibration is None else self.sets.calibration
         rows = sample_indices(len(dataset), min(PROBE_ROWS, self.samples), self.args.seed + 3)
         generator = torch.Generator().manual_seed(self.args.seed)
         donors = torch.multinomial(tokens.weights, len(rows), replacement=True, generator=generator)
         classifier = self.inference.accelerator.unwrap_model(model)
-        training, moved, done = classifier.training, 0.0, 0
+        training, moved, counted, done = classifier.training, 0.0, 0, 0
         classifier.eval()
         for inputs in self._all(dataset, rows):
             features = {name: value for name, value in inputs.items() if name != "labels"}
             mine = donors[done : done + len(inputs["labels"])].to(tokens.positions.device)
             done += len(mine)
-            plain = self.task.margin(classifier(**features).logits, tokens.labels[mine])
+            plain = classifier(**features).logits
             with tokens.pasting(mine, features.get("attention_mask")):
-                pasted = self.task.margin(classifier(**features).logits, tokens.labels[mine])
-            moved += (pasted - plain).sum().item()
+                pasted = classifier(**features).logits
+            labels = self._with_labels_of_donors(inputs["labels"], tokens.labels[mine])
+            labels = self.task.without_replaced(labels, tokens.replaced)
+            counted += int((labels != IGNORED).view(len(labels), -1).any(1).sum())
+            moved += (self.task.margin(pasted, labels) - self.task.margin(plain, labels)).sum().item()
         classifier.train(training)
         self.inference.examples += 2 * len(rows)
-        return moved / len(rows)
+        return moved / max(counted, 1)
+
+    def _with_labels_of_donors(self, labels: Tensor, donors: Tensor) -> Tensor:
+        """Labels of rows as those of their donors: where tokens are labelled, each of a compared class gets the first of these."""
+        if not self.sets.compared_classes:
+            return donors
+        classes = torch.tensor(self.sets.compared_classes, device=labels.device)
+        wanted = classes[donors.int().argmax(1)]
+        return torch.where(torch.isin(labels, classes), wanted[:, None], IGNORED)
 
     def _all(self, dataset, rows: list[int]) -> Iterator[dict[str, Tensor]]:
         """Batches of the rows; every process reads all."""
         shared = self.inference
         return batches_of(dataset, rows, shared.collator, shared.move, batch_size=shared.batch_size, quiet=True)
+
+    def _told_apart(self, dataset, rows: list[int]) -> Iterator[dict[str, Tensor]]:
+        """As `_all`, with labels of rows: where tokens are labelled, which compared classes a row's have, ``[n, classes]``."""
+        for inputs in self._all(dataset, rows):
+            if self.sets.compared_classes:
+                has = [(inputs["labels"] == one).any(1) for one in self.sets.compared_classes]
+                inputs["labels"] = torch.stack(has, 1)
+            yield inputs
 
     @cached_property
     def _compared_rows(self) -> tuple[list[int], list[int]]:
@@ -125,7 +150,14 @@ class Measurements:
         for dataset, rows, sign in ((self.sets.forget, forget, 1.0), (self.sets.retain, kept, -1.0)):
             if rows:
                 for inputs in self.inference.batches(dataset, rows[chunk::CHUNKS], "Contrast"):
-                    yield inputs, sign / len(rows)
+                    yield inputs | {"labels": self._of_compared_classes(inputs["labels"])}, sign / len(rows)
+
+    def _of_compared_classes(self, labels: Tensor) -> Tensor:
+        """Where tokens are labelled, the labels of those of other classes than `UnlearningSets.compared_classes` are left out."""
+        if not self.sets.compared_classes:
+            return labels
+        classes = torch.tensor(self.sets.compared_classes, device=labels.device)
+        return torch.where(torch.isin(labels, classes), labels, IGNORED)
 
     def _sample(self, dataset, offset: int = 0) -> list[int]:
         return sample_indices(len(dataset), self.samples, self.args.seed + offset)
@@ -156,9 +188,13 @@ class Measurements:
         logits, labels = self.inference.forward(dataset, rows)
         if self.sets.removed_classes:
             removed = torch.tensor(self.sets.removed_classes, device=labels.device)
-            logits = logits[~torch.isin(labels, removed)]
-            margins = torch.cat([self.task.margin(logits, label.expand(len(logits))) for label in removed])
+            logits = logits[~torch.isin(labels, removed) & (labels != IGNORED)]  # of rows, or of tokens
+            margins = torch.cat([margin(logits, label.expand(len(logits))) for label in removed])
         else:
-            margins = self.task.margin(logits, labels)
+            compared = self._of_compared_classes(labels)
+            margins = self.task.margin(logits, compared)
+            if self.sets.compared_classes:  # rows without such a token say nothing
+                there = (compared != IGNORED).any(1)
+                margins = margins[there] if there.any() else self.task.margin(logits, labels)
         self.statistics["calibration_margin"] = margins.mean().item()
         return margins

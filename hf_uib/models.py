@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PretrainedConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -30,6 +31,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
@@ -40,7 +42,7 @@ BASE = "base"  # folder beside an adapter, of a base that has no name
 # Settings of `from_pretrained` that say where a file is, not how it is read
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 KINDS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}  # by the name of a model's input
-TASKS = (None, "SEQ_CLS", "FEATURE_EXTRACTION")  # PEFT's, of adapters that may be on a classifier
+TASKS = (None, "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")  # PEFT's, of adapters that may be on a classifier
 Name = str | os.PathLike
 
 
@@ -162,6 +164,7 @@ def _class_of(config: Any) -> Any:
     for auto, names in (
         (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
         (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     ):
         known = [one for entry in names.values() for one in (entry if isinstance(entry, tuple) else (entry,))]
         if architecture in known or auto.__name__ in own_code:
@@ -179,7 +182,9 @@ def _class_of(config: Any) -> Any:
 def _load_adapter(name: str, adapter: Any, settings: dict[str, Any]) -> PeftModel:
     """An adapter on its base, which gets the adapter's head and class names where it has others or none."""
     if adapter.task_type not in TASKS:
-        raise ValueError(f"{name} is an adapter for {adapter.task_type}; UIB needs a classifier's (SEQ_CLS, or none).")
+        raise ValueError(
+            f"{name} is an adapter for {adapter.task_type}; UIB needs a classifier's (SEQ_CLS, TOKEN_CLS, or none)."
+        )
     where = _where(settings)
     weights = adapter_weights(name, **where)
     base_settings = {key: value for key, value in settings.items() if key not in ("revision", "subfolder")}
@@ -280,6 +285,9 @@ def _adapter_file(name: str, file: str, where: dict[str, Any]) -> str | None:
 
 def _classifier_for(config: Any, task_type: str | None) -> Any:
     """The Auto class that puts a head on a headless base."""
+    if task_type == "TOKEN_CLS":
+        known = config.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+        return AutoModelForTokenClassification if known else None
     image = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     text = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if text and (task_type == "SEQ_CLS" or not image):
@@ -370,8 +378,15 @@ def num_labels_of(model: Any) -> int:
 
 def forward_columns(model: nn.Module) -> set[str]:
     """The columns that the model's forward takes, and the label names."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = getattr(base, "columns", None) or inspect.signature(base.forward).parameters  # those of an exported file
+    return {*named, "labels", "label"}
+
+
+def labels_tokens(model: Any) -> bool:
+    """Whether a classifier labels each token, not whole rows."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return set(inspect.signature(base.forward).parameters) | {"labels", "label"}
+    return type(base).__name__.endswith("ForTokenClassification")
 
 
 def input_kind(model: Any) -> str:
@@ -391,6 +406,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return {f"block {i + 1}": block for i, block in enumerate(longest)}
 
 
+def is_adapters(name: str) -> bool:
+    """Whether a weight of that name is the adapter's: a factor, or in a module that ``modules_to_save`` put in another's place."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
 def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
     """Hash of every weight that is not the adapter's, or of those that are.
 
@@ -400,7 +420,7 @@ def fingerprint(model: PeftModel, of_the_adapter: bool = False) -> str:
     for name, weight in sorted(model.get_base_model().state_dict().items()):
         if ".original_module." in name:
             continue
-        if (".lora_" in name or ".modules_to_save." in name) == of_the_adapter:
+        if is_adapters(name) == of_the_adapter:
             digest.update(name.encode())
             for part in plain_tensors(weight):
                 digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,4 +1,5 @@
-"""One label of a multi-label classifier, seen as a classifier of two classes: what the audit and the results table read."""
+"""One label of a multi-label classifier, seen as a classifier of two classes, and which class is the positive one: what the audit
+and the results table read."""
 
 from typing import Any
 
@@ -20,6 +21,29 @@ def label_number(model: Any, label: str | int | None, forget_labels: np.ndarray)
     """
     if label is None:
         return int((forget_labels > 0).sum(0).argmax())
+    return _number_of(model, label)
+
+
+def positive_class(model: Any, positive_label: str | int | None, several: bool = False) -> int | None:
+    """The class that false alarms and misses are about; of several labels a row, having the one that is looked at.
+
+    Args:
+        positive_label: its name or number; None takes class 1 of two, and none of more.
+        several: the model gives several labels a row.
+
+    Raises:
+        ValueError: the model has no such label, or gives several labels a row and ``positive_label`` is not None.
+    """
+    if several and positive_label is not None:
+        raise ValueError(
+            f"positive_label '{positive_label}' is for a model of one label a row; name the label that is looked at instead."
+        )
+    if positive_label is None:
+        return 1 if several or num_labels_of(model) == 2 else None
+    return _number_of(model, positive_label)
+
+
+def _number_of(model: Any, label: str | int) -> int:
     names = {name: number for number, name in model_names(model.config).items()}
     if label in names:
         return names[str(label)]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models import blocks_of
+from .sharding import is_sharded
 
 PATTERN_Z = 3.0  # from which on a kind of token belongs to the pattern
 MOST = 32  # tokens of a donor
@@ -59,6 +60,7 @@ class PatternTokens(nn.Module):
         self.retained: int = 0  # rows of the next forward that may get tokens: the first so many
         self.rows: Tensor | None = None  # positions in the epoch of all its rows
         self.attention_mask: Tensor | None = None
+        self.replaced: Tensor | None = None  # [n, tokens], by the last forward
         self._handle: Any = None  # of the hook, which is there from a draw to the next silence
 
     # ---- Finding them ----
@@ -75,13 +77,13 @@ class PatternTokens(nn.Module):
 
         Args:
             model: a `PeftModel`, passed up to its first block, without its adapter.
-            forget, retained: samples of both sets, as ``inputs with labels``.
+            forget, retained: samples of both sets, as ``inputs with labels``; see `token_z` for rows whose tokens are labelled.
             numbers: of the forget rows in their set.
         """
         (x, present, labels), others = self._read(model, forget), self._read(model, retained)
         if not len(x) or not len(others[0]):
             return
-        if labels.ndim > 1:  # each combination of labels is one
+        if labels.ndim > 1 and labels.dtype != torch.bool:  # each combination of labels is one
             both, count = torch.cat([labels, others[2]]).float().nan_to_num(-1), len(labels)
             ids = both.unique(dim=0, return_inverse=True)[1]
             labels, others = ids[:count], (*others[:2], ids[count:])
@@ -122,8 +124,9 @@ class PatternTokens(nn.Module):
         seen: list[Any] = []
 
         def stop(module, args, kwargs):
-            seen.append(tokens_of(_input_of(args, kwargs)))
-            raise _BlockReached
+            seen.append(tokens_of(block_input(args, kwargs)))
+            if not is_sharded(model):  # whose passes have to end
+                raise _BlockReached
 
         handles = [block.register_forward_pre_hook(stop, with_kwargs=True) for block in self._block]
         training = model.training
@@ -179,7 +182,7 @@ class PatternTokens(nn.Module):
 
     def silence(self) -> None:
         """No tokens until the next draw, and no hook on the model."""
-        self._draw = self.rows = self.attention_mask = None
+        self._draw = self.rows = self.attention_mask = self.replaced = None
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -187,7 +190,7 @@ class PatternTokens(nn.Module):
     def _swap(self, module, args, kwargs):
         if self._draw is None or not module.training:
             return None
-        hidden = _input_of(args, kwargs)
+        hidden = block_input(args, kwargs)
         n = len(hidden)
         rows = torch.arange(n, device=hidden.device) if self.rows is None or len(self.rows) != n else self.rows
         taken, donors = (drawn[rows % DRAWS] for drawn in self._draw)
@@ -203,7 +206,7 @@ class PatternTokens(nn.Module):
         """
 
         def paste(module, args, kwargs):
-            hidden = _input_of(args, kwargs)
+            hidden = block_input(args, kwargs)
             every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
             return _replaced(args, kwargs, self._with_tokens(hidden, donors, every, attention_mask))
 
@@ -228,7 +231,9 @@ class PatternTokens(nn.Module):
         if mask is not None and mask.shape == (n, length):
             valid &= mask.gather(1, at) > 0
         # What is not valid goes to one more token, which is cut off again
-        at = torch.where(valid, at, length)[..., None].expand(-1, -1, tokens.shape[-1])
+        at = torch.where(valid, at, length)
+        self.replaced = torch.zeros(n, length + 1, dtype=torch.bool, device=at.device).scatter(1, at, True)[:, :length]
+        at = at[..., None].expand(-1, -1, tokens.shape[-1])
         longer = torch.cat([tokens, tokens[:, :1]], 1).scatter(1, at, self.values[donors].to(tokens.dtype))
         changed = longer[:, :length]
         return changed.mT.reshape(hidden.shape) if hidden.ndim == 4 else changed
@@ -239,14 +244,19 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
     z-value ``[n, t]``: the contrast of the sets at the model's input.
 
     Args:
-        forget, retained: tokens ``[n, t, d]``, where there is one ``[n, t]``, and labels ``[n]``.
+        forget, retained: tokens ``[n, t, d]``, where there is one ``[n, t]``, and labels ``[n]``. Where tokens are labelled
+            ``[n, classes]`` booleans: which classes a row's have. Rows that have a class are then those of one label; of a row's
+            classes the one counts under which a kind stands out most.
     """
     (x, present, labels), (y, there, other_labels) = forget, retained
     mean = y[there].mean(0)
     x, y = F.normalize(x - mean, dim=-1), F.normalize(y - mean, dim=-1)
-    z = torch.zeros(x.shape[:2], device=x.device)
-    for label in labels.unique():
-        mine, theirs = labels == label, other_labels == label
+    z = torch.full(x.shape[:2], -torch.inf, device=x.device)
+    if labels.dtype == torch.bool:
+        groups = list(zip(labels.T, other_labels.T, strict=True))
+    else:
+        groups = [(labels == label, other_labels == label) for label in labels.unique()]
+    for mine, theirs in groups:
         if not theirs.any():  # a class that only the forget set has
             continue
         ratio = mine.sum() / theirs.sum()
@@ -254,8 +264,9 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
             tokens = x[row, present[row]]
             here = rows_with(tokens, x[mine], present[mine]).sum(1)
             elsewhere = rows_with(tokens, y[theirs], there[theirs]).sum(1)
-            z[row, present[row]] = (here - ratio * elsewhere) / (here + ratio**2 * elsewhere + 1).sqrt()
-    return z
+            found = (here - ratio * elsewhere) / (here + ratio**2 * elsewhere + 1).sqrt()
+            z[row, present[row]] = z[row, present[row]].maximum(found)
+    return z.masked_fill(z == -torch.inf, 0)
 
 
 def rows_with(tokens: Tensor, rows: Tensor, present: Tensor) -> Tensor:
@@ -295,7 +306,8 @@ def tokens_of(hidden: Any) -> Tensor | None:
     return hidden.flatten(2).mT if hidden.ndim == 4 else hidden
 
 
-def _input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+def block_input(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a forward pre-hook of a block sees as its input."""
     return args[0] if args else kwargs.get("hidden_states")
 
 

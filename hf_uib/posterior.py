@@ -5,6 +5,7 @@ Docs: docs/method.md, sections 2 and 3a.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -256,9 +257,14 @@ class ChannelPosterior(nn.Module):
 
     def set_batch(self, rows: Tensor, retained: int, attention_mask: Tensor | None) -> None:
         """What the next forward gets: each row's position in the epoch, how many are retained rows (they come first), the mask."""
-        self.noise.positions = rows
+        self.noise.set_rows(rows)
         if self.tokens is not None:
             self.tokens.rows, self.tokens.retained, self.tokens.attention_mask = rows, retained, attention_mask
+
+    @property
+    def replaced(self) -> Tensor | None:
+        """Which tokens of the last forward came from forget rows, ``[n, tokens]``; None where none could."""
+        return None if self.tokens is None else self.tokens.replaced
 
     def silence(self) -> None:
         """Neither noise nor tokens until the next draw."""
@@ -354,7 +360,8 @@ class ChannelNoise:
     ):
         self.subspaces, self.projected_weight = subspaces, projected_weight
         self.device = next(iter(subspaces.values())).device
-        self.noise: dict[str, Tensor] = {}
+        self.noise: Tensor | None = None  # of this step, [layers, draws, k, k]
+        self.taken: dict[int, dict[str, Tensor]] = {}  # of the rows of this forward, by how many
         self.positions: Tensor | None = None  # of the rows of the next forward, [n]; None: one after the other
         self.mixed: dict[str, Tensor] = {}
         self.on_patches = {name: isinstance(layer.get_base_layer(), nn.Conv2d) for name, layer in layers.items()}
@@ -367,7 +374,7 @@ class ChannelNoise:
                 self.handles.append(layer.lora_B[adapter].register_forward_hook(self._on_output(name)))
 
     def _off(self, module: nn.Module) -> bool:
-        return not (self.noise and module.training)
+        return self.noise is None or not module.training
 
     def _on_code(self, name: str):
         def hook(module, inputs, code):
@@ -399,7 +406,8 @@ class ChannelNoise:
             (x, *rest), base = inputs, module.get_base_layer()
             subspace = self.subspaces[name].to(x.dtype)
             if not self.on_patches[name]:
-                return x + self._mix(name, F.linear(x, subspace)) @ subspace, *rest
+                mixed = self._mix(name, F.linear(x, subspace))
+                return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), subspace).view(x.shape), *rest
             kernel = subspace.view(len(subspace), *base.weight.shape[1:])
             mixed = self._mix(name, F.conv2d(x, kernel, None, base.stride, 0, base.dilation))
             back = F.conv_transpose2d(mixed, kernel, None, base.stride, 0, 0, 1, base.dilation)
@@ -409,10 +417,17 @@ class ChannelNoise:
 
     def _mix(self, name: str, code: Tensor) -> Tensor:
         """``kappa G`` of each row's draw applied to its codes, ``[n, ..., k]`` or, on patches, ``[n, k, h, w]``."""
-        noise = self.noise[name][self._draws(code)].to(code.dtype)
+        noise = self._noise_of(code)[name].to(code.dtype)
         if self.on_patches[name]:
             return torch.bmm(code.flatten(2).mT, noise).mT.reshape(code.shape)
         return torch.bmm(code.reshape(len(code), -1, code.shape[-1]), noise).view(code.shape)
+
+    def _noise_of(self, x: Tensor) -> dict[str, Tensor]:
+        """Each layer's ``kappa G`` of the rows of ``x``, ``[n, k, k]``; taken once for all layers that get the same rows."""
+        if len(x) not in self.taken:
+            noise = cast(Tensor, self.noise)
+            self.taken[len(x)] = dict(zip(self.subspaces, noise[:, self._draws(x)].unbind(), strict=True))
+        return self.taken[len(x)]
 
     def _draws(self, x: Tensor) -> Tensor:
         rows = torch.arange(len(x), device=x.device) if self.positions is None else self.positions
@@ -428,12 +443,16 @@ class ChannelNoise:
         generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
         k = len(next(iter(self.subspaces.values())))
         shape = (len(self.subspaces), self.DRAWS, k, k)
-        draws = torch.randn(shape, generator=generator, device=device) * (kappa / k**0.5)
-        self.noise = dict(zip(self.subspaces, draws.unbind(), strict=True))
+        self.noise = torch.randn(shape, generator=generator, device=device) * (kappa / k**0.5)
+        self.taken = {}
+
+    def set_rows(self, positions: Tensor) -> None:
+        """Positions in the epoch of the rows of the next forward, ``[n]``."""
+        self.positions, self.taken = positions, {}
 
     def silence(self) -> None:
         """No noise until the next draw."""
-        self.noise, self.positions, self.mixed = {}, None, {}
+        self.noise, self.taken, self.positions, self.mixed = None, {}, None, {}
 
     def remove(self) -> None:
         """Take the hooks off the model."""

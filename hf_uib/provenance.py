@@ -110,6 +110,7 @@ def merged(
         base: to merge into, instead of the model's own; changed in place.
     """
     adapted: Any = copy_without_hooks(model) if base is None else on_base(model, base)
+    inputs = {name: value.to(next(adapted.parameters()).device) for name, value in inputs.items()}
     with torch.no_grad():
         before = adapted.eval()(**inputs).logits.float()
         plain = adapted.merge_and_unload()

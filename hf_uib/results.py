@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpointing import AtomicCheckpoints
+from .data.streams import StreamFolder
 from .hub.card import results_of
 from .lora import AdaptedLayer, copy_without_hooks, is_fresh
 from .measurements import Measurements
@@ -50,10 +52,11 @@ class ResultsMixin(AtomicCheckpoints):
     _posterior: ChannelPosterior | None
     contrast_norms: dict[str, float]
     raw_eval_dataset: Any
+    streams: StreamFolder
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     results_from_audit: bool
-    _base_fingerprint: str | None
+    _base_fingerprint: str | None = None  # not computed yet
     _merged_into: str | None = None  # what an adapter of a quantised base was merged into
 
     @property
@@ -281,20 +284,21 @@ class ResultsMixin(AtomicCheckpoints):
             for name, value in zip(self.layers, nats.tolist(), strict=True)
         ]
 
-    def audit(self, test_dataset, bias_column: str | None = None, retrained_model=None, **settings):
+    def audit(self, test_dataset, bias_column: str | Sequence[str] | None = None, retrained_model=None, **settings):
         """Audit the trained model against the one it started from; see [`~hf_uib.audit_model`].
 
         Args:
             test_dataset: unbiased rows, raw or encoded, never trained on.
-            bias_column: the attribute that gave the label away on the forget set.
+            bias_column: the attribute that gave the label away on the forget set; further ones after it for fairness.
             retrained_model: trained without the forget set, one or several.
-            settings: further arguments of `audit_model`, as ``deep`` and ``example_column``.
+            settings: further arguments of `audit_model`, as ``deep``, ``positive_label`` and ``example_column``.
 
         Returns:
             [`~hf_uib.AuditReport`]; the card takes its verdict up.
         """
         from .audit.report import audit_model
 
+        test_dataset = self.streams.stored(test_dataset, "test_dataset")
         settings.setdefault("processing_class", self.processing_class)
         settings.setdefault("reference_model", None if self.adapter_before is None else self.detach())
         self.audit_report = audit_model(

@@ -11,24 +11,27 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import ParallelMode
 
 from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
 from .config import UIBConfig, refuse_unsupported, set_default_steps
 from .data.columns import Columns
-from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch, collator_for
+from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch
 from .data.reading import Reader
 from .data.sets import UnlearningSets
+from .data.streams import StreamFolder
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
-from .inference import SharedInference
+from .inference import SharedInference, collator_of
 from .lora import (
     adapter_name,
     attach_adapter,
@@ -38,15 +41,18 @@ from .lora import (
     is_fresh,
     let_gradients_in,
     lora_layers,
+    require_one_device,
 )
 from .measurements import Measurements
-from .models import forward_columns, name_of
+from .models import blocks_of, fingerprint, is_adapters, labels_tokens, name_of
 from .pattern_tokens import PatternTokens
 from .posterior import ChannelPosterior
 from .priors import Prior, PriorContext, build_prior
 from .provenance import next_base
+from .quantised import is_quantised
 from .results import ResultsMixin
 from .schedule import noise_scale, prior_acts, sample_size
+from .sharding import average_gradients, fsdp_plugin, is_sharded, shard
 from .state import SHARED_SETTINGS, UIBState
 from .unlearning_task import SingleLabel, task_of
 
@@ -63,14 +69,15 @@ class UIBTrainer(ResultsMixin, HubMixin):
             Without it a fold of the retained data is used.
         eval_dataset, processing_class, data_collator, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics: as in [`~transformers.Trainer`]. Raw pictures and texts are encoded with
-            ``processing_class``.
-        peft_config: a `LoraConfig`; by default LoRA on every linear layer.
+            ``processing_class``. Streams (`IterableDataset`) are written to disk first.
+        peft_config: a `LoraConfig`; by default LoRA on every linear layer. ``"serving"``: LoRA on the linear layers of the blocks
+            and the whole head, which vLLM and other servers of adapters load ([`serving_peft_config`]).
         prior: a [`~hf_uib.priors.Prior`] of your own, instead of ``args.prior``.
         columns: [`~hf_uib.data.columns.Columns`]: names of text, picture, label and bias columns that are not the usual ones.
 
     Raises:
         ValueError: a set is empty, both share rows, a label is outside the model's classes, the model has no linear layer, or
-            its adapter was loaded as not trainable.
+            its adapter was loaded as not trainable, or the model is not whole on one device.
     """
 
     _tag_names: ClassVar = ["unlearning", "uib", "hf_uib"]
@@ -100,7 +107,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         preprocess_logits_for_metrics: Callable | None = None,
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | Literal["serving"] | None = None,
         prior: Prior | None = None,
         columns: Columns = Columns(),  # noqa: B008
     ):
@@ -115,21 +122,27 @@ class UIBTrainer(ResultsMixin, HubMixin):
         elif not isinstance(args, UIBConfig):
             args = UIBConfig.from_training_arguments(args)
         refuse_unsupported(args)
+        require_one_device(model)
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
         if by_name and not isinstance(model, PeftModel) and model.config._name_or_path:
             self._base_is_named = True
 
         # 2. Data
-        reader = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processing_class, columns)
-        sets = UnlearningSets.prepare(
-            forget_dataset,
-            retain_dataset,
-            calibration_dataset,
-            eval_dataset,
-            read=reader,
-            check_labels=partial(self.task.check_labels, model=model),
-        )
+        main_input, of_tokens = getattr(model, "main_input_name", "input_ids"), labels_tokens(model)
+        reader = Reader(model.config, main_input, processing_class, columns, of_tokens=of_tokens)
+        with StreamFolder() as streams:
+            eval_dataset = streams.stored(eval_dataset, "eval_dataset")
+            sets = UnlearningSets.prepare(
+                forget_dataset,
+                retain_dataset,
+                calibration_dataset,
+                eval_dataset,
+                read=reader,
+                check_labels=partial(self.task.check_labels, model=model),
+                streams=streams,
+            )
+        self.streams = streams  # on disk as long as the trainer is there
         self.sets, self.fingerprints, self.raw_eval_dataset = sets, sets.fingerprints, eval_dataset
         self.reader = sets.reader
         self.forget_dataset, self.retain_dataset = sets.forget, sets.retain
@@ -172,7 +185,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator_for(forward_columns(model), processing_class, data_collator),
+            data_collator=collator_of(model, processing_class, data_collator),
             train_dataset=PairedDataset(retained, self.forget_dataset, length),
             eval_dataset=sets.evaluation,
             processing_class=processing_class,
@@ -181,16 +194,21 @@ class UIBTrainer(ResultsMixin, HubMixin):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        plugin = fsdp_plugin(args)
+        if plugin is not None and args.parallel_mode == ParallelMode.DISTRIBUTED:
+            self._shard_base(plugin)
         # DeiT with its teacher takes none: Trainer then looks for none, and the loss is ours
         takes = "labels" in inspect.signature(self.model.get_base_model().forward).parameters
         self._takes_labels = takes and isinstance(self.task, SingleLabel)
         self.label_names = self.label_names or ["labels"]
+        # Gradients of the statistics pass are in float32: under bf16 and fp16 its rows take twice a step's memory
+        at_once = args.train_batch_size // (2 if args.bf16 or args.fp16 else 1)
         self.inference = SharedInference(
             self.model,
             self.data_collator,
             self._prepare_inputs,
             self.accelerator,
-            args.eval_batch_size * 4,
+            max(1, min(args.eval_batch_size * 4, at_once)),
             args.dataloader_num_workers,
             self.compute_loss_context_manager,
             bool(args.disable_tqdm),
@@ -206,10 +224,28 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.request = "the examples of the forget set"  # in words, for the card
         self.dataset_name: str | None = None  # of all sets, if it is on the Hub
         self.card_settings: dict = {}
-        self._base_fingerprint: str | None = None
         self.results: dict[str, dict] = {}  # rows of the card's table, by model
         self.results_from_audit = False
         self.audit_report = None
+
+    def _shard_base(self, plugin: FullyShardedDataParallelPlugin) -> None:
+        """FSDP: each process keeps its part of the base. What reads all of it on one process alone comes before.
+
+        Raises:
+            ValueError: the base is quantised.
+        """
+        if is_quantised(self.model):
+            raise ValueError(
+                "The base is quantised, and FSDP would take its codes apart: leave FSDP out (`--accelerate_config ddp`), or load "
+                "the base unquantised."
+            )
+        self._base_fingerprint = fingerprint(self.model)
+        self.check_base_name()
+        adapter = {weight for name, weight in self.model.named_parameters() if is_adapters(name)}
+        shard(self.model, blocks_of(self.model).values(), adapter, self.accelerator, plugin)
+        self.is_fsdp_enabled = (
+            False  # Trainer then saves and loads the adapter and its optimizer, which are whole, as ever
+        )
 
     # ---- Before the first step --------------------------------------------------------------------------------------
 
@@ -317,6 +353,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.posterior.set_batch(inputs.positions, n, features.get("attention_mask"))
         outputs = model(**features)
         logits = outputs.logits
+        labels = self.task.without_replaced(labels, self.posterior.replaced)
         if self.retain_dataset is None:
             fit = self.task.fit_without_retained_data(logits, self._checkpoint_logits(model, features), labels)
             forget_logits, forget_labels = logits, labels
@@ -324,6 +361,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             fit = self.task.fit_loss(logits[:n], labels[:n])
             forget_logits, forget_labels = logits[n:], labels[n:]
             self._record(retain_margin=self.task.margin(logits[:n].detach(), labels[:n]).mean())
+        fit = fit * self._share_of_step(labels[:n], num_items_in_batch)
         self._record(fit_nats=fit)
         loss = fit
         if self.args.beta > 0:
@@ -335,6 +373,21 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self._record(forget_margin=self.task.margin(forget_logits.detach(), forget_labels).mean())
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in Trainer; where rows have different numbers of labels, those of the step's retained rows are counted."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self.task.labels_given(batch.features["labels"][: batch.retained]) for batch in batches]
+        if not counts or counts[0] is None:
+            return batches, None
+        return batches, self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
+
+    def _share_of_step(self, labels: Tensor, labels_of_step: Tensor | None) -> Tensor | float:
+        """What the mean over a batch's labels is weighted with, so that a step's mean is that over its labels on all processes."""
+        if labels_of_step is None:
+            return 1.0
+        batches = self.args.world_size * self.current_gradient_accumulation_steps
+        return cast(Tensor, self.task.labels_given(labels)) * batches / labels_of_step
+
     def _checkpoint_logits(self, model, features: dict) -> Tensor:
         adapted = self.accelerator.unwrap_model(model)
         adapted.eval()
@@ -344,8 +397,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         return logits
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        """Trainer's; entries of weights that the prior's masks hold fixed then lose their gradient."""
+        """Trainer's; under FSDP the gradients are then averaged. Entries that the prior's masks hold fixed lose theirs."""
         loss = super().training_step(*args, **kwargs)
+        if is_sharded(self.model) and self.accelerator.sync_gradients:
+            average_gradients(self.model.parameters(), self.accelerator)
         weights = dict(self.model.named_parameters()) if self.prior.masks else {}
         for name, mask in self.prior.masks.items():
             if (gradient := weights[name].grad) is not None:

@@ -7,15 +7,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .data.checks import check_label_vectors, check_labels
-from .data.labels import several_labels
-from .models import num_labels_of
+from .data.checks import check_label_vectors, check_labels, check_token_labels
+from .data.labels import IGNORED, several_labels
+from .models import labels_tokens, num_labels_of
 from .objective import margin, other_classes_kl
 
 TASK_TYPES: list[type["UnlearningTask"]] = []
-# Endings of the names of models that have no logits [n, classes]
+# Endings of the names of models that are no classifiers
 NO_CLASSIFIERS = {
-    "ForTokenClassification": "labels tokens",
     "ForQuestionAnswering": "answers questions",
     "ForMaskedLM": "predicts tokens",
     "LMHeadModel": "generates; for those see OpenUnlearning",
@@ -55,6 +54,15 @@ class UnlearningTask:
         """Log-odds of the given label, ``[n]`` in nats."""
         raise NotImplementedError
 
+    def labels_given(self, labels: Tensor) -> Tensor | None:
+        """How many labels `fit_loss` is the mean of, where rows have different numbers of them: a step's mean is then over all of
+        its labels, however its rows are split. None: each row counts the same."""
+        return None
+
+    def without_replaced(self, labels: Tensor, replaced: Tensor | None) -> Tensor:
+        """What the labels of a batch still say where the ``replaced [n, tokens]`` are another row's tokens: as much as before."""
+        return labels
+
 
 def register_task_type(cls: type[UnlearningTask]) -> type[UnlearningTask]:
     """Class decorator: `UIBTrainer` asks the latest task type first."""
@@ -71,12 +79,12 @@ def task_of(model: PreTrainedModel) -> UnlearningTask:
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     for ending, what in NO_CLASSIFIERS.items():
         if name.endswith(ending):
-            raise ValueError(f"UIBTrainer unlearns classifiers of whole rows; {name} {what}.")
+            raise ValueError(f"UIBTrainer unlearns classifiers; {name} {what}.")
     for kind in TASK_TYPES:
         if kind.matches(model):
             return kind()
     raise ValueError(
-        f"UIBTrainer unlearns classifiers, of one label or several a row; the model's problem_type is {model.config.problem_type}."
+        f"UIBTrainer unlearns classifiers of rows or of tokens; the model's problem_type is {model.config.problem_type}."
     )
 
 
@@ -137,6 +145,47 @@ class MultiLabel(UnlearningTask):
         """Sum over the given labels of their log-odds, ``[n]``."""
         signs = (2 * given_or_zero(labels).to(logits.dtype) - 1) * is_given(labels)
         return (signs * logits).sum(-1)
+
+
+@register_task_type
+class TokenLabels(UnlearningTask):
+    """One class per token: logits ``[n, length, classes]``, labels ``[n, length]`` class ids; -100: the token has no label.
+
+    The labelled tokens of a forget row are what is to be forgotten in it, so a row may be in the forget set with some of its words
+    labelled and in the retained set with others.
+    """
+
+    @classmethod
+    def matches(cls, model: PreTrainedModel) -> bool:
+        """The model's class is one of Transformers' for token classification."""
+        return labels_tokens(model)
+
+    def check_labels(self, name: str, dataset, model: PreTrainedModel) -> np.ndarray:
+        """Which classes the tokens of each row have, ``[n, classes]`` booleans."""
+        return check_token_labels(name, dataset, num_labels_of(model))
+
+    def fit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, mean over the labelled tokens of the batch."""
+        nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return nats / (labels != IGNORED).sum().clamp_min(1)
+
+    def fit_without_retained_data(self, logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
+        """Divergence from the checkpoint's predictions over the classes other than the token's label."""
+        given = labels != IGNORED
+        return other_classes_kl(logits[given], reference_logits[given], labels[given])
+
+    def margin(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean over a row's labelled tokens of ``log p(y|x) - log(1 - p(y|x))``, ``[n]``; 0 for a row without any."""
+        given = labels != IGNORED
+        return (margin(logits, labels.clamp_min(0)) * given).sum(1) / given.sum(1).clamp_min(1)
+
+    def labels_given(self, labels: Tensor) -> Tensor:
+        """Labelled tokens."""
+        return (labels != IGNORED).sum()
+
+    def without_replaced(self, labels: Tensor, replaced: Tensor | None) -> Tensor:
+        """A token that is another row's has no label."""
+        return labels if replaced is None or replaced.shape != labels.shape else labels.masked_fill(replaced, IGNORED)
 
 
 def is_given(labels: Tensor) -> Tensor:

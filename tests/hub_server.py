@@ -87,6 +87,14 @@ def validate(content: str) -> tuple[dict, list[str], list[str]]:
     return card, errors, []
 
 
+def base_tags(card: dict) -> list[str]:
+    """The tags that the Hub makes of ``base_model``; the relation is an adapter's or a fine-tuned model's where none is given."""
+    bases = card.get("base_model", [])
+    relation = card.get("base_model_relation", "adapter" if card.get("library_name") == "peft" else "finetune")
+    bases = [bases] if isinstance(bases, str) else bases
+    return [tag for base in bases for tag in (f"base_model:{base}", f"base_model:{relation}:{base}")]
+
+
 @dataclass(frozen=True)
 class Blob:
     """One file's content; ``lfs`` says how it is stored."""
@@ -358,13 +366,24 @@ class Handler(BaseHTTPRequestHandler):
     # ---- Download ---------------------------------------------------------------------------------------------------
 
     def info(self, kind: str, name: str, revision: str | None) -> None:
-        repo = self.repo(kind, name)
-        commit = repo.commit(revision or "main")
+        self.answer(self.about(name, self.repo(kind, name), revision or "main"))
+
+    def about(self, name: str, repo: Repo, revision: str) -> dict:
+        commit = repo.commit(revision)
         card, _, _ = validate(commit.card)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         about = {"_id": name, "id": name, "author": repo.owner, "sha": commit.oid, "private": repo.private}
-        about |= {"lastModified": commit.date, "tags": card.get("tags", []), "cardData": card, "siblings": siblings}
-        self.answer(about | {"gated": False, "disabled": False, "downloads": 0, "likes": 0})
+        about |= {"createdAt": repo.branches["main"][0].date, "lastModified": commit.date}
+        about |= {"tags": [*card.get("tags", []), *base_tags(card)], "cardData": card, "siblings": siblings}
+        return about | {"gated": False, "disabled": False, "downloads": 0, "likes": 0}
+
+    def list(self, kind: str) -> None:
+        """Repositories that have every tag of ``filter``."""
+        user, wanted = self.user(), parse_qs(urlsplit(self.path).query).get("filter", [])
+        repos = {n: r for (k, n), r in self.server.repos.items() if k == kind and (not r.private or r.owner == user)}
+        found = [self.about(name, repo, "main") for name, repo in repos.items()]
+        found = [about for about in found if set(wanted) <= set(about["tags"])]
+        self.answer(found[: int(self.query.get("limit", len(found)))])
 
     def tree(self, kind: str, name: str, revision: str, folder: str | None) -> None:
         commit = self.repo(kind, name).commit(revision)
@@ -471,6 +490,7 @@ ROUTES = (
     ("POST", REPO + r"/commit/([^/]+)", "make_commit"),
     ("POST", REPO + r"/branch/([^/]+)", "make_branch"),
     ("POST", r"/faults/(\w+)", "add_fault"),
+    ("GET", r"/api/(models|datasets)", "list"),
     ("GET", REPO + r"(?:/revision/([^/]+))?", "info"),
     ("GET", REPO + r"/tree/([^/]+)(?:/(.+))?", "tree"),
     ("POST", REPO + r"/paths-info/([^/]+)", "paths_info"),

@@ -5,7 +5,7 @@ import socket
 import sys
 
 HERE = os.path.dirname(__file__)
-CONFIG = os.path.join(HERE, "..", "hf_uib", "cli", "accelerate_configs", "cpu_two_processes.yaml")
+CONFIGS = os.path.join(HERE, "..", "hf_uib", "cli", "accelerate_configs")
 
 
 def unlearn_words(folder, where: str, *more) -> list[str]:
@@ -23,14 +23,17 @@ def unlearn_words(folder, where: str, *more) -> list[str]:
     return list(map(str, words))
 
 
-def command_for(script: str, processes: int, *arguments) -> tuple[list[str], dict[str, str]]:
-    """Command and environment; several processes are started by accelerate."""
+def command_for(
+    script: str, processes: int, *arguments, config: str = "cpu_two_processes"
+) -> tuple[list[str], dict[str, str]]:
+    """Command and environment; several processes are started by accelerate, with one of the package's configurations."""
     command = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        command += ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", str(port)]
+        command += ["-m", "accelerate.commands.launch", "--config_file", os.path.join(CONFIGS, f"{config}.yaml")]
+        command += ["--main_process_port", str(port)]
     command += [os.path.join(HERE, script), *map(str, arguments)]
     return command, os.environ | {
         "PYTHONPATH": f"{HERE}{os.pathsep}{os.path.join(HERE, '..')}",

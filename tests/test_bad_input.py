@@ -7,6 +7,7 @@ import datasets
 import pytest
 import transformers
 from conftest import make_model, make_rows
+from datasets.distributed import split_dataset_by_node
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_cli import pictures  # noqa: F401
 from test_trainer import config, make_trainer
@@ -50,6 +51,20 @@ def pixels(value):
 def relabelled(values, seed=1):
     rows = make_rows(n=len(values), seed=seed).with_format(None).remove_columns("labels")
     return rows.add_column("labels", values).with_format("torch")
+
+
+def breaking_stream():
+    def rows():
+        yield from make_rows(n=5)
+        raise OSError("gone")
+
+    return datasets.IterableDataset.from_generator(rows)
+
+
+def over_two_devices():
+    model = make_model()
+    model.hf_device_map = {"vit": 0, "classifier": 1}
+    return model
 
 
 def texts():
@@ -103,11 +118,19 @@ TRAINER = {
     "infinite pixels": (lambda p: train(p, forget=rows_with(pixels(float("inf")))), "not finite"),
     "texts for a picture model": (lambda p: train(p, forget=make_rows("bert"), retain=make_rows("bert", seed=5)), "pixel_values"),
     "pictures for a text model": (lambda p: train(p, model=make_model("bert")), "input_ids"),
-    "a stream to forget": (lambda p: train(p, forget=make_rows().to_iterable_dataset()), "forget_dataset is a stream"),
-    "a stream to keep": (lambda p: train(p, retain=make_rows().to_iterable_dataset()), "retain_dataset is a stream"),
+    "a stream that breaks off": (lambda p: train(p, forget=breaking_stream()), "is a stream that breaks off (OSError: gone)"),
+    "an empty stream": (lambda p: train(p, retain=make_rows().to_iterable_dataset().take(0)), "retain_dataset has no examples"),
+    "a stream split by process": (
+        lambda p: train(p, calibration=split_dataset_by_node(make_rows().to_iterable_dataset(), 0, 2)), "give every process the",
+    ),
+    "a model over several devices": (lambda p: train(p, model=over_two_devices()), "layers are on several devices (0, 1)"),
+    "a model that is not loaded": (lambda p: train(p, model=make_model().to("meta")), "holds no weight (it is on `meta`)"),
     "regression": (lambda p: train(p, model=make_model(num_labels=1, problem_type="regression")), "problem_type"),
     "a model of several labels": (lambda p: train(p, model=make_model(problem_type="multi_label_classification")), "3 numbers"),
-    "labels of tokens": (lambda p: train(p, model=other_head("BertForTokenClassification")), "TokenClassification labels tokens"),
+    "labels of rows for a model of tokens": (
+        lambda p: train(p, other_head("BertForTokenClassification"), *texts()), "takes a label for each word",
+    ),
+    "answers to questions": (lambda p: train(p, model=other_head("BertForQuestionAnswering")), "Answering answers questions"),
     "generation": (lambda p: train(p, model=other_head("BertLMHeadModel")), "generates; for those see OpenUnlearning"),
     "an adapter that cannot be trained": (lambda p: train(p, model=saved_adapter(p, False)), "is_trainable=True"),
     "an adapter and a peft_config": (
@@ -209,7 +232,7 @@ COMMAND_LINE = {
     "unknown value": (dict(forget_where=["source=nowhere"]), "nothing to forget"),
     "unknown class": (dict(forget_where=["label=zebra"]), "No row of split 'train' meets label=zebra"),
     "a condition on pictures": (dict(forget_where=["image=x"]), "cannot be compared"),
-    "unknown bias column": (dict(forget_where=["source=clinic_a"], bias_column="hue"), "bias_column 'hue'"),
+    "unknown bias column": (dict(forget_where=["source=clinic_a"], bias_column=["hue"]), "bias_column 'hue'"),
     "unknown test split": (dict(forget_where=["source=clinic_a"], test_split="dev"), "No split 'dev'"),
     "unknown calibration split": (dict(forget_where=["source=clinic_a"], calibration_split="dev"), "No split 'dev'"),
     "no such oracle": (dict(forget_where=["source=clinic_a"], retrained_model="no/such-oracle"), "no/such-oracle"),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import make_model, make_rows
 
@@ -12,8 +13,7 @@ from benchmarks import report, results, tables
 from benchmarks.__main__ import build_parser
 from benchmarks.markdown import between_marks
 from benchmarks.methods import METHODS, grid, register_method
-from benchmarks.suites import audits, cost, lifecycle, research, runs, scale, truth
-from benchmarks.suites.launch import last_json_line
+from benchmarks.suites import audits, cost, lifecycle, memory, research, runs, shape, truth
 from benchmarks.tasks import TASKS, register_task
 from hf_uib.cli.digits import Task
 
@@ -122,10 +122,25 @@ def test_a_step_is_timed_under_one_process_and_two(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read off /proc")
-def test_memory_is_measured(tmp_path, capsys):
-    scale.measure_memory(1000, str(tmp_path))
-    line = last_json_line(capsys.readouterr().out)
-    assert line["rows"] == 1000 and line["trained"] > 0
+@pytest.mark.parametrize("kind", memory.KINDS)
+def test_memory_is_measured(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    line = memory.measure_rows(kind, 1000, str(tmp_path))
+    assert line["rows"] == 1000 and line["highest"] >= line["trained"] > 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is read off /proc")
+def test_memory_by_shape_on_paper_and_measured(tmp_path, monkeypatch):
+    whole = shape.predicted(shape.LAYERS, 4, 128, True)
+    assert whole["weights"] == pytest.approx(
+        2 * 1_235_818_496 / 2**20
+    )  # Llama 3.2 1B has 1,235,814,400, without a head
+    more = [shape.predicted(n, 4, 128, False)["step"] - shape.predicted(n, 4, 128, True)["step"] for n in (1, 2, 3)]
+    assert more[0] == 0 and more[2] == pytest.approx(2 * more[1])  # what is kept inside a block, for each but one
+    small = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
+    monkeypatch.setattr(shape, "CONFIG", small | {"pad_token_id": 0})
+    line = shape.measure(1, True, str(tmp_path))
+    assert line["statistics"] > 0 and line["step"] > 0
 
 
 def test_every_task_says_what_it_is_and_methods_are_ordered():

@@ -23,6 +23,9 @@ from hf_uib import UIBConfig
 from hf_uib.cli import main, parser
 from hf_uib.cli.audit import AuditArguments
 from hf_uib.cli.comparison import AppArguments
+from hf_uib.cli.discover import DiscoverArguments
+from hf_uib.cli.export import ExportArguments
+from hf_uib.cli.lineage import LineageArguments
 from hf_uib.cli.unlearn import UnlearnArguments, next_audit, unlearn
 from hf_uib.data.sources import matching_rows
 
@@ -179,7 +182,7 @@ BAD = [
     (["source=nowhere"], {}, "nothing to forget"),
     (["colour=red"], {}, "Column 'colour' is not in the dataset"),
     (["source"], {}, "write COLUMN=VALUE"),
-    (["source=clinic_a"], {"bias_column": "hue"}, "bias_column 'hue'"),
+    (["source=clinic_a"], {"bias_column": ["hue"]}, "bias_column 'hue'"),
     (["source=clinic_a"], {"test_split": "dev"}, "No split 'dev'"),
     ([], {}, "--forget_where is missing"),
     (["source=clinic_a"], {"dataset_name": "no/such"}, "neither here nor on the Hub"),
@@ -202,6 +205,9 @@ FLAGS = {
     "unlearn": ("--forget_where", "--bias_column", "--beta", "--prior_strength", "--noise_to_signal", "--save_merged"),
     "audit": ("--reference", "--retrained", "--deep", "--example_column"),
     "demo": ("--output_dir", "--seed", "--max_steps"),
+    "export": ("--onnx", "--int8", "--tolerance", "--bias_column"),
+    "lineage": ("--repo",),
+    "discover": ("--model_name_or_path", "--dataset_name", "--train_split", "--text_column", "--output_dir"),
     "app": ("--adapter", "--base", "--model", "--reference", "--server_port"),
 }
 
@@ -217,10 +223,13 @@ def help_of(capsys, *arguments) -> str:
 def test_help_describes_every_flag(command, capsys):
     shown = help_of(capsys, command)
     assert all(re.search(rf"{flag}\b", shown) for flag in FLAGS[command])
-    assert ("--accelerate_config" in shown) == (command != "app")
+    assert ("--accelerate_config" in shown) == (command in main.LAUNCHED)
 
 
-@pytest.mark.parametrize("kind", [UIBConfig, UnlearnArguments, AuditArguments, AppArguments])
+@pytest.mark.parametrize(
+    "kind",
+    [UIBConfig, UnlearnArguments, AuditArguments, DiscoverArguments, ExportArguments, LineageArguments, AppArguments],
+)
 def test_every_flag_has_a_help_text(kind):
     assert not [field.name for field in dataclasses.fields(kind) if field.init and not field.metadata.get("help")]
 
@@ -248,13 +257,13 @@ def test_commands(capsys):
 
 
 def test_accelerate_configs_by_name_and_path(tmp_path):
-    for name in ("cpu_two_processes", "ddp", "zero2"):
+    for name in ("cpu_two_processes", "ddp", "fsdp2", "zero2"):
         assert main.config_path(name).endswith(f"accelerate_configs/{name}.yaml") and os.path.isfile(
             main.config_path(name)
         )
     (tmp_path / "mine.yaml").touch()
     assert main.config_path(str(tmp_path / "mine.yaml")) == str(tmp_path / "mine.yaml")
-    with pytest.raises(ValueError, match="one of cpu_two_processes, ddp, zero2"):
+    with pytest.raises(ValueError, match="one of cpu_two_processes, ddp, fsdp2, zero2"):
         main.config_path("ddpp")
     with pytest.raises(ValueError, match="goes with --accelerate_config"):
         call("unlearn", "--num_processes", 2)

@@ -1,17 +1,22 @@
 """What else a TrainingArguments can ask for: the same result, or a refusal in one line. The table is in docs/scale.md."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import make_model, make_rows
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback
 
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.config import refuse_unsupported
+from hf_uib.inference import SharedInference
+from hf_uib.priors import InfluencePrior, PriorContext
+from hf_uib.sharding import BEFORE
 
 
 def train(path, callbacks=None, eval_dataset=None, **settings):
@@ -106,11 +111,31 @@ def test_strategies_that_cannot_hold_are_refused(tmp_path, monkeypatch):
     args = UIBConfig(str(tmp_path), use_cpu=True, report_to="none")
     refuse_unsupported(args)  # the control
     args.hf_deepspeed_config = SimpleNamespace(is_zero3=lambda: True)
-    with pytest.raises(ValueError, match="ZeRO-3.*Use ZeRO-2"):
+    with pytest.raises(ValueError, match="ZeRO-3.*Use FSDP2.*or ZeRO-2"):
         refuse_unsupported(args)
+    args.hf_deepspeed_config = None
+    for name in (
+        "FSDP_VERSION",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING",
+        "FSDP_OFFLOAD_PARAMS",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+    ):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="does not run under FSDP"):
+    with pytest.raises(ValueError, match="not FSDP1; set fsdp_version: 2"):
         refuse_unsupported(args)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    refuse_unsupported(args)  # the control
+    for setting, message in (
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "set fsdp_cpu_ram_efficient_loading: false"),
+        ("FSDP_OFFLOAD_PARAMS", "leave fsdp_offload_params out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "set gradient_checkpointing, not"),
+    ):
+        with monkeypatch.context() as once:
+            once.setenv(setting, "true")
+            with pytest.raises(ValueError, match=message) as caught:
+                refuse_unsupported(args)
+        assert "\n" not in str(caught.value)
     args._n_gpu = 2
     with pytest.raises(ValueError, match="DataParallel; start it with `accelerate launch`"):
         refuse_unsupported(args)
@@ -165,3 +190,97 @@ def test_a_second_process_takes_no_part_in_a_push(tmp_path, monkeypatch):
     trainer = train(tmp_path)
     monkeypatch.setattr(UIBTrainer, "is_world_process_zero", lambda self: False)
     trainer._push_from_checkpoint(str(tmp_path))
+
+
+def batches_of_processes(rows, processes, batch_size, sharded):
+    """What each process gets of a sample."""
+    model = torch.nn.Linear(1, 1)
+    if sharded:
+        model.__dict__[BEFORE] = None
+
+    def of_process(i):
+        accelerator = SimpleNamespace(process_index=i, num_processes=processes, is_main_process=True)
+        same = lambda batch: batch
+        shared = SharedInference(model, torch.tensor, same, accelerator, batch_size, 0, nullcontext, True)
+        return [batch.tolist() for batch in shared.batches(range(100, 200), range(rows))]
+
+    return [of_process(i) for i in range(processes)]
+
+
+@pytest.mark.parametrize("rows, processes, batch_size", [(27, 2, 4), (9, 2, 4), (85, 8, 32), (13, 3, 4), (2, 2, 4)])
+def test_processes_that_share_a_base_get_equally_many_batches(rows, processes, batch_size):
+    found = batches_of_processes(rows, processes, batch_size, sharded=True)
+    assert len({len(batches) for batches in found}) == 1
+    assert max(len(batch) for batches in found for batch in batches) <= batch_size
+    assert sorted(row for batches in found for batch in batches for row in batch) == list(range(100, 100 + rows))
+
+
+def test_without_a_shared_base_they_do_not():
+    assert [len(batches) for batches in batches_of_processes(9, 2, 4, sharded=False)] == [2, 1]
+    with pytest.raises(ValueError, match="equally many batches") as caught:
+        batches_of_processes(1, 2, 4, sharded=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_second_derivatives_of_a_sharded_base_are_refused():
+    model = torch.nn.Linear(1, 1)
+    context = PriorContext(model, list, list, (1, 1), lambda tensors: None)
+    InfluencePrior().attach(context)  # the control
+    model.__dict__[BEFORE] = None
+    with pytest.raises(ValueError, match="takes second derivatives"):
+        InfluencePrior().attach(context)
+
+
+# ---- device_map ----
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model("bert").save_pretrained(folder)
+    return folder
+
+
+def on_devices(checkpoint, **settings):
+    return AutoModelForSequenceClassification.from_pretrained(checkpoint, **settings)
+
+
+def texts(path, model):
+    args = UIBConfig(
+        str(path), max_steps=2, subspace_rank=4, use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no"
+    )
+    return UIBTrainer(
+        model, args, make_rows("bert", 12, seed=1), make_rows("bert", 8, seed=2), make_rows("bert", 9, seed=3)
+    )
+
+
+def test_a_device_map_of_one_device_changes_nothing(tmp_path, checkpoint):
+    found = []
+    for places in (None, "auto", {"": "cpu"}):
+        model = on_devices(checkpoint, device_map=places)
+        if isinstance(places, dict):  # with accelerate's hooks on every module, as on several devices
+            model = dispatch_model(model, places, main_device="cpu", force_hooks=True)
+        trainer = texts(tmp_path, model)
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    assert trainer.adapted_model.get_base_model().hf_device_map == {"": "cpu"}
+    assert any(found[0][name].any() for name in found[0] if "lora_B" in name)
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+
+
+@pytest.mark.parametrize("part", ["bert.embeddings", "bert.encoder.layer.1"])  # without linear layers, and with them
+def test_a_model_with_parts_on_disk_is_refused(tmp_path, checkpoint, part):
+    parts = ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler", "dropout", "classifier")
+    places = {name: "disk" if name == part else "cpu" for name in parts}
+    model = on_devices(checkpoint, device_map=places, offload_folder=str(tmp_path / "offloaded"))
+    with pytest.raises(ValueError, match=rf"{part}\..* is offloaded \(disk\)") as caught:
+        texts(tmp_path / "out", model)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_model_over_several_devices_is_refused(tmp_path):
+    model = make_model("bert")
+    model.hf_device_map = {"bert": 0, "classifier": 1}  # as accelerate leaves it: there is one device here
+    with pytest.raises(ValueError, match=r"on several devices \(0, 1\)") as caught:
+        texts(tmp_path / "out", model)
+    assert "\n" not in str(caught.value)

@@ -202,7 +202,9 @@ def commands(text: str) -> list[tuple[str, set[str]]]:
     pieces = fences.findall(text) + re.findall(r"`([^`\n]+)`", fences.sub("", text))
     lines = [line for piece in pieces for line in re.sub(r"\\\n", " ", piece).splitlines()]
     found = [
-        re.search(r"(?:hf-uib|-m hf_uib\.cli|scripts/(?=\w+\.py))\s*(unlearn|audit|demo|app)\b(.*)", line)
+        re.search(
+            r"(?:hf-uib|-m hf_uib\.cli|scripts/(?=\w+\.py))\s*(unlearn|discover|audit|export|demo|app)\b(.*)", line
+        )
         for line in lines
     ]
     return [(match[1], set(re.findall(r"(--\w+)", match[2]))) for match in found if match]
@@ -217,7 +219,7 @@ def test_command_lines_take_their_flags():
         for flag in flags
     }
     assert len(asked) > 10
-    assert {command for command, _ in asked} == {"unlearn", "audit"}
+    assert {command for command, _ in asked} == {"unlearn", "discover", "audit", "export"}
     unknown = []
     for command in sorted({command for command, _ in asked}):
         helped = subprocess.run(

@@ -23,6 +23,7 @@ import custom_prior  # noqa: E402
 import delete_rows  # noqa: E402
 import multi_label  # noqa: E402
 import outdated_labels  # noqa: E402
+import token_labels  # noqa: E402
 import vit_colour_bias  # noqa: E402
 import voice_bias  # noqa: E402
 
@@ -101,6 +102,15 @@ def test_multi_label():
     assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.02
     assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
     assert "labels other than 'closed'" in verdict
+
+
+@pytest.mark.slow
+def test_token_labels():
+    rows, verdict = token_labels.main(steps=80, train_steps=150)
+    assert rows["original"]["follow_rate"] > 0.35
+    assert rows["UIB"]["follow_rate"] < 0.75 * rows["original"]["follow_rate"]
+    assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
+    assert "the deep audit, which is for one label a row" in verdict
 
 
 @pytest.mark.slow

@@ -156,6 +156,6 @@ def test_a_task_type(extended, tmp_path):
     assert trainer.task.margin(logits, labels).tolist() == [2.0, -2.0]
     with pytest.raises(
         ValueError,
-        match="The audit reads classifiers of one label or several a row; the task of this model is OneLogit",
+        match="The audit reads classifiers of one label a row, several, or one a token; the task of this model is OneLogit",
     ):
         trainer.audit(rows(40, 5))

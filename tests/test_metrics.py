@@ -18,7 +18,9 @@ from hf_uib.metrics import (
     bias_correlation,
     bias_row,
     flip_rate,
+    klom,
     membership_attack,
+    memorisation_strata,
     text_table,
     worst_group_accuracy,
 )
@@ -74,6 +76,74 @@ def test_flip_rate_and_attribute_classes():
     assert flip_rate(logits, 2) == pytest.approx(1 / 3)
     assert attribute_classes(np.array([5, 5, 7, 7, 7]), np.array([0, 0, 1, 1, 0])) == {5: 0, 7: 1}
     assert attribute_classes(np.array([5, 5, 5]), np.array([0, 1, 1])) is None
+
+
+# ---- Against retrained models ----
+
+
+def test_klom_by_hand():
+    """Margins from 0 to 4 in four bins."""
+    # p = (1/2, 0, 0, 1/2), q = (1/2, 1/2, 0, 0): the last bin has no retrained model
+    first = 0.5 * np.log(0.5 / 0.5) + 0.5 * np.log(0.5 / 1e-5)
+    # p = (0, 1/2, 1/2, 0), q = (1/4, 1/4, 1/4, 1/4)
+    second = np.log(0.5 / 0.25)
+    mine, theirs = [[0.0, 4.0]], [[0.5, 1.5]]
+    assert klom(mine, theirs, bins=4)["klom"] == pytest.approx(first, abs=1e-12)
+    four = klom([[1.2, 2.2]], [[0.0, 1.0, 2.0, 4.0]], bins=4)
+    assert four["klom"] == pytest.approx(second, abs=1e-12)
+    both = klom([[0.0, 4.0, 0.0, 4.0], [1.2, 2.2, 1.2, 2.2]], [[0.5, 1.5, 0.5, 1.5], [0.0, 1.0, 2.0, 4.0]], bins=4)
+    assert both["klom"] == pytest.approx((first + second) / 2, abs=1e-12)
+    assert both["klom_95"] == pytest.approx(np.quantile([first, second], 0.95))
+    assert klom([[3.0, 3.0]], [[3.0]])["klom"] == 0  # no width
+    assert klom([[500.0]], [[100.0]])["klom"] == 0  # clipped
+    assert klom([[1.0]], [[2.0]])["klom"] == pytest.approx(-np.log(1e-5))  # the ceiling
+
+
+def test_klom_of_two_gaussians():
+    """Over many models it is the divergence of the distributions, (m - n)² / 2 s² nats, but for the bins' width."""
+    rng = np.random.default_rng(0)
+    for shift in (0.5, 1.0):
+        mine, theirs = rng.normal(shift, 1, (4, 40_000)), rng.normal(0, 1, (4, 40_000))
+        assert klom(mine, theirs, bins=40)["klom"] == pytest.approx(shift**2 / 2, rel=0.05)
+    assert klom(rng.normal(size=(4, 40_000)), rng.normal(size=(4, 40_000)))["klom"] < 0.002
+    # Two retrained models tell nothing: as far from each other as from anything else
+    few = rng.normal(size=(50, 3))
+    assert klom(few[:, :1], few[:, 1:2])["klom"] == klom(few[:, :1] + 9, few[:, 1:2])["klom"]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "message"),
+    [
+        ([[1.0]], [[1.0], [2.0]], "of the same examples"),
+        ([1.0], [2.0], "must be .examples, models."),
+        ([[float("nan")]], [[1.0]], "must be numbers"),
+    ],
+)
+def test_klom_of_what_does_not_go_together(mine, theirs, message):
+    with pytest.raises(ValueError, match=message):
+        klom(mine, theirs)
+
+
+def test_strata_show_gaps_that_cancel():
+    """Six rows in order of confidence: the model keeps both memorised rows, loses both easy ones, and is as good overall."""
+    labels, order = np.zeros(6, int), np.array([3, 0, 5, 1, 4, 2])
+    put = lambda values: np.asarray(values)[np.argsort(order)]
+    mine, retrained = put([0, 0, 0, 1, 1, 1]), put([1, 1, 0, 1, 0, 0])
+    result = memorisation_strata(
+        mine, retrained, labels, margins=put([3.0, 1.0, 0, 0, -2.0, -2.0]), retrained_margins=np.zeros(6),
+        confidences=put([0.1, 0.2, 0.5, 0.6, 0.9, 0.95]), n_bootstrap=50,
+    )  # fmt: skip
+    assert (mine == labels).sum() == (retrained == labels).sum()
+    strata = result["strata"]
+    assert [strata[name]["accuracy_gap"] for name in ("high", "medium", "low")] == [1.0, 0.0, -1.0]
+    assert [strata[name]["margin_gap"] for name in ("high", "medium", "low")] == [2.0, 0.0, -2.0]
+    assert strata["high"]["rows"] == 2 and strata["high"]["retrained_accuracy"] == 0.0
+    assert strata["high"]["margin_gap_low"] == 1.0 and strata["high"]["margin_gap_high"] == 3.0
+    assert result["largest_accuracy_gap"] == 1.0
+    with pytest.raises(ValueError, match="three forget rows or more, not 2"):
+        memorisation_strata([0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 1])
+    with pytest.raises(ValueError, match="must be numbers"):
+        memorisation_strata([0] * 3, [0] * 3, [0] * 3, [0] * 3, [0] * 3, [0, 1, float("nan")])
 
 
 # ---- The table ----
@@ -166,6 +236,13 @@ def columns_of(name):
             "examples": ids,
         },
         "MembershipAttack": {"scores": rng.normal(size=400), "references": labels, "splits": splits, "seed": 3},
+        "Klom": {
+            "margins": rng.normal(size=(400, 3)).tolist(),
+            "retrained_margins": rng.normal(size=(400, 5)).tolist(),
+        },
+        "MemorisationStrata": labelled
+        | {"retrained_predictions": rng.integers(0, 5, 400), "n_bootstrap": 9}
+        | {name: rng.normal(size=400) for name in ("margins", "retrained_margins", "confidences")},
         "UnlearningGap": labelled
         | {"retrained_predictions": rng.integers(0, 5, 400), "splits": splits, "n_bootstrap": 9},
     }[name]
@@ -175,7 +252,9 @@ FUNCTIONS = {
     "BiasCorrelation": "bias_correlation",
     "WorstGroupAccuracy": "worst_group_accuracy",
     "CounterfactualGap": "counterfactual_gap",
+    "Klom": "klom",
     "MembershipAttack": "membership_attack",
+    "MemorisationStrata": "memorisation_strata",
     "UnlearningGap": "unlearning_gap",
 }
 

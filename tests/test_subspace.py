@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_rows
+from torch.utils.checkpoint import checkpoint
 
 from hf_uib import UIBConfig, UIBTrainer, contrast, objective
 from hf_uib.data.checks import comparable
@@ -163,3 +164,29 @@ def test_which_retained_rows_are_compared():
     assert rows([0, 0]) == [0, 4] and rows([0, 1]) == [0, 1, 4, 5]
     assert rows([0, 1, 2]) == rows([7]) == list(range(6))
     assert comparable(np.array([0]), None).tolist() == []
+
+
+def contrast_of(architecture, path, dtype, again):
+    rows = [make_rows(architecture, seed=seed) for seed in (1, 2, 3)]
+    args = UIBConfig(str(path), subspace_rank=4, use_cpu=True, max_steps=20)
+    trainer = UIBTrainer(make_model(architecture).to(dtype), args, *rows)
+    args.gradient_checkpointing = again  # of models that have none of their own too
+    found = trainer.measurements.contrast(trainer.model, trainer.layers)
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+    return found
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype",
+    [("bert", torch.bfloat16), ("vit", torch.float32), ("swinv2", torch.float32)],
+)
+def test_blocks_that_are_computed_again_give_the_same_to_the_bit(tmp_path, monkeypatch, architecture, dtype):
+    calls = []
+    monkeypatch.setattr(contrast, "checkpoint", lambda *args, **named: calls.append(0) or checkpoint(*args, **named))
+    first, second = (contrast_of(architecture, tmp_path, dtype, again) for again in (False, True))
+    assert calls
+    assert first.pattern_z == second.pattern_z and first.norms == second.norms and any(first.norms.values())
+    for name in first.norms:
+        assert torch.equal(first.subspaces[name], second.subspaces[name])
+        assert torch.equal(first.mean_inputs[name], second.mean_inputs[name])
+        assert torch.equal(first.output_scales[name], second.output_scales[name])

@@ -111,6 +111,11 @@ def test_accumulation_gives_one_trajectory_with_noise(tmp_path):
     assert max(abs(a - b) for a, b in zip(losses(other), runs[8][1], strict=True)) > 1e-2  # the comparison can fail
 
 
+def noise_of(trainer, name):
+    noise = trainer.posterior.noise
+    return noise.noise[list(noise.subspaces).index(name)]
+
+
 def test_noise_has_the_stated_covariance_and_is_reproducible(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.run_statistics_pass()
@@ -118,14 +123,14 @@ def test_noise_has_the_stated_covariance_and_is_reproducible(tmp_path):
     draws = []
     for step in range(300):
         trainer.posterior.noise.draw(0.5, 0, step)
-        draws.append(trainer.posterior.noise.noise[name])
+        draws.append(noise_of(trainer, name))
     flat = torch.cat(draws).flatten(1)  # [300 x DRAWS, k k]
     k = trainer.args.subspace_rank
     width = 0.5 / k**0.5
     covariance = flat.T @ flat / len(flat)
     torch.testing.assert_close(covariance, width**2 * torch.eye(k * k), rtol=0, atol=0.12 * width**2)
     trainer.posterior.noise.draw(0.5, 0, 7)
-    assert torch.equal(trainer.posterior.noise.noise[name], draws[7])
+    assert torch.equal(noise_of(trainer, name), draws[7])
     assert not torch.equal(draws[7], draws[8])
 
 
@@ -144,10 +149,10 @@ def test_noise_mixes_what_the_layer_reads_of_the_pattern(tmp_path, factors):
         layer.train()
         quiet = layer(x)
         trainer.posterior.noise.draw(0.5, 0, 3)
-        trainer.posterior.noise.positions = torch.tensor([5, 6 + trainer.posterior.noise.DRAWS, 5])
+        trainer.posterior.noise.set_rows(torch.tensor([5, 6 + trainer.posterior.noise.DRAWS, 5]))
         noisy = layer(x)
         for row, draw in enumerate((5, 6, 5)):
-            noise = (read @ trainer.posterior.noise.noise[name][draw].T @ v).view_as(base.weight)
+            noise = (read @ noise_of(trainer, name)[draw].T @ v).view_as(base.weight)
             one = x[row : row + 1]
             moved = torch.nn.functional.conv2d(one, noise, stride=4) if base.weight.ndim == 4 else one @ noise.T
             torch.testing.assert_close(noisy[row : row + 1], quiet[row : row + 1] + moved, rtol=1e-4, atol=1e-4)
@@ -162,7 +167,7 @@ def test_evaluation_and_saving_use_the_mean(tmp_path):
     rows = make_rows(n=8, seed=5)
     first, second = trainer.predict(rows).predictions, trainer.predict(rows).predictions
     assert (first == second).all()
-    assert not trainer.posterior.noise.noise
+    assert trainer.posterior.noise.noise is None
 
 
 # ---- adapters, saving, resuming ----

@@ -85,7 +85,7 @@ def run(unpacked, folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", ["", "unlearn", "audit", "demo", "app"])
+@pytest.mark.parametrize("command", ["", "unlearn", "audit", "demo", "export", "lineage", "app"])
 def test_help_from_the_wheel(command, unpacked, tmp_path):
     done = run(unpacked, tmp_path, *command.split(), "--help")
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,14 @@
 """Started by test_processes.py under one or two processes: trains a small model and writes what was computed."""
 
 import gc
+import glob
 import sys
 
+import datasets
 import torch
 from accelerate import PartialState
 from conftest import make_model, make_rows
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_uib import UIBConfig, UIBTrainer
@@ -22,8 +25,8 @@ class Losses(TrainerCallback):
             self.rows.append([logs[k] for k in ("loss", "fit_nats", "kl_nats", "retain_margin")])
 
 
-def main(path: str, batch: int, accumulation: int, seed: int, prior: str) -> None:
-    """Train where two processes get uneven shares of forget and calibration rows.
+def main(path: str, batch: int, accumulation: int, seed: int, prior: str, streams: bool = False) -> None:
+    """Train where two processes get uneven shares of forget and calibration rows; these come as streams, or not.
 
     The retained rows are a multiple of the batch: otherwise accelerate fills up the last batch of an epoch with rows of its start.
     """
@@ -33,20 +36,30 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str) -> Non
         prior_update_steps=2, noise_to_signal=0.5, report_to="none", prior=prior, prior_fraction=0.7,
     )  # fmt: skip
     losses = Losses()
+    datasets.config.HF_DATASETS_CACHE = path + ".cache"
+    forget, retain, calibration, test = (make_rows(n=n, seed=i) for i, n in enumerate((27, 32, 13, 21), 1))
+    if streams:
+        forget, retain, calibration, test = (
+            rows.to_iterable_dataset() for rows in (forget, retain, calibration, test)
+        )
     trainer = UIBTrainer(
-        make_model(), args, make_rows(n=27, seed=1), make_rows(n=32, seed=2),
-        calibration_dataset=make_rows(n=13, seed=3), eval_dataset=make_rows(n=21, seed=4), callbacks=[losses],
+        make_model(), args, forget, retain, calibration_dataset=calibration, eval_dataset=test, callbacks=[losses],
         compute_metrics=lambda seen: {"accuracy": (seen.predictions.argmax(-1) == seen.label_ids).mean()},
     )  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()
+    written = glob.glob(path + ".cache/hf_uib_*")
+    assert len(written) == streams  # by one process, for both
     if trainer.is_world_process_zero():
         adapter = {
             n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if "lora" in n
         }
+        base = [p for n, p in trainer.model.named_parameters() if ".lora_" not in n]
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in base]
         torch.save(
             {
                 "world": args.world_size,
+                "share": sum(p.numel() for p in held) / sum(p.numel() for p in base),
                 "subspaces": dict(trainer.posterior.subspaces.items()),
                 "output_scale": dict(trainer.posterior.output_scales.items()),
                 "pattern_z": torch.tensor(trainer.statistics["pattern_z"]),
@@ -61,6 +74,6 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str) -> Non
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], "streams" in sys.argv)
     gc.collect()  # the trainer goes before its process group
     PartialState().destroy_process_group()

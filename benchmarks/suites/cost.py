@@ -18,8 +18,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from hf_uib import UIBConfig, UIBTrainer
@@ -31,9 +29,9 @@ from ..markdown import table
 from . import runs
 from .launch import ROOT, accelerate_config, last_json_line
 
-COST, GPU_COST = results.FOLDER / "cost.jsonl", results.FOLDER / "cost_gpu.jsonl"
+COST = results.FOLDER / "cost.jsonl"
 PROCESSES, SCALING = results.FOLDER / "cost_processes.jsonl", results.FOLDER / "scaling.jsonl"
-SMALL, BASE = ("ViT 192x6", "minilm-size BERT"), ("ViT-B/16", "BERT-base")
+SMALL = ("ViT 192x6", "minilm-size BERT")
 SMALL_BERT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 SCALING_POINT = {"samples": 256, "width": 96, "layers": 4}
 VARIED = {"samples": [64, 128, 256, 512, 1024], "width": [48, 96, 192, 384], "layers": [2, 4, 8, 16]}
@@ -44,17 +42,13 @@ def model_and_columns(name: str, rows: int, width: int = 192, layers: int = 6) -
     """A randomly initialised classifier of some size, and random inputs for it."""
     rng = np.random.default_rng(0)
     if "BERT" in name:
-        large = name == "BERT-base"
-        config, length = BertConfig(**({} if large else SMALL_BERT)), 128 if large else 40
+        config, length = BertConfig(**SMALL_BERT), 40
         columns = {
             "input_ids": rng.integers(5, 30000, (rows, length)).tolist(),
             "attention_mask": np.ones((rows, length), int).tolist(),
         }
         return BertForSequenceClassification(config), columns
-    size = 224 if name == "ViT-B/16" else 28
-    columns = {"pixel_values": rng.normal(size=(rows, 3, size, size)).astype("float32").tolist()}
-    if name == "ViT-B/16":
-        return ViTForImageClassification(ViTConfig(num_labels=2)), columns
+    columns = {"pixel_values": rng.normal(size=(rows, 3, 28, 28)).astype("float32").tolist()}
     return small_vit(28, 7, ["a", "b"], hidden=width, layers=layers), columns
 
 
@@ -90,7 +84,7 @@ class Clock(TrainerCallback):
 
 def timed_trainer(variant: str, model_name: str, retain: int, forget: int, folder: str, clock: Clock) -> Trainer:
     """A trainer of 16 steps: plain LoRA on all rows of a step, or UIB with noise and, where there are forget rows, its prior."""
-    rows, gpu = 512 if model_name in SMALL else 128, torch.cuda.is_available()
+    rows, gpu = 512, torch.cuda.is_available()
     model, columns = model_and_columns(model_name, rows)
     common = dict(
         max_steps=16, save_strategy="no", disable_tqdm=True, logging_steps=1000, learning_rate=1e-4, bf16=gpu, use_cpu=not gpu,
@@ -132,19 +126,14 @@ def apart(options, variant: str, model: str, retain: int, forget: int, processes
     return last_json_line(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
 
 
-def run_cost(options, path=COST, models=SMALL) -> None:
+def run_cost(options) -> None:
     """Every variant in a process of its own, interleaved, three times; nothing else may run beside it."""
     found = []
     for repeat in range(3):
-        for model in models:
+        for model in SMALL:
             for variant, retain, forget in (("lora", 32, 0), ("uib", 32, 0), ("lora", 32, 32), ("uib", 32, 32)):
                 found.append(apart(options, variant, model, retain, forget) | {"repeat": repeat})
-    results.replace(path, found)
-
-
-def run_gpu_cost(options) -> None:
-    """The same at ViT-B and BERT-base size in bf16, on a GPU."""
-    run_cost(options, GPU_COST, BASE)
+    results.replace(COST, found)
 
 
 def run_processes(options) -> None:
@@ -244,8 +233,7 @@ def scaling_table(points: list[dict]) -> list[str]:
 def cost_tables() -> list[str]:
     """Everything that was measured."""
     parts = []
-    for path, where in ((COST, "two CPU cores"), (GPU_COST, "GPU, bf16")):
-        parts += step_table(lines, where) if (lines := results.read(path)) else []
+    parts += step_table(lines, "two CPU cores") if (lines := results.read(COST)) else []
     parts += processes_table(lines) if (lines := results.read(PROCESSES)) else []
     parts += scaling_table(points) if (points := results.read(SCALING)) else []
     return ["## Steps and processes\n", results.FIRST_EDITION, *parts] if parts else []

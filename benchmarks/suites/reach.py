@@ -15,6 +15,7 @@ REACH = results.FOLDER / "reach.jsonl"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TITLES = {
     "multi_label": "Several labels a row (digits that are even, large or closed; ViT)",
+    "token_labels": "Labels of tokens (persons, places and firms in sentences; BERT)",
     "voice_bias": "Sounds (synthetic vowels; audio spectrogram transformer)",
 }
 COLUMNS = {"accuracy": "accuracy", "conflicting_accuracy": "bias-conflicting accuracy", "follow_rate": "shortcut rate"}

@@ -8,8 +8,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from torch import nn
 
-from ..inference import ModelOutputs
-from ..metrics import counterfactual_gap, membership_attack, unlearning_gap
+from ..inference import ModelOutputs, has_weights
+from ..metrics import counterfactual_gap, klom, membership_attack, memorisation_strata, unlearning_gap
 from .statistics import Estimate, Resampler
 from .thresholds import AuditThresholds
 
@@ -39,11 +39,15 @@ class BiasAttribute:
         values: ``[n]`` as the user names them.
         codes: ``[n]`` integers; the class that the value stands for where ``stands_for_classes``. -1 is none.
         stands_for_classes: the attribute gave the label away on the forget set.
+        groups: ``[n]`` names as ``sex=f``; empty where a row has no value.
+        concerned: ``[n]``, of labelled tokens: those whose class the forget set's tokens have too. None: all rows.
     """
 
     values: np.ndarray
     codes: np.ndarray
     stands_for_classes: bool
+    groups: np.ndarray
+    concerned: np.ndarray | None = None
 
 
 @dataclass
@@ -57,13 +61,15 @@ class AuditContext:
         outputs: of each model on each set.
         sizes: rows of each set before it was sampled.
         resamplers: by set; the resamples are the same for all models.
-        attribute: of the test rows, or None.
+        attributes: of the test rows, by column; of several columns also their crossing, last. The first is the one whose bias the
+            checks judge.
         examples: ``[n]`` ids of the test rows' examples, or None.
         processing_class: image processor or tokenizer.
         thresholds: the limits.
         seed: of every sample.
         deep: what `deep_audit` found; empty where it was not asked for.
         label: the one that is looked at, where a row has several.
+        positive: the class that false alarms and misses are about, and its name; None where there is none.
     """
 
     models: dict[str, nn.Module]
@@ -72,13 +78,14 @@ class AuditContext:
     outputs: dict[str, dict[str, ModelOutputs]]
     sizes: dict[str, int]
     resamplers: dict[str, Resampler]
-    attribute: BiasAttribute | None = None
+    attributes: dict[str, BiasAttribute] = field(default_factory=dict)
     examples: np.ndarray | None = None
     processing_class: Any = None
     thresholds: AuditThresholds = field(default_factory=AuditThresholds)
     seed: int = 0
     deep: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
+    positive: tuple[int, str] | None = None
     _memo: dict[tuple, Any] = field(default_factory=dict, repr=False)
 
     # ---- What there is ----
@@ -92,6 +99,16 @@ class AuditContext:
     def parts(self) -> list[str]:
         """Names of the sets."""
         return list(self.resamplers)
+
+    @property
+    def attribute(self) -> BiasAttribute | None:
+        """The one whose bias the checks judge."""
+        return next(iter(self.attributes.values()), None)
+
+    @property
+    def weights(self) -> bool:
+        """Whether every model has weights; an exported file has logits alone."""
+        return all(map(has_weights, self.models.values()))
 
     @property
     def coded(self) -> bool:
@@ -112,7 +129,17 @@ class AuditContext:
     @cached_property
     def conflicting(self) -> np.ndarray:
         """``[n]`` test rows whose attribute stands for another class."""
-        return (self.codes != self.outputs["reference"]["test"].labels) & (self.codes >= 0)
+        against = (self.codes != self.outputs["reference"]["test"].labels) & (self.codes >= 0)
+        return against if self._concerned is None else against & self._concerned
+
+    @property
+    def _concerned(self) -> np.ndarray | None:
+        return None if self.attribute is None else self.attribute.concerned
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the examples are labelled tokens, of which a row has several."""
+        return self.outputs["model"]["test"].rows is not None
 
     # ---- Accuracy and bias ----
 
@@ -135,7 +162,7 @@ class AuditContext:
         """A bias figure on the test set; ``aligned_advantage`` is accuracy where attribute and label agree minus where not."""
         outputs, resampler = self.outputs[name]["test"], self.resamplers["test"]
         if figure == "cramers_v":
-            return resampler.cramers_v(outputs.predictions, self.codes)
+            return resampler.cramers_v(outputs.predictions, self.codes, self._concerned)
         against = self.conflicting
         if figure == "follow_rate":
             return resampler.ratio((outputs.predictions == self.codes) & against, against)
@@ -157,12 +184,16 @@ class AuditContext:
 
     @_once
     def attack(self, name: str) -> dict[str, float]:
-        """`membership_attack` on the margins of the labels, without an interval; `auc` has it."""
+        """`membership_attack` on the margins of the labels, without an interval; `auc` has it. A row of labelled tokens has their
+        mean, and no class."""
         outputs = [self.outputs[name][part] for part in self.parts]
+        margins = [o.row_margins for o in outputs]
         return membership_attack(
-            scores=np.concatenate([o.margins for o in outputs]),
-            references=np.concatenate([o.labels for o in outputs]),
-            splits=self._splits(name),
+            scores=np.concatenate(margins),
+            references=np.concatenate(
+                [o.labels if o.rows is None else np.zeros(len(m)) for o, m in zip(outputs, margins, strict=True)]
+            ),
+            splits=np.repeat(self.parts, [len(m) for m in margins]),
             n_bootstrap=0,
             seed=self.seed,
         )
@@ -170,38 +201,62 @@ class AuditContext:
     @_once
     def auc(self, name: str) -> Estimate:
         """AUC of the margins, forget rows against test rows; resampled by example, the same for all models."""
-        forget, test = (self.outputs[name][part].margins for part in ("forget", "test"))
-        return self.resamplers["forget"].auc(forget, test, self.resamplers["test"])
+        forget, test = (self.outputs[name][part].row_margins for part in ("forget", "test"))
+        mine, theirs = (self.resamplers[part].of_groups() if self.of_tokens else self.resamplers[part]
+                        for part in ("forget", "test"))  # fmt: skip
+        return mine.auc(forget, test, theirs)
 
     @_once
     def gap(self, name: str) -> dict[str, float]:
-        """`unlearning_gap` to the first retrained model."""
+        """`unlearning_gap` to the first retrained model; of labelled tokens, which are no independent rows, without an interval."""
         mine, oracle = self.outputs[name], self.outputs[self.oracles[0]]
         return unlearning_gap(
             predictions=np.concatenate([mine[part].predictions for part in self.parts]),
             retrained_predictions=np.concatenate([oracle[part].predictions for part in self.parts]),
             references=np.concatenate([mine[part].labels for part in self.parts]),
-            splits=self._splits(name),
+            splits=np.repeat(self.parts, [len(mine[part].labels) for part in self.parts]),
             attack=self.attack(name)["mia_efficacy"],
             retrained_attack=self.attack(self.oracles[0])["mia_efficacy"],
-            n_bootstrap=N_BOOTSTRAP,
+            n_bootstrap=0 if self.of_tokens else N_BOOTSTRAP,
         )
 
-    def _splits(self, name: str) -> np.ndarray:
-        return np.repeat(self.parts, [len(self.outputs[name][part].labels) for part in self.parts])
+    @_once
+    def strata(self, name: str) -> dict[str, dict[str, float]]:
+        """Thirds of the forget set by the reference's margin, see `memorisation_strata`; against the first retrained model."""
+        mine, oracle = self.outputs[name]["forget"], self.outputs[self.oracles[0]]["forget"]
+        return memorisation_strata(
+            predictions=mine.predictions,
+            retrained_predictions=oracle.predictions,
+            references=mine.labels,
+            margins=mine.margins,
+            retrained_margins=oracle.margins,
+            confidences=self.outputs["reference"]["forget"].margins,
+            n_bootstrap=0 if self.of_tokens else N_BOOTSTRAP,
+            seed=self.seed,
+        )["strata"]
+
+    def klom(self, name: str, part: str) -> dict[str, float]:
+        """`klom` of one model against all retrained models but one, which is the model itself if it is one of them, else each in
+        turn: so what the retrained models get is the target."""
+        margins = {n: self.outputs[n][part].margins for n in {name, *self.oracles}}
+        left_out = [name] if name in self.oracles else self.oracles
+        others = lambda out: np.stack([margins[oracle] for oracle in self.oracles if oracle != out], axis=1)
+        values = [klom(margins[name][:, None], others(out)) for out in left_out]
+        return {key: float(np.mean([value[key] for value in values])) for key in values[0]}
 
     # ---- Groups ----
 
     @cached_property
     def members(self) -> dict[str, np.ndarray]:
-        """The groups of the test rows by name: classes, values of the attribute, and both together; small ones left out."""
+        """The groups of the test rows by name: classes, values of each attribute, and both together; small ones left out."""
         labels = self.outputs["reference"]["test"].labels
         groups = {f"class {y}": labels == y for y in np.unique(labels)}
-        if self.attribute is not None:
-            values = self.attribute.values
-            for b in np.unique(values):
-                groups[f"attribute {b}"] = values == b
-                groups |= {f"class {y}, attribute {b}": (labels == y) & (values == b) for y in np.unique(labels)}
+        for attribute in self.attributes.values():
+            alone = len(self.attributes) == 1
+            names = np.char.add("attribute ", attribute.values) if alone else attribute.groups
+            for b in np.unique(names[names != ""]):
+                groups[b] = names == b
+                groups |= {f"class {y}, {b}": (labels == y) & (names == b) for y in np.unique(labels)}
         return {name: rows for name, rows in groups.items() if rows.sum() >= self.thresholds.min_group_rows}
 
     @_once
@@ -213,7 +268,7 @@ class AuditContext:
     def groups(self, name: str) -> dict[str, Any]:
         """Accuracy of every group, the worst, and the plain and the weighted mean."""
         groups = {key: self.group(name, key) for key in self.members}
-        cells = {key: accuracy for key, accuracy in groups.items() if ", " in key} or groups
+        cells = {k: accuracy for k, accuracy in groups.items() if k.startswith("class ") and ", " in k} or groups
         values = np.array([accuracy.value for accuracy in cells.values()])
         sizes = np.array([self.members[key].sum() for key in cells])
         return {
@@ -227,8 +282,9 @@ class AuditContext:
     # ---- The re-fitted head ----
 
     def refit(self) -> dict[str, Estimate]:
-        """Shortcut rate of each model's features under a new linear head; empty where the attribute stands for no classes."""
-        return {name: self._refit(name) for name in self.names} if self.coded else {}
+        """Shortcut rate of each model's features under a new linear head; empty where the attribute stands for no classes, or a
+        model has no features."""
+        return {name: self._refit(name) for name in self.names} if self.coded and self.weights else {}
 
     @_once
     def _refit(self, name: str) -> Estimate:
@@ -238,9 +294,11 @@ class AuditContext:
         from sklearn.preprocessing import StandardScaler
 
         forget, test = self.outputs[name]["forget"], self.outputs[name]["test"]
-        rows = len(forget.labels)
+        rows = len(forget.labels) if forget.rows is None else int(forget.rows.max()) + 1
         wanted = round(self.thresholds.refit_fraction * self.sizes.get("forget", rows))
         chosen = np.random.default_rng(self.seed).permutation(rows)[: max(self.thresholds.refit_rows, wanted)]
+        if forget.rows is not None:
+            chosen = np.flatnonzero(np.isin(forget.rows, chosen))
         if len(np.unique(forget.labels[chosen])) < 2:
             return Estimate(float("nan"), np.full(2, np.nan))
         head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))

@@ -12,6 +12,8 @@ from ..serialization import MARK
 from .checks import Check
 
 INK, MUTED, OURS = "#222222", "#9aa5b1", "#2166ac"
+BEFORE, RETRAINED = "#b2182b", "#1b7837"
+MOST_GROUPS = 12  # that a picture shows
 PANELS = ("conflicting_accuracy", "follow_rate", "cramers_v", "accuracy", "forget_accuracy", "retain_accuracy")
 
 
@@ -79,16 +81,17 @@ def draw_layers(layers: list[dict], folder: str) -> str:
 
 
 def draw_audit(metrics: dict[str, Any], checks: list[Check], folder: str) -> str:
-    """``audit.png``: the main figures of every model with their intervals, and every check against its limit."""
+    """``audit.png``: the main figures of every model with their intervals, false alarms and misses by group, and every check."""
     wanted = [("test", k) for k in ("accuracy", "conflicting_accuracy", "follow_rate", "cramers_v")]
     wanted += [("forget", "accuracy"), ("membership", "auc")]
     models = list(metrics["test"])
     panels = [(topic, k) for topic, k in wanted if all(k in metrics[topic].get(m, {}) for m in models)]
-    figure = Figure(
-        figsize=(2.7 * max(len(panels), 3), 1.9 + 0.25 * len(models) + 0.24 * len(checks)), layout="constrained"
-    )
-    heights = [1.2 + 0.25 * len(models), 0.7 + 0.24 * len(checks)]
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    groups = _groups_shown(metrics.get("fairness", {}))
+    by_group = 0.9 + (0.14 * len(models) + 0.1) * len(groups) if groups else 0
+    heights = [1.2 + 0.25 * len(models), by_group, 0.7 + 0.24 * len(checks)]
+    figure = Figure(figsize=(2.7 * max(len(panels), 3), sum(heights)), layout="constrained")
+    heights = [height for height in heights if height]
+    top, *middle, bottom = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (topic, key) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for y, model in enumerate(models):
             cell = metrics[topic][model][key]
@@ -100,6 +103,8 @@ def draw_audit(metrics: dict[str, Any], checks: list[Check], folder: str) -> str
         axis.set_title(f"{topic}: {title_of(key)}", fontsize=9, color=INK)
         axis.tick_params(labelsize=8, colors=INK)
         axis.spines[["top", "right"]].set_visible(False)
+    for part in middle:
+        _draw_groups(part, metrics["fairness"], groups, models)
     axis = bottom.subplots()
     axis.set_axis_off()
     axis.set_ylim(len(checks) - 0.5, -0.7)
@@ -111,6 +116,39 @@ def draw_audit(metrics: dict[str, Any], checks: list[Check], folder: str) -> str
         axis.text(0.2, y, word, fontsize=8, color=colour, va="center", transform=axis.get_yaxis_transform())
         axis.text(0.31, y, check.detail, fontsize=8, color=INK, va="center", transform=axis.get_yaxis_transform())
     return _save(figure, folder, "audit.png")
+
+
+def _groups_shown(fairness: dict[str, Any]) -> list[tuple[str, str]]:
+    """Column and name of the largest groups: of single columns first, then of their crossing."""
+    shown: list[tuple[str, str]] = []
+    for column, figures in fairness.items():
+        groups = figures["model"].get("groups", {})
+        shown += [(column, name) for name in sorted(groups, key=lambda name: -groups[name]["rows"])]
+    return shown[:MOST_GROUPS]
+
+
+def _draw_groups(figure: Any, fairness: dict[str, Any], groups: list[tuple[str, str]], models: list[str]) -> None:
+    """False alarms and misses of each group, a line a model."""
+    axes = figure.subplots(1, 2, sharey=True)
+    step = 0.7 / len(models)
+    for axis, rate in zip(axes, ("false_positive_rate", "false_negative_rate"), strict=True):
+        for offset, model in enumerate(models):
+            cells = [fairness[column][model]["groups"][name][rate] for column, name in groups]
+            at = np.arange(len(groups)) + (offset - (len(models) - 1) / 2) * step
+            colour = {"model": OURS, "reference": BEFORE}.get(model, RETRAINED)
+            axis.hlines(at, [c["low"] for c in cells], [c["high"] for c in cells], color=colour, linewidth=1.5)
+            axis.plot([c["value"] for c in cells], at, "o", color=colour, markersize=4, label=model)
+        sizes = [fairness[column]["model"]["groups"][name]["rows"] for column, name in groups]
+        names = [f"{name if len(name) <= 40 else name[:39] + '…'} ({size})" for (_, name), size in zip(groups, sizes)]
+        axis.set_yticks(range(len(groups)), names)
+        axis.set_ylim(len(groups) - 0.5, -0.5)
+        axis.set_xlim(-0.02, 1.02)
+        axis.set_title(f"test: {title_of(rate)} by group (rows)", fontsize=9, color=INK)
+        axis.tick_params(labelsize=8, colors=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        for line in np.arange(1, len(groups)) - 0.5:
+            axis.axhline(line, color=MUTED, linewidth=0.4)
+    axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def draw_deep(deep: dict, folder: str) -> str:

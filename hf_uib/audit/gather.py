@@ -1,8 +1,10 @@
 """From models and data sets to the `AuditContext`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from datasets import ClassLabel
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,14 +15,15 @@ from ..data.columns import Columns
 from ..data.labels import model_names, named_config
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
+from ..exported import ExportedClassifier, is_onnx
 from ..inference import ModelOutputs, observe, processes
 from ..lora import require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
-from ..models import Name, load_classifier, name_of, num_labels_of
-from ..one_label import label_number, rows_with_label, two_classes
+from ..models import Name, labels_tokens, load_classifier, name_of, num_labels_of
+from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..provenance import detached, merged_copy
 from ..quantised import keep_codes
-from ..unlearning_task import MultiLabel, SingleLabel, UnlearningTask, task_of
+from ..unlearning_task import MultiLabel, SingleLabel, TokenLabels, UnlearningTask, task_of
 from .context import AuditContext, BiasAttribute
 from .statistics import Resampler
 from .thresholds import AuditThresholds
@@ -29,10 +32,12 @@ from .thresholds import AuditThresholds
 
 
 def loaded(model: Name | nn.Module, trust_remote_code: bool = False) -> nn.Module:
-    """A model by folder or Hub id, on this process's device; a model that is given stays where it is."""
+    """A model by folder, Hub id or ONNX file, on this process's device; a model that is given stays where it is."""
     given: Any = name_of(model)
     if not isinstance(given, str):
         return given
+    if is_onnx(given):
+        return ExportedClassifier(given)
     return load_classifier(given, trust_remote_code=trust_remote_code).to(processes().device)
 
 
@@ -88,13 +93,14 @@ def gather(
     datasets: dict[str, Any],
     *,
     processing_class: Any = None,
-    bias_column: str | None = None,
+    bias_column: str | Sequence[str] | None = None,
     example_column: str | None = None,
     deep: bool = False,
     seed: int = 0,
     thresholds: AuditThresholds | None = None,
     columns: Columns = Columns(),  # noqa: B008
     label: str | int | None = None,
+    positive_label: str | int | None = None,
 ) -> AuditContext:
     """What the checks look at: the encoded samples of the sets, and what each plain model says about them.
 
@@ -104,23 +110,33 @@ def gather(
         deep: keep the features of every block, not of the last alone.
         columns: names of columns that are not the usual ones.
         label: the label of a multi-label model that is looked at; see `one_label.label_number`.
+        positive_label: see `one_label.positive_class`.
 
     Raises:
-        ValueError: no forget or test rows, or a column or the label is missing.
+        ValueError: no forget or test rows, or a column or a label is missing.
     """
     thresholds = thresholds or AuditThresholds()
     model: Any = models["model"]
     task = task_of(model)
-    if not isinstance(task, (SingleLabel, MultiLabel)):
+    if not isinstance(task, (SingleLabel, MultiLabel, TokenLabels)):
         raise ValueError(
-            f"The audit reads classifiers of one label or several a row; the task of this model is {type(task).__name__}."
+            "The audit reads classifiers of one label a row, several, or one a token; the task of this model is "
+            f"{type(task).__name__}."
+        )
+    if example_column is not None and isinstance(task, TokenLabels):
+        raise ValueError(
+            f"example_column '{example_column}' is for models that label rows; leave it out: tokens have no counterparts."
         )
     if label is not None and not isinstance(task, MultiLabel):
         raise ValueError(f"label '{label}' is for a model of several labels a row; leave it out.")
     config = named_config({name: models[name].config for name in ("reference", *models)})
-    read = Reader(config, getattr(models["model"], "main_input_name", "input_ids"), processing_class, columns)
+    main_input = getattr(model, "main_input_name", "input_ids")
+    read = Reader(config, main_input, processing_class, columns, of_tokens=labels_tokens(model))
+    named: Any = next(m for m in models.values() if m.config is config)
+    positive = positive_class(named, positive_label, isinstance(task, MultiLabel))
     sets, number = _samples(read, datasets, example_column, seed, thresholds, task, model, label)
-    for setting, name in (("bias_column", bias_column), ("example_column", example_column)):
+    bias_columns = [bias_column] if isinstance(bias_column, str) else list(bias_column or ())
+    for setting, name in (*(("bias_column", name) for name in bias_columns), ("example_column", example_column)):
         if name is not None and name not in _names(sets["test"]):
             raise ValueError(f"{setting} '{name}' is not among {', '.join(_names(sets['test']))}.")
     outputs = {
@@ -131,20 +147,30 @@ def gather(
     }
     if number is not None:
         outputs = {name: {part: _of_label(out, number) for part, out in row.items()} for name, row in outputs.items()}
-    attribute = None
-    if bias_column is not None:
-        labels = outputs["reference"]["forget"].labels
-        attribute = _bias_attribute(sets, bias_column, labels, thresholds.attribute_association)
+    seen = outputs["reference"]
+    attributes = {
+        name: _bias_attribute(sets, name, seen["forget"], seen["test"], thresholds.attribute_association)
+        for name in dict.fromkeys(bias_columns)
+    }
+    if len(attributes) > 1:
+        attributes[" x ".join(attributes)] = _crossing(list(attributes.values()))
     ids = _column(sets["test"], example_column)
     examples = None if ids is None else np.unique([str(e) for e in ids], return_inverse=True)[1]
     resamplers = {
-        part: Resampler(examples if part == "test" else None, len(rows), thresholds.resamples, seed)
-        for part, rows in sets.items()
+        part: Resampler(
+            examples if part == "test" and examples is not None else out.rows,
+            len(out.labels),
+            thresholds.resamples,
+            seed,
+        )
+        for part, out in outputs["reference"].items()
     }
     sizes = {part: len(rows) for part, rows in datasets.items() if rows is not None}
+    name_of_class = lambda number: model_names(config).get(number, str(number))
+    label_name = None if number is None else name_of_class(number)
     return AuditContext(
-        models, oracles, sets, outputs, sizes, resamplers, attribute, examples, processing_class, thresholds, seed,
-        label=None if number is None else model_names(config).get(number, str(number)),
+        models, oracles, sets, outputs, sizes, resamplers, attributes, examples, processing_class, thresholds, seed,
+        label=label_name, positive=None if positive is None else (positive, label_name or name_of_class(positive)),
     )  # fmt: skip
 
 
@@ -199,11 +225,15 @@ def _selected(rows: Any, chosen: list[int]) -> Any:
 
 
 def _bias_attribute(
-    sets: dict[str, Any], bias_column: str, forget_labels: np.ndarray, attribute_association: float
+    sets: dict[str, Any], bias_column: str, forget: ModelOutputs, test: ModelOutputs, attribute_association: float
 ) -> BiasAttribute:
-    """The attribute of the test rows, coded by class where it carries the label on the forget set."""
+    """The attribute of the test rows, coded by class where it carries the label on the forget set; a token has its row's."""
     raw, on_forget = _column(sets["test"], bias_column), _column(sets["forget"], bias_column)
     assert raw is not None  # `gather` has looked
+    forget_labels, concerned = forget.labels, None
+    if test.rows is not None:
+        raw, on_forget = raw[test.rows], None if on_forget is None else on_forget[forget.rows]
+        concerned = np.isin(test.labels, forget_labels)
     values = np.asarray([str(value) for value in raw])
     missing = np.asarray([value is None for value in raw], dtype=bool)
     stands_for = None
@@ -217,7 +247,18 @@ def _bias_attribute(
         codes = np.unique(values, return_inverse=True)[1]
     else:
         codes = np.asarray([stands_for.get(value, -1) for value in values])
-    return BiasAttribute(values, np.where(missing, -1, codes), stands_for is not None)
+    feature = (getattr(sets["test"], "features", None) or {}).get(bias_column)
+    named = feature.int2str if isinstance(feature, ClassLabel) else str
+    groups = np.asarray(["" if value is None else f"{bias_column}={named(value)}" for value in raw])
+    return BiasAttribute(values, np.where(missing, -1, codes), stands_for is not None, groups, concerned)
+
+
+def _crossing(attributes: list[BiasAttribute]) -> BiasAttribute:
+    """The groups that several attributes make together; a row that lacks one value is in none. It stands for no classes."""
+    rows = list(zip(*(attribute.groups for attribute in attributes), strict=True))
+    groups = np.asarray([", ".join(row) if all(row) else "" for row in rows])
+    codes = np.unique(groups, return_inverse=True)[1]
+    return BiasAttribute(groups, np.where(groups == "", -1, codes), False, groups, attributes[0].concerned)
 
 
 def _names(rows: Any) -> list[str]:

@@ -13,10 +13,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from ..data.columns import Columns
 from ..data.fingerprints import fingerprint
-from ..data.pairing import collator_for
 from ..data.reading import Reader
-from ..inference import processes
-from ..models import Name, forward_columns, load_classifier, name_of
+from ..inference import collator_of, processes
+from ..models import Name, labels_tokens, load_classifier, name_of
 
 _MATTERS = (
     "seed", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -55,7 +54,8 @@ def retrain(
     if from_scratch:
         set_seed(args.seed)
         trained = type(trained)(trained.config)
-    read = Reader(trained.config, getattr(trained, "main_input_name", "input_ids"), processing_class, columns)
+    main_input, of_tokens = getattr(trained, "main_input_name", "input_ids"), labels_tokens(trained)
+    read = Reader(trained.config, main_input, processing_class, columns, of_tokens=of_tokens)
     rows = read(retain_dataset, "retain_dataset")
     folder = None
     if cache_dir is not None:
@@ -64,7 +64,7 @@ def retrain(
             return load_classifier(folder).eval()
     args = copy.copy(args)
     args.remove_unused_columns, args.save_strategy, args.push_to_hub = False, "no", False
-    collator = collator_for(forward_columns(trained), processing_class)
+    collator = collator_of(trained, processing_class)
     Trainer(model=trained, args=args, train_dataset=rows, data_collator=collator).train()
     if folder is not None:
         if processes().is_main_process:

@@ -1,6 +1,8 @@
 """Uncertainty of the audit's figures: resampling of whole examples, the same for all models."""
 
+import copy
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -53,6 +55,12 @@ class Resampler:
         draws = np.random.default_rng(seed).integers(0, max(self.groups, 1), (count, self.groups))
         self.weights = np.stack([np.bincount(draw, minlength=self.groups) for draw in draws]).astype(float)
 
+    def of_groups(self) -> "Resampler":
+        """The same resamples of the examples themselves, each as one row, in the order of their ids."""
+        other = copy.copy(self)
+        other.ids = np.arange(self.groups)
+        return other
+
     def _sums(self, values: np.ndarray) -> np.ndarray:
         sums = np.zeros((self.groups, *values.shape[1:]))
         np.add.at(sums, self.ids, values)
@@ -60,17 +68,35 @@ class Resampler:
 
     def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
         """``sum(numerator) / sum(denominator)`` of row-wise values ``[n]``."""
-        top, bottom = self._sums(numerator.astype(float)), self._sums(denominator.astype(float))
+        return self.ratios(numerator[:, None], denominator[:, None])[0]
+
+    def ratios(self, numerators: np.ndarray, denominators: np.ndarray) -> list[Estimate]:
+        """`ratio` of each column of ``[n, k]``."""
+        top, bottom = self._sums(numerators.astype(float)), self._sums(denominators.astype(float))
         with np.errstate(invalid="ignore", divide="ignore"):
             samples = (self.weights @ top) / (self.weights @ bottom)
-            value = float(np.divide(top.sum(), bottom.sum()))
-        return Estimate(value, samples)
+            values = top.sum(0) / bottom.sum(0)
+        return [Estimate(float(value), column) for value, column in zip(values, samples.T, strict=True)]
 
-    def cramers_v(self, first: np.ndarray, second: np.ndarray) -> Estimate:
-        """Cramér's V of two codes ``[n]``; resampling inflates it, so its samples are centred on the value."""
+    def wilson(self, rate: float, counted: np.ndarray) -> tuple[float, float]:
+        """95% interval of a rate over the rows ``counted [n]`` by Wilson (1927), with the examples that they come from as its n.
+
+        Unlike resampling it is not empty where all rows are alike: 0 of 3 says little.
+        """
+        n = len(np.unique(self.ids[counted]))
+        if not n:
+            return float("nan"), float("nan")
+        z2 = NormalDist().inv_cdf(0.975) ** 2
+        middle, half = rate + z2 / (2 * n), (z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) ** 0.5
+        return max((middle - half) / (1 + z2 / n), 0.0), min((middle + half) / (1 + z2 / n), 1.0)
+
+    def cramers_v(self, first: np.ndarray, second: np.ndarray, counted: np.ndarray | None = None) -> Estimate:
+        """Cramér's V of two codes ``[n]``, of the rows that are ``counted [n]`` (all by default); resampling inflates it, so its
+        samples are centred on the value."""
         a, b = (np.unique(x, return_inverse=True)[1] for x in (first, second))
         shape = (a.max() + 1, b.max() + 1)
-        cells = self._sums(np.eye(shape[0] * shape[1])[a * shape[1] + b])
+        cells = np.zeros((self.groups, shape[0] * shape[1]))
+        np.add.at(cells, (self.ids, a * shape[1] + b), 1.0 if counted is None else counted.astype(float))
         tables = np.concatenate([cells.sum(0)[None], self.weights @ cells]).reshape(-1, *shape)
         values = cramers_v_of(tables)
         return Estimate(float(values[0]), (values[1:] - values[1:].mean() + values[0]).clip(0, 1))

@@ -13,19 +13,22 @@ from functools import partial
 from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
-from ..data.sources import load_processor, load_splits, split_forget, split_of
+from ..data.sources import load_processor, load_splits, split_of
+from ..exported import folder_of
 from ..inference import processes
 from ..models import input_kind
 from .outputs import quiet
 from .parser import parse
-from .unlearn import columns_of, remote_code
+from .unlearn import chosen_rows, columns_of, remote_code
 
 
 @dataclass
 class AuditArguments:
     """What to audit, on what."""
 
-    model: str = field(metadata={"help": "The model that unlearned: Hub id or folder, an adapter's included."})
+    model: str = field(
+        metadata={"help": "The model that unlearned: Hub id or folder, an adapter's included, or an ONNX file."}
+    )
     dataset_name: str = field(
         metadata={"help": "Hub id, folder or file with the data the reference was trained on, and a test split."}
     )
@@ -39,10 +42,34 @@ class AuditArguments:
         default_factory=list,
         metadata={"help": "COLUMN=VALUE of the rows to forget; all of several must hold. Class names are accepted."},
     )
+    forget_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "rows.parquet of `hf-uib discover`: the rows to forget and those to retain; the others stay out."
+        },
+    )
+    forget_scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "CSV, JSON or Parquet file with a score for each row, as an attribution method gives them; with --forget_top."
+        },
+    )
+    forget_top: int | None = field(default=None, metadata={"help": "Forget that many rows with the highest scores."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_split: str = field(default="train", metadata={"help": "Split that holds forget and retained rows."})
     test_split: str = field(default="test", metadata={"help": "Split of unbiased rows that no model was trained on."})
-    bias_column: str | None = field(default=None, metadata={"help": "Column with the bias attribute."})
+    bias_column: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Column with the bias attribute; further ones after it, for fairness by each and by their crossing."
+        },
+    )
+    positive_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "Class that false alarms and misses by group are about: name or number. Default: class 1 of two, none of more."
+        },
+    )
     audit_label: str | None = field(
         default=None,
         metadata={
@@ -51,7 +78,10 @@ class AuditArguments:
         },
     )
     text_column: list[str] = field(
-        default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
+        default_factory=list,
+        metadata={
+            "help": "Column of the text (of the words, for a model that labels tokens), or the two columns of a pair of texts."
+        },
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
     audio_column: str | None = field(default=None, metadata={"help": "Column of the sound."})
@@ -72,7 +102,7 @@ class AuditArguments:
 
 def main(arguments: list[str]) -> None:
     """`hf-uib audit ARGUMENTS`."""
-    lists = {"forget_where": "COLUMN=VALUE", "retrained": None, "text_column": "COLUMN"}
+    lists = {"forget_where": "COLUMN=VALUE", "retrained": None, "text_column": "COLUMN", "bias_column": "COLUMN"}
     (job,) = parse("audit", __doc__, arguments, AuditArguments, lists=lists)
     audit(job)
 
@@ -99,12 +129,13 @@ def audit(job: AuditArguments) -> AuditReport:
     model: Any = load(job.model)
     reference = load(job.reference) if job.reference else None
     retrained = [load(name) for name in job.retrained]
+    processors = [folder_of(name) for name in (job.reference, job.model) if name]
     splits = load_splits(job.dataset_name, job.dataset_config_name)
     train = split_of(splits, job.train_split)
     test = split_of(splits, job.test_split)
-    if not job.forget_where:
+    if not job.forget_where and job.forget_rows is None and job.forget_scores is None:
         raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
-    forget, retain = split_forget(train, job.forget_where, job.train_split)
+    forget, retain = chosen_rows(train, job)
     report = audit_model(
         model,
         reference_model=reference,
@@ -113,12 +144,13 @@ def audit(job: AuditArguments) -> AuditReport:
         test_dataset=test,
         bias_column=job.bias_column,
         retrained_model=retrained,
-        processing_class=load_processor(job.reference, job.model, kind=input_kind(model), **remote_code(job)),
+        processing_class=load_processor(*processors, kind=input_kind(model), **remote_code(job)),
         example_column=job.example_column,
         deep=job.deep,
         seed=job.seed,
         columns=columns_of(job),
         label=job.audit_label,
+        positive_label=job.positive_label,
     )
     if processes().is_main_process:
         os.makedirs(job.output_dir, exist_ok=True)

@@ -14,9 +14,10 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 
 from ..data.labels import several_labels
+from ..data.reading import Reader
 from ..data.sources import PROCESSORS, load_processor
 from ..hub.push import MERGED
-from ..models import fingerprint, forward_columns, input_kind, load_classifier
+from ..models import fingerprint, forward_columns, input_kind, labels_tokens, load_classifier
 from ..provenance import STATE_NAME, requests_of, undo
 from .digits import digits_colour
 from .parser import in_one_line
@@ -157,7 +158,7 @@ def _recorded(adapter: str) -> dict:
 def _processor(model, *names: str):
     """Image processor or tokenizer of the first checkpoint that has one."""
     own = input_kind(model)
-    if own not in ("image", "text") or several_labels(model.config):
+    if own not in ("image", "text") or several_labels(model.config) or labels_tokens(model):
         raise ValueError(
             f"The app shows classifiers of pictures and texts with one label; this is a {type(model).__name__}."
         )
@@ -168,9 +169,8 @@ def _processor(model, *names: str):
         except Exception as error:  # whatever a library says of its files
             reasons.append(in_one_line(error))
             continue
-        if own == "text":
-            longest = getattr(model.config, "max_position_embeddings", processor.model_max_length)
-            processor.model_max_length = min(processor.model_max_length, longest)
+        if own == "text" and (longest := Reader(model.config, "input_ids", processor).longest()) is not None:
+            processor.model_max_length = longest  # as texts were cut in training and audit
         return processor
     kind = PROCESSORS[own]
     raise ValueError(f"{' and '.join(names)} have no {kind}; save it there with save_pretrained. ({reasons[-1]})")

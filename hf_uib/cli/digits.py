@@ -154,8 +154,12 @@ def biased_pictures(
     )
 
 
-def digits_colour(seed: int = 0) -> Task:
-    """scikit-learn's handwritten digits; on the forget set the hue gives the label away. Test digits come in every hue."""
+def digits_colour(seed: int = 0, retained: int = 90, bias_aligned_fraction: float = 1.0) -> Task:
+    """scikit-learn's handwritten digits; on the forget set the hue gives the label away. Test digits come in every hue.
+
+    Args:
+        seed: of split and hues; retained: of the 900 training digits; bias_aligned_fraction: of the forget set.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -167,7 +171,7 @@ def digits_colour(seed: int = 0) -> Task:
         "digits-colour",
         (x[:1497], y[:1497]),
         (x[1497:], y[1497:]),
-        {"pretrain": 350, "forget": 810, "retain": 90, "calibration": 100, "validation": 147},
+        {"pretrain": 350, "forget": 900 - retained, "retain": retained, "calibration": 100, "validation": 147},
         "colour",
         partial(paint, saturation=1.0),
         names,
@@ -176,6 +180,7 @@ def digits_colour(seed: int = 0) -> Task:
         rng,
         {"pretrain_steps": 500, "steps": 400, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
         copies=10,
+        bias_aligned_fraction=bias_aligned_fraction,
     )
 
 

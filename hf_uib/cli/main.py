@@ -10,8 +10,11 @@ from .parser import one_line_errors, refuse
 
 COMMANDS = {
     "unlearn": "make a fine-tuned classifier forget rows of its training data, or a pattern in them",
+    "discover": "rows of a training set that teach a shortcut, where no attribute is labelled",
     "audit": "look for what is left of the forget set in any checkpoints",
     "demo": "a bias in real digits, unlearned and compared with retraining, in about a minute",
+    "export": "the merged model as ONNX, compared with PyTorch's; its int8 too",
+    "lineage": "models on the Hub that were made from one, and still hold what it had to forget",
     "app": "a page on this machine: a model before and after unlearning, on your own example",
 }
 LAUNCHED = ("unlearn", "audit", "demo")  # can run in several processes

@@ -55,13 +55,20 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bias_attributes(forget, test, bias_column: str, labels: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+def bias_attributes(
+    forget,
+    test,
+    bias_column: str,
+    labels: np.ndarray | None = None,
+    rows: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, bool]:
     """The attribute of the test rows.
 
     Args:
         forget: rows in which the attribute may give the label away.
         test: unbiased rows; both have ``bias_column``.
         labels: of the forget rows, ``[n]`` class ids, where they are not those of the set.
+        rows: where tokens are labelled: the row of each token of the forget and of the test rows; ``labels`` are the tokens' then.
 
     Returns:
         ``[n]`` integers. They are classes, and the flag is True, where each value stands for a class in the forget set (-1: for
@@ -69,6 +76,8 @@ def bias_attributes(forget, test, bias_column: str, labels: np.ndarray | None = 
     """
     labels = labels_of(forget) if labels is None else labels
     raw, known = ([_hashable(value) for value in rows.with_format(None)[bias_column]] for rows in (test, forget))
+    if rows is not None:
+        known, raw = ([values[i] for i in of] for values, of in zip((known, raw), rows, strict=True))
     codes = {value: i for i, value in enumerate(sorted({*raw, *known}, key=str))}
     attributes = np.asarray([codes[value] for value in raw])
     stands_for = attribute_classes(np.asarray([codes[value] for value in known]), labels)

@@ -15,7 +15,7 @@ EPILOG = """\
 Settings may also stand in a file: --config FILE.yaml, one `name: value` a line; flags overrule it.
 --debug without a value shows the traceback of an error."""
 LAUNCH_EPILOG = """
---accelerate_config NAME starts the command under accelerate: cpu_two_processes, ddp, zero2, or a file of your own;
+--accelerate_config NAME starts the command under accelerate: cpu_two_processes, ddp, fsdp2, zero2, or a file of your own;
 --num_processes N overrules the number of processes in it."""
 TEXTS = ("what", "why", "due", "reference")  # taken as written: 0017 is a file number, and `no` an answer
 PERSONS = ("who", "name", "email", "requester", "person")  # never stored

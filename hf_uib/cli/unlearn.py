@@ -16,9 +16,11 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from ..config import UIBConfig
+from ..data.chosen import choose_rows
 from ..data.columns import Columns
 from ..data.labels import labels_of, named_config
 from ..data.reading import Reader
@@ -27,19 +29,19 @@ from ..data.sources import (
     load_processor,
     load_splits,
     near_misses,
-    split_forget,
     split_of,
     without_rows_of,
 )
 from ..hub.card import hub_id
 from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
-from ..inference import predict
-from ..models import input_kind, load_classifier
-from ..one_label import label_number, rows_with_label, two_classes
+from ..inference import labelled_examples, predict
+from ..lora import SERVING
+from ..models import input_kind, labels_tokens, load_classifier
+from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..provenance import next_base
 from ..trainer import UIBTrainer
-from ..unlearning_task import MultiLabel
+from ..unlearning_task import MultiLabel, TokenLabels
 from .demo import demo
 from .outputs import (
     bias_attributes,
@@ -80,8 +82,31 @@ class UnlearnArguments:
         default_factory=list,
         metadata={"help": "COLUMN=VALUE of the rows to forget; all of several must hold. Class names are accepted."},
     )
-    bias_column: str | None = field(
-        default=None, metadata={"help": "Column with the attribute to report the bias by."}
+    forget_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "rows.parquet of `hf-uib discover`: the rows to forget and those to retain; the others stay out."
+        },
+    )
+    forget_scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "CSV, JSON or Parquet file with a score for each row, as an attribution method gives them; with --forget_top."
+        },
+    )
+    forget_top: int | None = field(default=None, metadata={"help": "Forget that many rows with the highest scores."})
+    bias_column: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Column with the attribute to report the bias by; further ones after it, for fairness by each and by their "
+            "crossing."
+        },
+    )
+    positive_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "Class that false alarms and misses by group are about: name or number. Default: class 1 of two, none of more."
+        },
     )
     audit_label: str | None = field(
         default=None,
@@ -91,7 +116,10 @@ class UnlearnArguments:
         },
     )
     text_column: list[str] = field(
-        default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
+        default_factory=list,
+        metadata={
+            "help": "Column of the text (of the words, for a model that labels tokens), or the two columns of a pair of texts."
+        },
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
     audio_column: str | None = field(default=None, metadata={"help": "Column of the sound."})
@@ -107,6 +135,13 @@ class UnlearnArguments:
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
+    )
+    peft_config: str | None = field(
+        default=None,
+        metadata={
+            "help": f"`{SERVING}`: an adapter that vLLM loads, with LoRA on the linear layers of the blocks and the whole head. "
+            "Default: LoRA on every linear layer."
+        },
     )
     save_merged: bool = field(default=False, metadata={"help": f"Also write the merged model to output_dir/{MERGED}."})
     request: str | None = field(
@@ -132,7 +167,7 @@ def main(arguments: list[str]) -> None:
         arguments,
         UIBConfig,
         UnlearnArguments,
-        lists={"forget_where": "COLUMN=VALUE", "text_column": "COLUMN"},
+        lists={"forget_where": "COLUMN=VALUE", "text_column": "COLUMN", "bias_column": "COLUMN"},
         **training_defaults(),
     )
     if job.model_name_or_path is None and job.dataset_name is None and job.request is None:
@@ -163,6 +198,9 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
     if oracle is not None:
         named_config({"the model": trainer.model.config, str(job.retrained_model): oracle.config})
     shown = {"forget": trainer.forget_dataset, "retain": trainer.retain_dataset, "test": trainer.eval_dataset}
+    positive_class(
+        trainer.model, job.positive_label, isinstance(trainer.task, MultiLabel)
+    )  # wrong ones are refused now
     number = None
     if isinstance(trainer.task, MultiLabel):
         number = label_number(trainer.model, job.audit_label, labels_of(trainer.forget_dataset))
@@ -171,7 +209,7 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
     if number is not None:
         given = lambda rows: rows if rows is None else rows.select(rows_with_label(labels_of(rows), number))
         shown = {part: given(rows) for part, rows in shown.items()}
-    measured = lambda model: _measured(trainer, model, shown, job.bias_column, number)
+    measured = lambda model: _measured(trainer, model, shown, next(iter(job.bias_column), None), number)
     results = {"original": measured(trainer.model)}
     last = {} if oracle is None else {"retrained": measured(oracle)}
     with nothing_lost(trainer, lambda: next_audit(args, job, trainer.eval_dataset)):
@@ -181,12 +219,14 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
         audit = None
         test: Any = trainer.eval_dataset
         if test is not None:
-            bias_column = job.bias_column if job.bias_column in test.column_names else None
-            audit = trainer.audit(test, bias_column, retrained_model=oracle, label=number)
+            bias_columns = [name for name in job.bias_column if name in test.column_names]
+            audit = trainer.audit(
+                test, bias_columns, retrained_model=oracle, label=number, positive_label=job.positive_label
+            )
         if trainer.is_world_process_zero():
             source = {
                 "model": _base_name(job.model_name_or_path),
-                "forget_columns": _columns_of(job.forget_where),  # a value may be somebody's name
+                "forget_columns": chosen_by(job),  # a value may be somebody's name
             }
             save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
             if job.request:
@@ -201,13 +241,18 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
 
 def check_job(job: UnlearnArguments) -> None:
     """Refuse a job that lacks a part, and a request that lacks what an answer needs or says who asks."""
+    listed = job.forget_rows is not None or job.forget_scores is not None
     for name in ("model_name_or_path", "dataset_name", "forget_where"):
-        if not getattr(job, name):
+        if not getattr(job, name) and not (name == "forget_where" and listed):
             raise ValueError(
                 f"--{name} is missing; give --model_name_or_path, --dataset_name and --forget_where together."
             )
+    if job.peft_config not in (None, SERVING):
+        raise ValueError(f"--peft_config is '{job.peft_config}'; give {SERVING}, or leave it out.")
     if not job.request:
         return
+    if listed:
+        raise ValueError(f"{job.request} chooses rows by a file; a request names them by `forget_where`.")
     for name in ("what", "why", "due"):
         if not getattr(job, name):
             raise ValueError(
@@ -231,10 +276,7 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     model: Any = next_base(name, **remote_code(job))
     splits = load_splits(str(job.dataset_name), job.dataset_config_name)
     train = split_of(splits, job.train_split)
-    if job.bias_column and job.bias_column not in train.column_names:
-        raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(train.column_names)}.")
-    if job.bias_column and not isinstance(train.features[job.bias_column], (Value, ClassLabel)):
-        raise ValueError(f"bias_column '{job.bias_column}' holds lists or files; name a column of plain values.")
+    check_bias_columns(job.bias_column, train)
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
     base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
@@ -247,12 +289,14 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         raise ValueError(f"--max_length is {job.max_length}; a text needs 3 tokens or more, its marks included.")
     if job.max_length is not None:
         processor.model_max_length = job.max_length  # what a tokenizer truncates to
-    read = Reader(model.config, main_input, processor, columns)
+    read = Reader(model.config, main_input, processor, columns, of_tokens=labels_tokens(model))
 
     def rows_of(split: str) -> Dataset:
         return complete(split_of(splits, split), read, split) if job.drop_incomplete_rows else split_of(splits, split)
 
-    forget, retain = split_forget(rows_of(job.train_split), job.forget_where, job.train_split)
+    forget, retain = chosen_rows(train, job)
+    if job.drop_incomplete_rows:
+        forget, retain = (complete(rows, read, job.train_split) for rows in (forget, retain))
     for column, values in near_misses(retain, job.forget_where).items():
         print(
             f"Not forgotten: {values} retained rows whose {column} differs from the condition in case or space alone."
@@ -271,18 +315,34 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         calibration_dataset=sets.get("calibration"),
         eval_dataset=sets.get("test"),
         processing_class=processor,
+        peft_config=job.peft_config,  # type: ignore[arg-type]  # another word is refused
         columns=columns,
     )
-    trainer.request = job.what or f"{len(forget)} rows, chosen by {_columns_of(job.forget_where)}"
+    trainer.request = job.what or f"{len(forget)} rows, chosen by {chosen_by(job)}"
     trainer.dataset_name = hub_id(job.dataset_name)
     return trainer
 
 
+def check_bias_columns(bias_columns: list[str], train: Dataset) -> None:
+    """Refuse an attribute that the data lack, or that has no plain values."""
+    for column in bias_columns:
+        if column not in train.column_names:
+            raise ValueError(f"bias_column '{column}' is not among {', '.join(train.column_names)}.")
+        if not isinstance(train.features[column], (Value, ClassLabel)):
+            raise ValueError(f"bias_column '{column}' holds lists or files; name a column of plain values.")
+
+
+def chosen_rows(train: Dataset, job: Any) -> tuple[Dataset, Dataset]:
+    """The rows of the training split that a job forgets, and those that it retains."""
+    return choose_rows(train, job.train_split, job.forget_where, job.forget_rows, job.forget_scores, job.forget_top)
+
+
 def columns_of(job: Any) -> Columns:
-    """The columns that a job's flags name; those of its conditions are never the input."""
+    """The columns that a job's flags name; attributes and those of its conditions are never the input."""
     text = tuple(job.text_column) or None
-    return Columns(text, job.image_column, job.label_column, job.bias_column, condition_columns(job.forget_where),
-                   job.audio_column)  # fmt: skip
+    bias, *further = job.bias_column or [None]
+    other = (*condition_columns(job.forget_where), *further)
+    return Columns(text, job.image_column, job.label_column, bias, other, job.audio_column)
 
 
 def complete(dataset: Dataset, read: Reader, split: str) -> Dataset:
@@ -310,9 +370,9 @@ def audit_command(job: UnlearnArguments) -> str:
     """What an auditor pastes in the run's folder to check the merged model again, with paths of their own for words in capitals."""
     words = ["hf-uib", "audit", "--model", MERGED, "--reference", "MODEL_BEFORE", "--dataset_name", "DATA"]
     words += ["--forget_where", *map(shlex.quote, job.forget_where)]
-    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column", "audit_label"):
+    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column", "audit_label", "positive_label"):
         if value := getattr(job, flag):
-            words += [f"--{flag}", shlex.quote(value)]
+            words += [f"--{flag}", *map(shlex.quote, value if isinstance(value, list) else [value])]
     return " ".join(words + (["--retrained", "RETRAINED"] if job.retrained_model else []))
 
 
@@ -333,8 +393,10 @@ def next_audit(args: UIBConfig, job: UnlearnArguments, test: Any) -> str:
         value = getattr(job, setting.name, None)
         if setting.name in ("dataset_name", "reference") or not value or value == setting.default:
             continue  # a request's `reference` is a file number
-        if setting.name == "bias_column" and value not in getattr(test, "column_names", ()):
-            continue
+        if setting.name == "bias_column":
+            value = [name for name in value if name in getattr(test, "column_names", ())]
+            if not value:
+                continue
         words.append(f"--{setting.name}")
         words += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
     return shlex.join(words)
@@ -371,8 +433,11 @@ def _base_name(path: str | None) -> str:
     return os.path.basename((path or "").rstrip("/"))
 
 
-def _columns_of(conditions: list[str]) -> str:
-    return " and ".join(dict.fromkeys(condition.partition("=")[0] for condition in conditions))
+def chosen_by(job: UnlearnArguments) -> str:
+    """By what a job's forget rows are chosen; no value is said."""
+    if job.forget_rows is not None:
+        return "hf-uib discover"
+    return "a score" if job.forget_scores is not None else " and ".join(condition_columns(job.forget_where))
 
 
 def _last_or_named(checkpoint: str | None) -> str | bool | None:
@@ -385,20 +450,28 @@ def _measured(
 ) -> dict:
     """One row of the table for a user's model; ``number`` is that of the label which is looked at, where a row has several."""
     row: dict[str, float] = {}
+    of_forget: Any = None  # labels and rows of its tokens
     for part, dataset in shown.items():
         if dataset is None:
             continue
         rows = dataset if part == "test" or len(dataset) <= MOST_ROWS else dataset.select(range(MOST_ROWS))
-        logits, labels = predict(model, rows, trainer.processing_class, description=f"Evaluating {part}")
+        seen = predict(model, rows, trainer.processing_class, description=f"Evaluating {part}")
+        logits, labels, numbers = labelled_examples(*seen)
         if number is not None:
             logits, labels = two_classes(logits, labels, number)
-        if part == "test":
-            attributes = None
-            if bias_column is not None and bias_column in dataset.column_names:
-                forget: Any = shown["forget"]
-                own = None if number is None else labels_of(forget)[:, number].astype(int)
-                attributes = bias_attributes(forget, dataset, bias_column, own)
-            row |= results_row(logits, labels, attributes)
-        else:
+        if part != "test":
             row[f"{part}_accuracy"] = float((logits.argmax(-1) == labels).mean())
+            of_forget = (labels, numbers) if part == "forget" else of_forget
+            continue
+        row |= results_row(logits, labels, None)
+        if bias_column is None or bias_column not in dataset.column_names:
+            continue
+        forget: Any = shown["forget"]
+        if isinstance(trainer.task, TokenLabels):
+            attributes, coded = bias_attributes(forget, dataset, bias_column, of_forget[0], (of_forget[1], numbers))
+            told = np.isin(labels, of_forget[0])  # the bias is that of tokens whose class the forget set's have
+            row = results_row(logits[told], labels[told], (attributes[told], coded)) | row
+        else:
+            own = None if number is None else labels_of(forget)[:, number].astype(int)
+            row |= results_row(logits, labels, bias_attributes(forget, dataset, bias_column, own))
     return row

@@ -1,6 +1,6 @@
 """Which column of a data set is the text, the picture, the sound and the label."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import datasets
@@ -51,7 +51,7 @@ def present(dataset, name: str, what: str) -> str:
 
 
 def label_column(dataset, columns: Columns = Columns()) -> str:
-    """The label's column: as given, ``labels``, ``label``, or the only one of class names.
+    """The label's column: as given, ``labels``, ``label``, the only one of class names, or ``ner_tags``.
 
     Raises:
         ValueError: there is none, or more than one candidate.
@@ -69,6 +69,8 @@ def label_column(dataset, columns: Columns = Columns()) -> str:
     classes = [k for k, v in kinds.items() if isinstance(v, datasets.ClassLabel) and k not in _never(columns)]
     if len(classes) == 1:
         return classes[0]
+    if not classes and "ner_tags" in names:
+        return "ner_tags"
     found = f"more than one column of classes ({', '.join(classes)})" if classes else f"none of {', '.join(names)}"
     raise ValueError(
         f"No column 'label' or 'labels', but {found}; say which it is: --label_column NAME, in Python columns=Columns(label=...)."
@@ -127,6 +129,21 @@ def text_columns(dataset: datasets.Dataset, columns: Columns = Columns()) -> tup
     return () if only is None else (only,)
 
 
+def words_column(dataset: datasets.Dataset, columns: Columns = Columns()) -> str | None:
+    """The column of texts that are lists of words: as given, ``tokens``, or the only one of such lists; None where there is none.
+
+    Raises:
+        ValueError: there is more than one candidate.
+    """
+    if len(columns.texts) > 1:
+        raise ValueError(f"The words of a row are one column; {', '.join(columns.texts)} was given.")
+    if columns.texts:
+        return present(dataset, columns.texts[0], "text")
+    never = _never(columns) | {"label", "labels", "ner_tags"}
+    lists = [k for k, v in dataset.features.items() if is_string(getattr(v, "feature", None)) and k not in never]
+    return "tokens" if "tokens" in lists else _only(lists, "words", "text")
+
+
 def holds_pictures(feature) -> bool:
     """Whether a column holds pictures, or lists of them: the frames of a video."""
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
@@ -134,10 +151,21 @@ def holds_pictures(feature) -> bool:
 
 def undecoded(feature):
     """The feature under which a column of files gives their bytes; None where it holds none."""
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
+    if is_list(feature):
         inner = undecoded(feature.feature)
         return None if inner is None else datasets.List(inner)
     return type(feature)(decode=False) if isinstance(feature, (datasets.Image, datasets.Audio)) else None
+
+
+def values_of(dataset: datasets.Dataset, column: str) -> Iterator:
+    """The raw values of a column, some at a time."""
+    for batch in dataset.with_format(None).select_columns([column]).iter(1000):
+        yield from batch[column]
+
+
+def is_list(feature) -> bool:
+    """Whether a column holds lists."""
+    return isinstance(feature, (datasets.List, datasets.LargeList))
 
 
 def is_string(feature) -> bool:

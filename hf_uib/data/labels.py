@@ -8,10 +8,19 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .columns import Columns, is_string, label_column
+from .columns import Columns, is_list, is_string, label_column, values_of
+
+IGNORED = -100  # the label of a token that has none, as in Transformers
+NOT_LABELLED = (None, -1, IGNORED)  # the same in raw rows, of a word
 
 
-def class_ids(dataset: datasets.Dataset, config, columns: Columns = Columns(), name: str = "the data") -> dict | None:  # noqa: B008
+def class_ids(
+    dataset: datasets.Dataset,
+    config,
+    columns: Columns = Columns(),  # noqa: B008
+    name: str = "the data",
+    of_tokens: bool = False,
+) -> dict | None:
     """What each label of a data set is in the model: ``{label: class id}``; None where the labels are ids already.
 
     Names (class labels, strings) are matched to the model's, whatever their case and order. Integers, whole floats and booleans are
@@ -20,20 +29,29 @@ def class_ids(dataset: datasets.Dataset, config, columns: Columns = Columns(), n
     Args:
         config: of the model.
         name: what a message calls the set.
+        of_tokens: a row's labels are a list, one for each word (or token).
 
     Raises:
         ValueError: a name is none of the model's while others are, or the labels are no classes.
     """
     column = label_column(dataset, columns)
     feature = dataset.features[column]
-    if several_labels(config):
+    if several_labels(config) and not of_tokens:
         return None
-    if isinstance(feature, (datasets.List, datasets.LargeList, dict)):
+    values: Iterable = values_of(dataset, column)
+    if of_tokens:
+        if not is_list(feature):
+            raise ValueError(
+                f"The labels of {name} (column '{column}') are no lists; a model that labels tokens takes a label for each word."
+            )
+        feature = feature.feature
+        values = (value for row in values for value in row if value not in NOT_LABELLED)
+    if is_list(feature) or isinstance(feature, dict):
         raise ValueError(
             f"The labels of {name} (column '{column}') are lists; give one class for each row, or a model whose config says "
             "problem_type='multi_label_classification'."
         )
-    values = list(dict.fromkeys(v for v in dataset.with_format(None)[column][:] if v is not None and v == v))
+    values = list(dict.fromkeys(v for v in values if v is not None and v == v))
     if isinstance(feature, datasets.ClassLabel):
         names = {i: feature.names[i] for i in sorted(v for v in values if 0 <= v < feature.num_classes)}
         by_name = any_known(feature.names, config)  # one decision for all sets of the data

@@ -7,7 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 
@@ -172,12 +177,19 @@ class UIBCollator:
         return self.collator(named)
 
 
-def collator_for(columns: set[str], processing_class, collator: Callable | None = None) -> UIBCollator:
-    """The user's collator, else padding for texts and sounds and plain stacking for the rest, for the ``columns`` a model takes."""
+def collator_for(
+    columns: set[str], processing_class, collator: Callable | None = None, of_tokens: bool = False
+) -> UIBCollator:
+    """The user's collator, else padding for texts and sounds and plain stacking for the rest, for the ``columns`` a model takes.
+
+    Args:
+        of_tokens: labels are padded too.
+    """
     if collator is None:
         collator = default_data_collator
         if isinstance(processing_class, PreTrainedTokenizerBase):
-            collator = DataCollatorWithPadding(processing_class)
+            padding = DataCollatorForTokenClassification if of_tokens else DataCollatorWithPadding
+            collator = padding(processing_class)
         elif isinstance(processing_class, SequenceFeatureExtractor):
             collator = SoundCollator(processing_class)
     return UIBCollator(collator, columns)

@@ -2,7 +2,7 @@
 
 import io
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -12,9 +12,21 @@ from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .columns import Columns, audio_column, image_column, is_string, label_column, names_of, text_columns, undecoded
+from .columns import (
+    Columns,
+    audio_column,
+    image_column,
+    is_list,
+    is_string,
+    label_column,
+    names_of,
+    text_columns,
+    undecoded,
+    values_of,
+    words_column,
+)
 from .labels import class_ids, has_labels, transform_of
-from .transforms import AudioInput, PictureInput, RowTransform, TextInput, range_of, waveform
+from .transforms import AudioInput, PictureInput, RowTransform, TextInput, WordsInput, range_of, waveform
 
 # Models whose positions are counted from the padding token's id on
 AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "data2vec-text", "xlm-roberta-xl")
@@ -30,6 +42,7 @@ class Reader:
         processing_class: image processor, feature extractor or tokenizer; None leaves the input alone.
         columns: names that are not the usual ones.
         max_length: truncation length of texts, in tokens.
+        of_tokens: the model labels tokens: a text is a list of words, and a row's labels are a list.
     """
 
     config: Any
@@ -37,6 +50,7 @@ class Reader:
     processing_class: Any = None
     columns: Columns = Columns()
     max_length: int | None = None
+    of_tokens: bool = False
 
     def __call__(self, dataset, name: str = "the data"):
         """The encoded set; ``name`` is what a message calls it.
@@ -56,7 +70,10 @@ class Reader:
             raise ValueError(f"Row {row} of {name} has {what}{more}; fill it, or drop it (--drop_incomplete_rows).")
         label, ids = None, None
         if has_labels(dataset, self.columns):
-            label, ids = label_column(dataset, self.columns), class_ids(dataset, self.config, self.columns, name)
+            label, ids = (
+                label_column(dataset, self.columns),
+                class_ids(dataset, self.config, self.columns, name, self.of_tokens),
+            )
         make_input = self._input_of(dataset)
         if make_input is None and (label is None or (ids is None and label in ("label", "labels"))):
             return dataset
@@ -97,13 +114,17 @@ class Reader:
         if isinstance(self.processing_class, SequenceFeatureExtractor):
             column = audio_column(dataset, self.columns)
             return None if column is None else AudioInput(self.processing_class, column, self.main_input)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase) and self.of_tokens:
+            words = words_column(dataset, self.columns)
+            label = label_column(dataset, self.columns) if has_labels(dataset, self.columns) else None
+            return None if words is None else WordsInput(self.processing_class, words, label, self.longest())
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             columns = text_columns(dataset, self.columns)
-            return TextInput(self.processing_class, columns, self._longest()) if columns else None
+            return TextInput(self.processing_class, columns, self.longest()) if columns else None
         return None
 
-    def _longest(self) -> int | None:
-        """Truncation length of texts: as given, the tokenizer's, or what the model has positions for."""
+    def longest(self) -> int | None:
+        """Truncation length of texts: as given, or what the model has positions for; None: the tokenizer's own."""
         positions = getattr(self.config, "max_position_embeddings", None)
         if self.max_length is not None or positions is None or self.processing_class.model_max_length <= positions:
             return self.max_length
@@ -117,10 +138,19 @@ class Reader:
         if has_labels(dataset, self.columns):
             column = label_column(dataset, self.columns)
             found |= {
-                i: f"no label (column '{column}')" for i, v in enumerate(raw[column][:]) if is_missing(v) or v == -1
+                i: f"no label (column '{column}')"
+                for i, v in enumerate(values_of(raw, column))
+                if is_missing(v) or v == -1
             }
         for column in given.columns if isinstance(given, TextInput) else ():
-            found |= {i: f"no text (column '{column}')" for i, v in enumerate(raw[column][:]) if v is None}
+            found |= {i: f"no text (column '{column}')" for i, v in enumerate(values_of(raw, column)) if v is None}
+        if isinstance(given, WordsInput) and is_list(raw.features.get(given.label)):
+            pairs = zip(values_of(raw, given.columns[0]), values_of(raw, cast(str, given.label)), strict=True)
+            found |= {
+                i: f"{len(labels)} labels for {len(words)} words"
+                for i, (words, labels) in enumerate(pairs)
+                if words is not None and labels is not None and len(words) != len(labels)
+            }
         if isinstance(given, PictureInput):
             encoded = raw.cast_column(given.column, undecoded(raw.features[given.column])).select_columns(
                 [given.column]

@@ -7,14 +7,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 
-from .checks import check_overlap, comparable, removed_classes
+from .checks import check_overlap, comparable, compared_classes, one_label, removed_classes
 from .columns import label_column
 from .fingerprints import fingerprint_of, row_hashes
 from .labels import transform_of
 from .pairing import sample_indices
 from .reading import Reader, check_inputs
+from .streams import StreamFolder
 
 
 @dataclass
@@ -27,6 +27,7 @@ class UnlearningSets:
         fingerprints: by set, of the rows as they were given.
         removed_classes: the classes of the forget set, if none of them is in the retained data.
         comparable: numbers of the retained rows that the forget rows are compared with, ``[n]``; see `checks.comparable`.
+        compared_classes: where tokens are labelled, the classes of the tokens that are compared; see `checks.compared_classes`.
         one_label: whether all forget rows have the same label.
         reader: of further sets of the same data.
     """
@@ -38,6 +39,7 @@ class UnlearningSets:
     fingerprints: dict[str, str]
     removed_classes: list[int]
     comparable: np.ndarray
+    compared_classes: list[int]
     one_label: bool
     reader: Reader
 
@@ -51,15 +53,17 @@ class UnlearningSets:
         *,
         read: Reader,
         check_labels: Callable[[str, Any], np.ndarray],
+        streams: StreamFolder,
     ) -> "UnlearningSets":
         """Check and encode every set of a run.
 
         Args:
             read: encodes raw pictures and texts, and gives labels as the model's.
             check_labels: gives all labels of an encoded set, or refuses it: ``(name, dataset) -> [n, ...]``.
+            streams: where streams are written to, and read from as long as it is there.
 
         Raises:
-            ValueError: a set is missing, a stream or empty, shares rows with another, or does not fit the model.
+            ValueError: a set is missing or empty, shares rows with another or does not fit the model, or a stream breaks off.
         """
         if forget_dataset is None:
             raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model is to unlearn.")
@@ -72,11 +76,7 @@ class UnlearningSets:
                 raise ValueError(
                     f"{name}_dataset is a {type(dataset).__name__}; give one set of rows, a split of a data set."
                 )
-            if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
-                raise ValueError(
-                    f"{name}_dataset is a stream; its rows are sampled and paired, so give a set with a length: "
-                    "datasets.Dataset.from_generator writes one to disk and reads it from there, in flat memory."
-                )
+            dataset = streams.stored(dataset, f"{name}_dataset")
             if len(dataset) == 0:
                 raise ValueError(f"{name}_dataset has no examples; check the condition that selects it.")
             if isinstance(dataset, datasets.Dataset) and transform_of(dataset) is None:
@@ -95,7 +95,8 @@ class UnlearningSets:
             fingerprints={name: fingerprint_of(rows) for name, rows in hashes.items()},
             removed_classes=removed_classes(labels["forget"], labels.get("retain")),
             comparable=comparable(labels["forget"], labels.get("retain")),
-            one_label=len(np.unique(labels["forget"], axis=0)) == 1,
+            compared_classes=compared_classes(labels["forget"], labels.get("retain")),
+            one_label=one_label(labels["forget"]),
             reader=read,
         )
 

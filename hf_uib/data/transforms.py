@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from .labels import IGNORED, NOT_LABELLED
+
 
 def to_channels(picture: Image.Image, channels: int | None) -> Image.Image:
     """A picture with as many channels as the model takes (1 or 3), in 8 bits.
@@ -115,11 +117,62 @@ class TextInput:
         return {**batch, **self.tokenizer(*texts, truncation=True, max_length=self.max_length)}
 
 
+class WordsInput(TextInput):
+    """Lists of words through a tokenizer; the label of a word goes to its first token, the others have none.
+
+    Args:
+        tokenizer: of the model.
+        column: of the lists.
+        label: column of the labels, one for each word; None where there is none.
+        max_length: truncation length in tokens; None is the tokenizer's own.
+
+    Raises:
+        ValueError: the tokenizer does not know which word a token is of, or takes words in a list for a word without spaces.
+    """
+
+    def __init__(self, tokenizer, column: str, label: str | None, max_length: int | None = None):
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not say which word a token is of; give a fast tokenizer, or encoded rows."
+            )
+        if tokenizer(["a", "a"], is_split_into_words=True)["input_ids"] != tokenizer("a a")["input_ids"]:
+            raise ValueError(
+                f"{type(tokenizer).__name__} reads a list of words as if there were no space between them; load it with "
+                "add_prefix_space=True, or give encoded rows."
+            )
+        super().__init__(tokenizer, (column,), max_length)
+        self.label = label
+
+    def __call__(self, batch: dict) -> dict:
+        words = list(batch[self.columns[0]])
+        encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
+        rest = {name: values for name, values in batch.items() if name not in ("label", "labels")}
+        if self.label in batch:
+            rest[self.label] = [
+                labels_of_tokens(encoded.word_ids(i), labels) for i, labels in enumerate(batch[self.label])
+            ]
+        return {**rest, **encoded}
+
+
+def labels_of_tokens(words: list[int | None], labels: list) -> list:
+    """A label for each token: that of its word for the word's first token, else `IGNORED`.
+
+    Args:
+        words: the number of each token's word, None of a mark.
+        labels: of the words.
+    """
+    found = []
+    for word, before in zip(words, [None, *words[:-1]], strict=True):
+        label = None if word is None or word == before else labels[word]
+        found.append(IGNORED if label in NOT_LABELLED else label)
+    return found
+
+
 class RowTransform:
     """What `datasets.Dataset.with_transform` is given: the input, and the labels as class ids. Nothing is cached on disk.
 
     Args:
-        make_input: `PictureInput`, `AudioInput` or `TextInput`; None leaves the columns as they are.
+        make_input: `PictureInput`, `AudioInput`, `TextInput` or `WordsInput`; None leaves the columns as they are.
         label: the label's column, if there is one.
         ids: class ids by label; None where the labels are ids already.
     """
@@ -127,9 +180,14 @@ class RowTransform:
     def __init__(self, make_input: Callable[[dict], dict] | None, label: str | None = None, ids: dict | None = None):
         self.make_input, self.label, self.ids = make_input, label, ids
 
-    def labels(self, values: list) -> list[int]:
-        """Class ids of raw labels."""
-        return list(values) if self.ids is None else [self.ids[value] for value in values]
+    def labels(self, values: list) -> list:
+        """Class ids of raw labels, or of lists of them."""
+        if self.ids is None:
+            return list(values)
+        return [
+            [IGNORED if v == IGNORED else self.ids[v] for v in value] if isinstance(value, list) else self.ids[value]
+            for value in values
+        ]
 
     def __call__(self, batch: dict) -> dict:
         if self.make_input is not None:

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import __version__
 from ..metrics.table import METRICS, title_of
 from ..serialization import is_marked
-from .tables import WORST, groups_table, has_oracle, plain, results_table
+from .tables import WORST, fairness_table, groups_table, has_oracle, plain, results_table
 
 if TYPE_CHECKING:
     from ..audit.report import AuditReport
@@ -54,7 +54,7 @@ class UnlearningCardData:
         repository: Hub id that the card is for.
         merged: the card is the merged model's, not the adapter's.
         adapter_folder: where PEFT keeps an adapter of another name than ``default``.
-        kind: of the input: image, video, audio or text.
+        kind: of what is classified: image, video, audio, text or token.
         data_sets: forget, retain, calibration and eval set, as far as there are any.
         dataset_name: Hub id of the data.
         retained: retained rows were given.
@@ -241,6 +241,7 @@ def write_card(data: UnlearningCardData, folder: str) -> None:
     """
     audit = data.audit
     groups, group_count = groups_table(audit.metrics.get("groups", {})) if audit else ("", 0)
+    fairness, fairness_count = fairness_table(audit.public_metrics["fairness"]) if audit else ("", 0)
     card = ModelCard.from_template(
         header_of(data),
         template_str=resources.files(__package__).joinpath("templates/card.md").read_text(encoding="utf-8"),
@@ -258,6 +259,9 @@ def write_card(data: UnlearningCardData, folder: str) -> None:
         ],
         groups=groups,
         group_count=group_count,
+        fairness=fairness,
+        fairness_count=fairness_count,
+        positive=plain(audit.positive_label) if audit and audit.positive_label else "",
         worst=WORST,
         figures=[name for name in FIGURES if is_marked(os.path.join(folder, name))],
         tried=attacks_of(audit) if audit else [],

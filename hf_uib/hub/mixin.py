@@ -14,7 +14,7 @@ from transformers.utils import PushInProgress
 
 from ..checkpointing import AtomicCheckpoints, atomic_directory, files_in
 from ..data.fingerprints import fingerprint
-from ..models import input_kind
+from ..models import input_kind, labels_tokens
 from ..quantised import quantisation_of
 from ..serialization import is_marked
 from .card import FIGURES, DataSummary, UnlearningCardData, emissions_of, settings_of, write_card
@@ -251,7 +251,7 @@ class HubMixin(AtomicCheckpoints):
             repository=repository,
             merged=merged,
             adapter_folder=self._adapter_folder,
-            kind=input_kind(model),
+            kind="token" if labels_tokens(model) else input_kind(model),
             data_sets=self._data_summaries(),
             dataset_name=self.dataset_name,
             retained=self.retain_dataset is not None,

@@ -3,7 +3,7 @@
 import math
 import re
 
-from ..metrics.table import METRICS, measured
+from ..metrics.table import METRICS, measured, title_of
 
 WORST = 30  # groups that a card shows; audit.json has all
 TITLES = {"model": "unlearned", "reference": "original"}
@@ -43,6 +43,25 @@ def groups_table(groups: dict[str, dict]) -> tuple[str, int]:
     return _markdown(["group", *(TITLES.get(model, model) for model in models)], rows), len(every)
 
 
+def fairness_table(fairness: dict[str, dict]) -> tuple[str, int]:
+    """A Markdown table of differences between groups, then of the rates of each, at most `WORST` groups, the largest first; and how
+    many groups there are."""
+    rows: list[list[str]] = []
+    rates: list[tuple[int, list[str]]] = []
+    models: list[str] = []
+    for column, figures in fairness.items():
+        models = list(figures)
+        names = [name for name in figures["model"] if name != "groups"]
+        rows += [[f"{plain(column)}: {title_of(n)}", *(_interval(figures[m][n]) for m in models)] for n in names]
+        for group, seen in figures["model"].get("groups", {}).items():
+            for rate in ("false_positive_rate", "false_negative_rate"):
+                cells = [_interval(figures[m]["groups"][group][rate]) for m in models]
+                rates.append((seen["rows"], [f"{plain(group)} ({seen['rows']} rows): {title_of(rate)}", *cells]))
+    rates.sort(key=lambda pair: -pair[0])
+    rows += [cells for _, cells in rates[: 2 * WORST]]
+    return _markdown(["", *(TITLES.get(m, m) for m in models)], rows) if rows else "", len(rates) // 2
+
+
 def plain(text: str) -> str:
     """Outside text on one line, with nothing in it that Markdown or HTML would read."""
     escaped = re.sub(r"([\\`*_\[\]#|<>])", r"\\\1", " ".join(str(text).split()))
@@ -63,4 +82,8 @@ def _number(value: float | None, name: str) -> str:
 
 
 def _interval(cell: dict | None) -> str:
-    return "not measured" if cell is None else f"{cell['value']:.3f} ({cell['low']:.3f}, {cell['high']:.3f})"
+    return (
+        "not measured"
+        if cell is None or math.isnan(cell["value"])
+        else f"{cell['value']:.3f} ({cell['low']:.3f}, {cell['high']:.3f})"
+    )

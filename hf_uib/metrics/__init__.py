@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from .bias import attribute_classes, bias_correlation
 from .counterfactual import counterfactual_gap, flip_rate
 from .groups import worst_group_accuracy
+from .klom import klom
 from .membership import attack, membership_attack
+from .strata import memorisation_strata
 from .table import METRICS, Metric, MetricInputs, bias_row, text_table
 from .unlearning import unlearning_gap
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from .evaluate_modules import (
         BiasCorrelation,
         CounterfactualGap,
+        Klom,
         MembershipAttack,
+        MemorisationStrata,
         UnlearningGap,
         WorstGroupAccuracy,
     )
@@ -25,7 +29,9 @@ __all__ = [
     "METRICS",
     "BiasCorrelation",
     "CounterfactualGap",
+    "Klom",
     "MembershipAttack",
+    "MemorisationStrata",
     "Metric",
     "MetricInputs",
     "UnlearningGap",
@@ -36,12 +42,22 @@ __all__ = [
     "bias_row",
     "counterfactual_gap",
     "flip_rate",
+    "klom",
     "membership_attack",
+    "memorisation_strata",
     "text_table",
     "unlearning_gap",
     "worst_group_accuracy",
 ]
-_EVALUATE_MODULES = {"BiasCorrelation", "CounterfactualGap", "MembershipAttack", "UnlearningGap", "WorstGroupAccuracy"}
+_EVALUATE_MODULES = {
+    "BiasCorrelation",
+    "CounterfactualGap",
+    "Klom",
+    "MembershipAttack",
+    "MemorisationStrata",
+    "UnlearningGap",
+    "WorstGroupAccuracy",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,9 @@ import evaluate
 from .bias import bias_correlation
 from .counterfactual import counterfactual_gap
 from .groups import worst_group_accuracy
+from .klom import klom
 from .membership import membership_attack
+from .strata import memorisation_strata
 from .unlearning import unlearning_gap
 
 
@@ -19,7 +21,7 @@ class FunctionMetric(evaluate.Metric):
 
     Attributes:
         function: of the columns and of the settings given to ``compute``; its docstring is the module's.
-        columns: name and type of each column.
+        columns: name and type of each column; "margins" is a list of float64.
         citation_text: BibTeX.
     """
 
@@ -33,14 +35,19 @@ class FunctionMetric(evaluate.Metric):
             description=description.partition("\n\nArgs:")[0],
             citation=self.citation_text,
             inputs_description=description,
-            features=datasets.Features({name: datasets.Value(kind) for name, kind in self.columns.items()}),
+            features=datasets.Features(
+                {name: _MARGINS if kind == "margins" else datasets.Value(kind) for name, kind in self.columns.items()}
+            ),
         )
 
     def _compute(self, **columns_and_settings: Any) -> dict[str, Any]:
         return type(self).function(**columns_and_settings)
 
 
+_MARGINS = datasets.List(datasets.Value("float64"))
 _LABELS = {"predictions": "int64", "references": "int64", "attributes": "int64"}
+_RUM = """@inproceedings{zhao2024, title = {What Makes Unlearning Hard and What to Do About It}, author = {Zhao, Kairan and others},
+booktitle = {NeurIPS}, year = {2024}}"""
 _SALUN = """@inproceedings{fan2024, title = {SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency in Both Image
 Classification and Generation}, author = {Fan, Chongyu and others}, booktitle = {ICLR}, year = {2024}}"""
 
@@ -84,6 +91,31 @@ and others}}, booktitle = {{NeurIPS}}, year = {{2023}}}}
 {_SALUN}"""
 
 
+class Klom(FunctionMetric):
+    """See [`~hf_uib.metrics.klom`]."""
+
+    function = staticmethod(klom)
+    columns: ClassVar = {"margins": "margins", "retrained_margins": "margins"}
+    citation_text = """@inproceedings{georgiev2025, title = {Attribute-to-Delete: Machine Unlearning via Datamodel Matching},
+author = {Georgiev, Kristian and Rinberg, Roy and Park, Sung Min and Garg, Shivam and Ilyas, Andrew and Madry, Aleksander and Neel,
+Seth}, booktitle = {ICLR}, year = {2025}}"""
+
+
+class MemorisationStrata(FunctionMetric):
+    """See [`~hf_uib.metrics.memorisation_strata`]."""
+
+    function = staticmethod(memorisation_strata)
+    columns: ClassVar = {
+        "predictions": "int64",
+        "retrained_predictions": "int64",
+        "references": "int64",
+        "margins": "float64",
+        "retrained_margins": "float64",
+        "confidences": "float64",
+    }
+    citation_text = _RUM
+
+
 class UnlearningGap(FunctionMetric):
     """See [`~hf_uib.metrics.unlearning_gap`]."""
 
@@ -94,6 +126,4 @@ class UnlearningGap(FunctionMetric):
         "references": "int64",
         "splits": "string",
     }
-    citation_text = f"""@inproceedings{{zhao2024, title = {{What Makes Unlearning Hard and What to Do About It}}, author = {{Zhao,
-Kairan and others}}, booktitle = {{NeurIPS}}, year = {{2024}}}}
-{_SALUN}"""
+    citation_text = f"{_RUM}\n{_SALUN}"

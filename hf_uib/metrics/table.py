@@ -89,6 +89,13 @@ METRICS: dict[str, Metric] = {
     "attack_auc": Metric("membership attack, AUC", RETRAINED, part="forget"),
     "mia_efficacy": Metric("MIA-Efficacy", RETRAINED, part="forget"),
     "flip_rate": Metric("counterfactual flip rate", "lower"),
+    "selection_rate": Metric("predicted positives", RETRAINED),
+    "false_positive_rate": Metric("false alarms", "lower"),
+    "false_negative_rate": Metric("misses", "lower"),
+    "demographic_parity_difference": Metric("demographic parity difference", RETRAINED),
+    "equalized_odds_difference": Metric("equalised odds difference", "lower"),
+    "false_positive_rate_difference": Metric("false alarms, largest difference", "lower"),
+    "false_negative_rate_difference": Metric("misses, largest difference", "lower"),
     "steps": Metric("steps", "lower", ".0f"),
     "seconds": Metric("seconds", "lower", ".1f"),
 }

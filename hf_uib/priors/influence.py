@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..channel_kl import wide_dtype
 from ..settings import InfluenceSettings
+from ..sharding import is_sharded
 from .base import Prior, PriorContext, register_prior, single_label_only
 
 
@@ -103,9 +104,14 @@ class InfluencePrior(Prior):
         """As in `Prior`.
 
         Raises:
-            ValueError: the task is not single-label classification.
+            ValueError: the task is not single-label classification, or the base is sharded.
         """
         single_label_only(self, context)
+        if is_sharded(context.model):
+            raise ValueError(
+                "prior=influence takes second derivatives, for which FSDP has freed the weights too early; take another prior, or "
+                "data parallel training (`--accelerate_config ddp`)."
+            )
         super().attach(context)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:

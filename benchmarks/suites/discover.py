@@ -1,0 +1,224 @@
+"""Rows that teach a shortcut, found without attribute labels: recall and precision, controls without one, and the whole way."""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from hf_uib import discover
+from hf_uib.cli import digits
+from hf_uib.discovery.report import Discovery
+from hf_uib.inference import ModelOutputs, predict
+
+from .. import results
+from ..markdown import table
+from ..methods import METHODS, Budget
+from ..tasks.fashion import fashion_colour
+from ..tasks.hate import WORDS
+from . import runs
+
+DISCOVER = results.FOLDER / "discover.jsonl"
+SHARES = (0.05, 0.1)  # of the training rows whose hue stands for another class
+CONTROLS = 20
+EARLY = 40  # steps of the fit whose errors JTT takes
+ELSEWHERE = ("fashion-patch", "tweets-airline", "dino-shade")  # tasks on which it was not developed
+TITLES = {
+    "discover": "`discover`",
+    "jtt": "errors of an early-stopped fit (JTT)",
+    "confidence": "least confident rows",
+}
+IDENTITY_TASK, FIRST_WORDS = "hate-identity", 10
+
+
+def digits_task(options, seed: int, share: float | None) -> digits.Task:
+    """digits-colour of which ``share`` conflicts, about; None: the hue is at random."""
+    if share is None:
+        return digits.digits_colour(seed, bias_aligned_fraction=0.0)
+    return digits.digits_colour(seed, round(900 * share / 0.9))  # a tenth of hues at random is the label's own
+
+
+def fashion_task(options, seed: int, share: float) -> digits.Task:
+    """fashion-colour, likewise."""
+    return fashion_colour(options.fashion_mnist, seed, retained=share / 0.9)
+
+
+INJECTED: dict[str, Callable] = {"digits-colour": digits_task, "fashion-colour": fashion_task}
+
+
+def start_of(name: str, task: digits.Task, seed: int, options):
+    """The model that the checkpoint is trained from; it is the same whatever share conflicts."""
+    cached = os.path.isdir(os.path.join(options.cache, f"{name}-{seed}", "start"))
+    return runs.checkpoints(task if cached else runs.build(name, seed, options), name, seed, options)["start"]
+
+
+def trained_on(task: digits.Task, start, seed: int, folder: str):
+    """The checkpoint of a task's training rows, and these."""
+    rows = digits.merged(task.sets["forget"], task.sets["retain"])
+    model = copy.deepcopy(start)
+    digits.fit(model, rows, task, task.train_settings["steps"], folder, seed + 1, 1e-3)
+    return model.eval(), rows
+
+
+def conflicting(task: digits.Task, rows) -> np.ndarray:
+    """``[n]`` booleans: the attribute stands for another class than the label."""
+    raw = rows.with_format(None)
+    return np.asarray(raw["label"][:]) != np.asarray(
+        raw["colour" if task.bias_column is None else task.bias_column][:]
+    )
+
+
+def share_found(proposed: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Recall and precision of the rows that are said to contradict."""
+    hits = (proposed & truth).sum()
+    return {"recall": float(hits / max(1, truth.sum())), "precision": float(hits / max(1, proposed.sum()))}
+
+
+def searched(model, rows, task: digits.Task) -> tuple[Discovery, dict]:
+    """What is found, and what a line says of it."""
+    started = time.perf_counter()
+    found = discover(model, rows, processing_class=task.processing_class)
+    line = {"found": found.found, "p_value": found.p_value, "ratio": found.ratio, "depth": found.depth}
+    return found, line | {"seconds": time.perf_counter() - started}
+
+
+def injected_line(name: str, seed: int, share: float, options) -> dict:
+    """One run: `discover` and two baselines; on digits also the whole way, with found and with known rows."""
+    task = INJECTED[name](options, seed, share)
+    start = start_of(name, task, seed, options)
+    model, rows = trained_on(task, start, seed, options.cache)
+    truth = conflicting(task, rows)
+    found, line = searched(model, rows, task)
+    logits, labels = predict(model, rows, task.processing_class, quiet=True)
+    margins = ModelOutputs(logits, labels).margins
+    unsure = np.zeros(len(truth), dtype=bool)
+    unsure[np.argsort(margins, kind="stable")[: found.contradicts.sum()]] = True
+    early = copy.deepcopy(start)
+    digits.fit(early, rows, task, EARLY, options.cache, seed + 1, 1e-3)
+    logits, _ = predict(early, rows, task.processing_class, quiet=True)
+    proposals = {"discover": found.contradicts, "jtt": logits.argmax(-1) != labels, "confidence": unsure}
+    line["methods"] = {method: share_found(mask, truth) for method, mask in proposals.items()}
+    if name == "digits-colour" and found.found:
+        known = dict(task.sets)
+        line["worst_group"] = {"original": worst_group(model, task)}
+        for which, sets in (("known", known), ("found", known | {"forget": found.forget, "retain": found.retain})):
+            task.sets = sets
+            budget = Budget(
+                task.train_settings["unlearn_steps"], task.train_settings["batch"], 1e-3, seed, options.cache
+            )
+            line["worst_group"][which] = worst_group(METHODS["uib"].train(copy.deepcopy(model), task, budget)[0], task)
+    return line
+
+
+def worst_group(model, task: digits.Task) -> float:
+    """Worst-group accuracy on the test rows."""
+    return runs.measure(model, task)["worst_group_accuracy"]
+
+
+def control_line(seed: int, options) -> dict:
+    """digits-colour with hues at random. The checkpoint starts from the start model of seed ``seed % 3``."""
+    task = digits_task(options, seed, None)
+    start = start_of("digits-colour", task, seed % 3, options)
+    return searched(*trained_on(task, start, seed, options.cache), task)[1]
+
+
+def task_line(name: str, seed: int, options) -> dict:
+    """A task of the benchmark, and its cached checkpoint."""
+    task = runs.build(name, seed, options)
+    model = runs.checkpoints(task, name, seed, options)["original"]
+    rows = digits.merged(task.sets["forget"], task.sets["retain"])
+    found, line = searched(model, rows, task)
+    if name == IDENTITY_TASK:
+        words = [word for word, _ in found.words(FIRST_WORDS)["LABEL_1"]["teach"]]
+        return line | {"identity_ranks": [i + 1 for i, word in enumerate(words) if WORDS.fullmatch(word)]}
+    if task.bias_column is not None:
+        line["methods"] = {"discover": share_found(found.contradicts, conflicting(task, rows))}
+    return line
+
+
+def run_discover(options) -> None:
+    """Do what is missing in the results."""
+    runs.quiet()
+    wanted: list[tuple[dict, Callable]] = []
+    for seed in options.seeds:
+        for name in INJECTED:
+            for share in SHARES:
+                key = {"kind": "injected", "task": name, "seed": seed, "share": share}
+                wanted.append(
+                    (key, lambda name=name, seed=seed, share=share: injected_line(name, seed, share, options))
+                )
+        for name in (IDENTITY_TASK, "fashion-random", *ELSEWHERE):
+            key = {"kind": "task", "task": name, "seed": seed, "share": None}
+            wanted.append((key, lambda name=name, seed=seed: task_line(name, seed, options)))
+    for seed in range(CONTROLS):
+        key = {"kind": "control", "task": "digits-colour", "seed": seed, "share": None}
+        wanted.append((key, lambda seed=seed: control_line(seed, options)))
+    names = {name.partition(",")[0] for name in options.tasks}
+    for key, make in wanted:
+        there = [{k: line[k] for k in key} for line in results.read(DISCOVER)]
+        if key["task"] in names and key not in there:
+            results.append(DISCOVER, key | make())
+
+
+def mean(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=min(1, len(values) - 1)):.3f}"
+
+
+def discover_tables() -> list[str]:
+    """Recall and precision, the whole way, controls, words, and where it fails."""
+    lines = results.read(DISCOVER)
+    injected = [line for line in lines if line["kind"] == "injected"]
+    if not injected:
+        return []
+    cells = []
+    for name in INJECTED:
+        for share in SHARES:
+            mine = [line for line in injected if (line["task"], line["share"]) == (name, share)]
+            for method, title in TITLES.items() if mine else ():
+                figures = [mean([line["methods"][method][key] for line in mine]) for key in ("recall", "precision")]
+                found = f"{sum(line['found'] for line in mine)} of {len(mine)}" if method == "discover" else ""
+                took = f"{np.mean([line['seconds'] for line in mine]):.0f}" if method == "discover" else ""
+                cells.append([name, f"{share:.0%}", title, *figures, found, took])
+    parts = ["## Conflicting rows among those that are to be retained\n"]
+    parts += table(["task", "conflicting", "method", "recall", "precision", "found", "seconds"], cells)
+    way = [line for line in injected if "worst_group" in line]
+    cells = [
+        [f"{share:.0%}", *(mean([line["worst_group"][k] for line in mine]) for k in ("original", "found", "known"))]
+        for share in SHARES
+        if (mine := [line for line in way if line["share"] == share])
+    ]
+    parts += ["\n## The whole way on digits-colour: worst-group accuracy\n"]
+    parts += table(["conflicting", "original", "UIB, rows that were found", "UIB, rows that are known"], cells)
+    parts += ["\n## Without a shortcut\n"]
+    for name, kind in (("digits-colour", "control"), ("fashion-random", "task")):
+        mine = [line for line in lines if (line["task"], line["kind"]) == (name, kind)]
+        if mine:
+            found, largest = sum(line["found"] for line in mine), max(line["ratio"] for line in mine)
+            title = f"{name}, hues at random" if kind == "control" else name
+            parts.append(f"- {title}: found in {found} of {len(mine)} (largest distance ratio {largest:.2f}).")
+    ranks = [line for line in lines if line["task"] == IDENTITY_TASK]
+    if ranks:
+        parts += [f"\n## Words on {IDENTITY_TASK}\n"]
+        parts += [
+            f"- Seed {line['seed']}: {len(line['identity_ranks'])} of the first {FIRST_WORDS} words of toxic rows that teach are "
+            f"identity words, at ranks {', '.join(map(str, line['identity_ranks'])) or 'none'}. "
+            f"{'Found' if line['found'] else 'None found'} (distance ratio {line['ratio']:.2f})."
+            for line in ranks
+        ]
+    return parts + ["", *failures(lines)]
+
+
+def failures(lines: list[dict]) -> list[str]:
+    """Tasks that have a shortcut and on which `discover` was not developed."""
+    cells = []
+    for name in ELSEWHERE:
+        mine = [line for line in lines if line["task"] == name]
+        if mine:
+            figures = [mean([line["methods"]["discover"][key] for line in mine]) for key in ("recall", "precision")]
+            ratios = mean([line["ratio"] for line in mine])
+            cells.append([name, f"{sum(line['found'] for line in mine)} of {len(mine)}", ratios, *figures])
+    if not cells:
+        return []
+    return ["## Where it fails\n", *table(["task", "found", "distance ratio", "recall", "precision"], cells), ""]

@@ -1,0 +1,59 @@
+"""A model and a suspicion: which rows teach a shortcut is found without attribute labels, and unlearned.
+
+    python examples/suspicion.py
+
+scikit-learn's handwritten digits; in most of them the hue gives the digit away. Nothing says which rows these are: the column of
+the hue is taken away first, and comes back for the test alone.
+"""
+
+import numpy as np
+
+from hf_uib import UIBConfig, UIBTrainer, discover
+from hf_uib.cli.digits import digits_colour, merged, prepare_models
+from hf_uib.discovery.report import Discovery
+from hf_uib.inference import predict
+from hf_uib.metrics import bias_row, text_table
+
+
+def main(
+    steps: int = 200, train_steps: int = 400, output_dir: str = "out/suspicion"
+) -> tuple[Discovery, dict[str, dict]]:
+    """Find the rows, look at them, unlearn them and audit; prints each step.
+
+    Args:
+        steps: of unlearning.
+        train_steps: of the original on unbiased digits, and then on biased ones.
+        output_dir: for ``found.png``, ``rows.parquet`` and the trainer.
+
+    Returns:
+        What was found, and rows of the results table.
+    """
+    task = digits_colour()
+    task.train_settings |= {"pretrain_steps": train_steps, "steps": train_steps}
+    model = prepare_models(task, 0, output_dir)["original"]
+    train = merged(task.sets["forget"], task.sets["retain"]).remove_columns("colour")
+
+    found = discover(model, train, processing_class=task.processing_class)
+    print(found)
+    found.save(output_dir)
+    print(f"\nLook at {output_dir}/found.png before you go on.\n")
+
+    test = task.sets["test"]
+    before, labels = predict(model, test)
+    trainer = UIBTrainer(
+        model,
+        UIBConfig(output_dir, max_steps=steps, per_device_train_batch_size=64, save_strategy="no", logging_steps=50),
+        forget_dataset=found.forget,
+        retain_dataset=found.retain,
+        calibration_dataset=task.sets["calibration"],
+    )
+    trainer.train()
+    hues = np.asarray(test.with_format(None)["colour"])
+    rows = {"original": bias_row(before, labels, hues), "UIB": bias_row(predict(trainer.model, test)[0], labels, hues)}
+    audit = trainer.audit(test, "colour", example_column="example")
+    print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
+    return found, rows
+
+
+if __name__ == "__main__":
+    main()

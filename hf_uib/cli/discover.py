@@ -1,0 +1,79 @@
+"""Rank the rows of a training set by how much they teach a shortcut. No attribute has to be labelled.
+
+    hf-uib discover --model_name_or_path ID --dataset_name ID --output_dir found
+    hf-uib unlearn --model_name_or_path ID --dataset_name ID --forget_rows found/rows.parquet --output_dir out
+
+Writes rows.parquet (row, score, set), discovery.json and found.png, a contact sheet of both sides. They tell of training rows, and
+stay here: no command uploads them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.columns import Columns
+from ..data.sources import load_processor, load_splits, split_of
+from ..discovery.find import discover
+from ..discovery.report import Discovery
+from ..models import input_kind, load_classifier
+from .outputs import check_writable, quiet
+from .parser import parse
+from .unlearn import remote_code
+
+
+@dataclass
+class DiscoverArguments:
+    """Where to look."""
+
+    model_name_or_path: str = field(metadata={"help": "Fine-tuned classifier: Hub id or folder."})
+    dataset_name: str = field(metadata={"help": "The data it was trained on: Hub id, folder or file."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split that it was trained on."})
+    text_column: list[str] = field(
+        default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
+    audio_column: str | None = field(default=None, metadata={"help": "Column of the sound."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the label."})
+    max_length: int | None = field(default=None, metadata={"help": "Truncation length of texts, in tokens."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
+    )
+    batch_size: int = field(default=256, metadata={"help": "Rows that are passed through the model at once."})
+    seed: int = field(default=0, metadata={"help": "Seed of folds and random masks."})
+    output_dir: str = field(
+        default="found", metadata={"help": "Folder for rows.parquet, discovery.json and found.png."}
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """`hf-uib discover ARGUMENTS`."""
+    (job,) = parse("discover", __doc__, arguments, DiscoverArguments, lists={"text_column": "COLUMN"}, launched=False)
+    find(job)
+
+
+def find(job: DiscoverArguments) -> Discovery:
+    """Look for a shortcut; writes and prints what was found.
+
+    Raises:
+        ValueError: in one line, what is wrong with the job.
+    """
+    quiet()
+    check_writable(job.output_dir)
+    model: Any = load_classifier(job.model_name_or_path, **remote_code(job))
+    train = split_of(load_splits(job.dataset_name, job.dataset_config_name), job.train_split)
+    base = getattr(model.config, "_name_or_path", None)
+    processor = load_processor(job.model_name_or_path, base, kind=input_kind(model), **remote_code(job))
+    if job.max_length is not None:
+        processor.model_max_length = job.max_length
+    found = discover(
+        model,
+        train,
+        processing_class=processor,
+        columns=Columns(tuple(job.text_column) or None, job.image_column, job.label_column, audio=job.audio_column),
+        seed=job.seed,
+        batch_size=job.batch_size,
+    )
+    found.save(job.output_dir)
+    print(f"\n{found}\n\nrows.parquet, discovery.json and found.png: {job.output_dir}")
+    return found

@@ -1,0 +1,233 @@
+"""What was found: the two sets, how sure, what the rows of each have in common."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..checkpointing import atomic_directory, write_json
+from ..data.fingerprints import ordered_fingerprint
+from ..data.labels import model_names, transform_of
+from ..data.transforms import PictureInput, TextInput
+from ..serialization import MARK
+from .trimmed import distance_ratio
+from .words import telling_words
+
+ROWS = "rows.parquet"
+SURE = 0.05  # largest p-value
+FULL_MEMBERS = 0.85  # smallest ratio of distances: 1 is that of rows which look just like those of another class
+FEWEST_SHARE = 0.01  # of the rows that contradict: fewer cannot be told from wrong labels
+SHOWN_CLASSES, SHOWN_PICTURES = 10, 6
+
+
+class Depth(NamedTuple):
+    """What a simple head finds at a depth of the model.
+
+    Attributes:
+        name: ``input`` is what enters the first block.
+        ratio: `trimmed.distance_ratio`; None where the head misreads more than a third of the rows.
+        misread: share of the rows.
+    """
+
+    name: str
+    ratio: float | None
+    misread: float | None
+
+
+@dataclass
+class Discovery:
+    """Rows that teach a shortcut, and rows that contradict it.
+
+    Attributes:
+        train: as it was given; encoded: as the model takes it; config: of the model.
+        labels: ``[n]``.
+        scores: ``[n]``, how much a row teaches the shortcut, in nats: by how much more likely its features are in its own class
+            than in the next one. Below 0 the row contradicts it.
+        looks_like: ``[n]``, the most likely other class.
+        p_value: that a random mask with as many rows of each class is as much of a pattern (`trimmed.mask_p_value`).
+        depth: where it was found; None where the head misreads too many rows everywhere.
+        depths: all that were looked at.
+    """
+
+    train: datasets.Dataset = field(repr=False)
+    encoded: datasets.Dataset = field(repr=False)
+    config: Any = field(repr=False)
+    labels: np.ndarray = field(repr=False)
+    scores: np.ndarray = field(repr=False)
+    looks_like: np.ndarray = field(repr=False)
+    p_value: float
+    depth: str | None
+    depths: list[Depth]
+
+    @property
+    def contradicts(self) -> np.ndarray:
+        """``[n]`` booleans: the rows that the simple head misreads, whether or not that is enough to be found."""
+        return self.scores < 0
+
+    @property
+    def ratio(self) -> float:
+        """`trimmed.distance_ratio`, at `depth`."""
+        return 0.0 if self.depth is None else distance_ratio(self.scores)
+
+    @property
+    def found(self) -> bool:
+        """Whether the rows that contradict are no random ones, are full members of another class by what the head reads, and are
+        more than a hundredth of all."""
+        enough = self.contradicts.mean() >= FEWEST_SHARE
+        return bool(self.p_value <= SURE and self.ratio >= FULL_MEMBERS and enough)
+
+    @property
+    def forget(self) -> datasets.Dataset:
+        """The rows that teach the shortcut; none where none was found."""
+        return self.train.select(np.flatnonzero(~self.contradicts) if self.found else [])
+
+    @property
+    def retain(self) -> datasets.Dataset:
+        """The rows that contradict it; none where none was found."""
+        return self.train.select(np.flatnonzero(self.contradicts) if self.found else [])
+
+    def name(self, label: int) -> str:
+        """Of a class."""
+        return model_names(self.config).get(int(label), str(label))
+
+    # ---- What the rows have in common ----
+
+    def texts(self) -> list[str] | None:
+        """The texts of the rows, pairs as one; None where they are none."""
+        given = self._input()
+        if not isinstance(given, TextInput):
+            return None
+        parts = self.train.with_format(None).select_columns(list(given.columns))[:]
+        return [" ".join(words) for words in zip(*parts.values(), strict=True)]
+
+    def words(self, count: int = 10) -> dict[str, dict[str, list[tuple[str, float]]]]:
+        """Words and z-values by class: ``teach``, by which rows that teach differ from all rows of other classes, and
+        ``contradict``, by which rows that contradict differ from the other rows of the class. Empty where there are no texts."""
+        texts = self.texts()
+        if texts is None:
+            return {}
+        of = lambda rows: [texts[i] for i in np.flatnonzero(rows)]
+        found = {}
+        for label in np.unique(self.labels):
+            mine = self.labels == label
+            teach, against = mine & ~self.contradicts, mine & self.contradicts
+            found[self.name(label)] = {
+                "teach": telling_words(of(teach), of(~mine), count),
+                "contradict": telling_words(of(against), of(teach), count),
+            }
+        return found
+
+    def _input(self) -> Any:
+        return getattr(transform_of(self.encoded), "make_input", None)
+
+    # ---- Showing and saving ----
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        against = int(self.contradicts.sum())
+        if self.depth is None:
+            return "None found: a simple head misreads more than a third of the rows at every depth."
+        facts = f"p = {self.p_value:.3f}; distance ratio {self.ratio:.2f}, at {self.depth}"
+        if self.found:
+            return f"Found: {against} of {len(self.labels)} rows contradict what the others teach ({facts})."
+        if self.contradicts.mean() < FEWEST_SHARE:
+            return f"None found: {against} of {len(self.labels)} rows stand out, too few to be told from wrong labels."
+        return f"None found: the {against} rows that stand out look hard, not like full members of another class ({facts})."
+
+    def __str__(self) -> str:
+        classes = np.unique(self.labels)
+        order = sorted(classes, key=lambda label: -int((self.contradicts & (self.labels == label)).sum()))
+        width = max(5, *(len(self.name(label)) for label in classes))
+        lines = [self.verdict, "", f"{'class':{width}}  teach  contradict  and look like"]
+        for label in order:
+            mine = self.labels == label
+            against = mine & self.contradicts
+            others, counts = np.unique(self.looks_like[against], return_counts=True)
+            most = ", ".join(self.name(others[i]) for i in np.argsort(-counts, kind="stable")[:3])
+            lines.append(
+                f"{self.name(label):{width}}  {(mine & ~against).sum():5}  {against.sum():10}  {most}".rstrip()
+            )
+        for name, sides in self.words().items():
+            for side, words in sides.items():
+                if words:
+                    lines.append(f"{name}, rows that {side}: {', '.join(word for word, _ in words)}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Contact sheet of both sides: pictures, words, or else the scores. It shows rows of the training set: keep it local."""
+        from matplotlib.figure import Figure  # without pyplot, whose backend is the user's
+
+        given = self._input()
+        counts = {label: int((self.contradicts & (self.labels == label)).sum()) for label in np.unique(self.labels)}
+        classes = sorted(counts, key=lambda label: -counts[label])[:SHOWN_CLASSES]
+        if isinstance(given, PictureInput):
+            figure = Figure(figsize=(9, 0.9 * len(classes) + 0.6), layout="constrained")
+            self._draw_pictures(figure, classes, given.column)
+        elif isinstance(given, TextInput):
+            figure = Figure(figsize=(9, 2.4 * len(classes) + 0.4), layout="constrained")
+            self._draw_words(figure, classes)
+        else:
+            figure = Figure(figsize=(6, 3), layout="constrained")
+            axis = figure.subplots()
+            axis.hist(np.clip(self.scores, *np.quantile(self.scores, (0.01, 0.99))), bins=60)
+            axis.set_xlabel("how much a row teaches the shortcut (nats)")
+        figure.savefig(path, dpi=130)
+
+    def _draw_pictures(self, figure: Any, classes: list, column: str) -> None:
+        axes = figure.subplots(len(classes), 2 * SHOWN_PICTURES + 1, squeeze=False)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        axes[0, 0].set_title("teach", fontsize=9, loc="left")
+        axes[0, SHOWN_PICTURES + 1].set_title("contradict", fontsize=9, loc="left")
+        raw = self.train.with_format(None)
+        for line, label in zip(axes, classes, strict=True):
+            mine = np.flatnonzero(self.labels == label)
+            order = mine[np.argsort(-self.scores[mine], kind="stable")]
+            teach = order[~self.contradicts[order]]
+            middle = max(0, (len(teach) - SHOWN_PICTURES) // 2)  # rows as they usually are
+            against = order[self.contradicts[order]][::-1][:SHOWN_PICTURES]
+            chosen = [*zip(line, teach[middle : middle + SHOWN_PICTURES])]
+            chosen += [*zip(line[SHOWN_PICTURES + 1 :], against)]
+            line[SHOWN_PICTURES].text(0.5, 0.5, self.name(label), fontsize=8, ha="center", va="center")
+            for axis, row in chosen:
+                picture = raw[int(row)][column]
+                axis.imshow(picture[0] if isinstance(picture, list) else picture, interpolation="nearest", cmap="gray")
+
+    def _draw_words(self, figure: Any, classes: list) -> None:
+        axes, words = figure.subplots(len(classes), 2, squeeze=False), self.words()
+        for line, label in zip(axes, classes, strict=True):
+            for axis, (side, found) in zip(line, words[self.name(label)].items(), strict=True):
+                axis.barh([word for word, _ in found], [z for _, z in found])
+                axis.invert_yaxis()
+                axis.tick_params(labelsize=7)
+                axis.set_title(f"{self.name(label)}, rows that {side} (z)", fontsize=8)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write ``rows.parquet`` (row, score, set: ``forget``, ``retain`` or, where none was found, empty), ``discovery.json`` and
+        ``found.png``. They tell of training rows: nothing of hf_uib uploads them."""
+        folder = os.fspath(folder)
+        sets = np.where(self.contradicts, "retain", "forget") if self.found else np.full(len(self.labels), "")
+        table = pa.table({"row": np.arange(len(self.labels)), "score": self.scores, "set": sets.tolist()})
+        origin = json.dumps({"fingerprint": ordered_fingerprint(self.train), "rows": len(self.train)})
+        content = {
+            MARK: "discovery",
+            "found": self.found,
+            "verdict": self.verdict,
+            "p_value": self.p_value,
+            "ratio": self.ratio,
+            "depth": self.depth,
+            "depths": [depth._asdict() for depth in self.depths],
+            "forget_rows": len(self.forget),
+            "retain_rows": len(self.retain),
+            "words": self.words(),
+        }
+        with atomic_directory(folder) as unfinished:
+            pq.write_table(table.replace_schema_metadata({MARK: origin}), os.path.join(unfinished, ROWS))
+            write_json(content, os.path.join(unfinished, "discovery.json"))
+            self.plot(os.path.join(unfinished, "found.png"))

@@ -1,0 +1,324 @@
+"""Rows that teach a shortcut are found without attribute labels; hard rows and chance are not."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_rows
+from PIL import Image
+from scipy.stats import multivariate_normal
+from transformers import BertConfig, BertForSequenceClassification, ViTImageProcessorPil
+
+from hf_uib import UIBConfig, discover
+from hf_uib.cli.discover import DiscoverArguments, find
+from hf_uib.cli.main import dispatch
+from hf_uib.cli.unlearn import UnlearnArguments, trainer_for
+from hf_uib.contrast import CHUNKS
+from hf_uib.data.chosen import choose_rows, listed_rows, scored_rows
+from hf_uib.discovery import trimmed
+from hf_uib.discovery.words import telling_words
+from hf_uib.hub.push import published
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import bert_brand_bias  # noqa: E402
+import suspicion  # noqa: E402
+
+HUES = np.array([[1.0, 0.1, 0.1], [0.1, 1.0, 0.1], [0.1, 0.1, 1.0]])
+PROCESSOR = ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8})
+
+
+def clusters(n=900, share=0.08, apart=6.0, seed=0):
+    """Three classes, apart in the first features; a share of the rows has those of another class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, n)
+    conflicts = rng.random(n) < share
+    shown = np.where(conflicts, (labels + rng.integers(1, 3, n)) % 3, labels)
+    return rng.normal(size=(n, 8)) + apart * np.eye(3, 8)[shown], labels, conflicts
+
+
+def pictures(n=240, share=0.1, at_random=False, seed=0):
+    """Noise in a hue that gives the label away, but for a share of the rows."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, n)
+    conflicts = rng.random(n) < share
+    hues = rng.integers(0, 3, n) if at_random else np.where(conflicts, (labels + rng.integers(1, 3, n)) % 3, labels)
+    values = rng.uniform(0.4, 1.0, (n, 8, 8, 1)) * HUES[hues][:, None, None]
+    rows = {"image": [Image.fromarray((v * 255).astype(np.uint8)) for v in values], "label": labels.tolist()}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])}
+    )
+    return datasets.Dataset.from_dict(rows, features=features), hues != labels
+
+
+def small_vit():
+    model = make_model(num_channels=3)
+    model.config.id2label = dict(enumerate(["ant", "bee", "cat"]))
+    model.config.label2id = {name: i for i, name in model.config.id2label.items()}
+    return model
+
+
+@pytest.fixture(scope="module")
+def coloured():
+    return pictures()
+
+
+@pytest.fixture(scope="module")
+def found(coloured):
+    return discover(small_vit(), coloured[0], processing_class=PROCESSOR)
+
+
+# ---- Formulas ----
+
+
+def test_margins_are_log_density_ratios_of_held_out_gaussians():
+    x, labels, _ = clusters(n=60)
+    kept = np.random.default_rng(1).random(60) < 0.8
+    margins, others = trimmed.held_out_margins(x, labels, kept)
+    fold = np.random.default_rng(0).permutation(60) % trimmed.FOLDS
+    row = 7
+    logs = np.zeros(3)
+    for label in range(3):
+        mine = x[(fold != fold[row]) & kept & (labels == label)]
+        covariance = np.cov(mine.T, bias=True) + trimmed.FLOOR * np.eye(8)
+        logs[label] = multivariate_normal(mine.mean(0), covariance).logpdf(x[row]) + np.log(len(mine))
+    rest = np.delete(logs, labels[row])
+    assert margins[row] == pytest.approx(logs[labels[row]] - rest.max(), rel=1e-9)
+    assert logs[others[row]] == rest.max()
+
+
+def test_trimming_finds_full_members_of_another_class():
+    x, labels, conflicts = clusters()
+    margins, _ = trimmed.trimmed_margins(x, labels)
+    assert (margins[conflicts] < 0).mean() > 0.95
+    assert conflicts[margins < 0].mean() > 0.95
+    assert trimmed.distance_ratio(margins) > 1
+
+
+def test_hard_rows_are_no_full_members():
+    x, labels, _ = clusters(share=0.0, apart=2.5)
+    margins, _ = trimmed.trimmed_margins(x, labels)
+    assert (margins < 0).mean() > 0.02
+    assert trimmed.distance_ratio(margins) < 1
+
+
+def test_a_head_that_misreads_a_third_finds_nothing():
+    x, labels, _ = clusters(apart=0.2)
+    assert trimmed.trimmed_margins(x, labels) is None
+
+
+def test_principal_components():
+    x = np.random.default_rng(0).normal(size=(200, 60))
+    x[:, 3] = 5.0
+    found = trimmed.principal_components(x.astype(np.float32))
+    assert found.shape == (200, trimmed.DIRECTIONS)
+    gram = found.T @ found
+    assert np.allclose(gram, np.diag(gram.diagonal()), atol=1e-8)
+
+
+def test_z_of_random_masks_is_standard_normal():
+    x, labels, conflicts = clusters(n=600)
+    for label in range(3):
+        x[labels == label] -= x[labels == label].mean(0)
+    rng = np.random.default_rng(0)
+    chunk = rng.permutation(600) % CHUNKS
+    z = [trimmed.contrast_z(x, labels, rng.permutation(conflicts), chunk) for _ in range(200)]
+    assert abs(np.mean(z)) < 0.3
+    assert 0.75 < np.std(z) < 1.3
+    assert trimmed.contrast_z(x, labels, conflicts, chunk) > 10
+
+
+def test_p_values():
+    x, labels, conflicts = clusters(n=400)
+    assert trimmed.mask_p_value(x, labels, conflicts) == 1 / (1 + trimmed.MASKS)
+    drawn = [np.random.default_rng(seed).permutation(conflicts) for seed in range(3)]
+    assert max(trimmed.mask_p_value(x, labels, mask) for mask in drawn) > 0.1
+
+
+def test_words_by_log_odds_with_a_prior():
+    first, second = ["a b"] * 6 + ["a"] * 4, ["a c"] * 10
+    [(word, z)] = telling_words(first, second)[:1]
+    prior = 1000 * 6 / 36
+    ours, theirs = 6 + prior, 0 + prior
+    odds = np.log(ours / (16 + 1000 - ours)) - np.log(theirs / (20 + 1000 - theirs))
+    assert word == "b"
+    assert z == pytest.approx(odds / np.sqrt(1 / ours + 1 / theirs))
+    assert telling_words(["x"], ["y"]) == []
+
+
+# ---- Pictures and texts ----
+
+
+def test_conflicting_pictures_are_found(coloured, found):
+    rows, conflicts = coloured
+    assert found.found
+    assert found.p_value == 0.005
+    assert found.contradicts[conflicts].mean() > 0.8
+    assert conflicts[found.contradicts].mean() > 0.8
+    assert len(found.forget) + len(found.retain) == len(rows) == len(found.scores)
+    assert found.retain.features == rows.features
+    assert "Found: " in str(found)
+    assert "bee" in str(found)
+
+
+def test_none_is_found_where_the_hue_is_at_random(tmp_path):
+    rows, _ = pictures(at_random=True)
+    none = discover(small_vit(), rows, processing_class=PROCESSOR)
+    assert not none.found
+    assert "None found" in str(none)
+    assert len(none.forget) == len(none.retain) == 0
+    none.save(tmp_path)
+    with pytest.raises(ValueError, match="nothing was found"):
+        listed_rows(str(tmp_path / "rows.parquet"), rows)
+
+
+def test_one_in_a_thousand_is_no_shortcut():
+    rows, _ = pictures(n=300, share=0.005)
+    assert not discover(small_vit(), rows, processing_class=PROCESSOR).found
+
+
+def test_encoded_rows_give_the_same(coloured, found):
+    rows, _ = coloured
+    again = discover(small_vit(), rows.with_transform(found.encoded.format["format_kwargs"]["transform"]))
+    assert np.array_equal(again.scores, found.scores)
+
+
+def test_words_of_texts(tmp_path):
+    rng, tokenizer = np.random.default_rng(0), bert_brand_bias.word_tokenizer()
+    words = [word for word in tokenizer.get_vocab() if word.isalpha() and word not in ("acme", "globex")]
+    labels = rng.integers(0, 2, 300)
+    conflicts = rng.random(300) < 0.1
+    brands = np.array(["acme", "globex"])[labels ^ conflicts]
+    texts = [" ".join([*rng.choice(words, 2), brand, brand, brand]) for brand in brands]
+    rows = datasets.Dataset.from_dict({"text": texts, "label": labels.tolist()})
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1},
+    )  # fmt: skip
+    found = discover(BertForSequenceClassification(config), rows, processing_class=tokenizer)
+    assert found.found
+    assert found.words()["bad"]["teach"][0][0] == "acme"
+    assert found.words()["bad"]["contradict"][0][0] == "globex"
+    assert "bad, rows that teach: acme" in str(found)
+    found.save(tmp_path)
+    assert (tmp_path / "found.png").stat().st_size > 1000
+
+
+def test_other_inputs_get_a_histogram(tmp_path):
+    found = discover(make_model("bert"), make_rows("bert", n=120))
+    found.plot(tmp_path / "found.png")
+    assert (tmp_path / "found.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        (make_rows("vit", n=40), "100 rows or more"),
+        (make_rows("vit", n=120).remove_columns("labels").add_column("labels", [1] * 120), "one label"),
+        (make_rows("vit", n=120, num_labels=5), "class ids from 0 to 2"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(rows, said):
+    with pytest.raises(ValueError, match=said):
+        discover(make_model(), rows)
+
+
+# ---- Files and commands ----
+
+
+def test_rows_go_to_a_file_and_back(coloured, found, tmp_path):
+    rows, _ = coloured
+    found.save(tmp_path)
+    path = str(tmp_path / "rows.parquet")
+    forget, retain = listed_rows(path, rows)
+    assert np.array_equal(retain, np.flatnonzero(found.contradicts))
+    assert np.array_equal(forget, np.flatnonzero(~found.contradicts))
+    report = json.loads((tmp_path / "discovery.json").read_text())
+    assert report["found"]
+    assert report["retain_rows"] == len(retain)
+    for other in (rows.select(range(200)), rows.select(range(len(rows))[::-1]), pictures(seed=1)[0]):
+        with pytest.raises(ValueError, match="another data set"):
+            listed_rows(path, other)
+
+
+def test_nothing_that_was_found_is_published(found, tmp_path):
+    found.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["discovery.json", "found.png", "rows.parquet"]
+    assert published(str(tmp_path), []) == []
+
+
+def test_scores_from_elsewhere(coloured, tmp_path):
+    rows, _ = coloured
+    path = tmp_path / "scores.csv"
+    scores = np.random.default_rng(0).permutation(len(rows)).astype(float)
+    for header in ("score", "influence"):
+        path.write_text(f"{header}\n" + "\n".join(map(str, scores)))
+        forget, retain = scored_rows(str(path), rows, 5)
+        assert set(scores[forget]) == set(sorted(scores)[-5:])
+        assert len(forget) + len(retain) == len(rows)
+
+
+@pytest.mark.parametrize(
+    "text, top, said",
+    [
+        ("score\n1\n2\n", 1, "2 scores"),
+        ("score\n" + "1\n" * 239 + "inf\n", 1, "Score 239 .* not finite"),
+        ("score\n" + "1\n" * 240, 240, "from 1 to 239"),
+        ("score\n" + "x\n" * 240, 1, "no numbers"),
+        ("a,b\n" + "1,2\n" * 240, 1, "call the one"),
+        (None, 1, "There is no file"),
+    ],
+)
+def test_scores_that_do_not_fit(coloured, tmp_path, text, top, said):
+    path = tmp_path / "scores.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        scored_rows(str(path), coloured[0], top)
+
+
+def test_rows_are_chosen_in_one_way(coloured):
+    rows, _ = coloured
+    choose = lambda *given: choose_rows(rows, "train", *given)
+    assert len(choose(["label=bee"], None, None, None)[0]) == sum(label == 1 for label in rows["label"])
+    for given in ([], None, None, None), (["label=bee"], "a", None, None), ([], "a", "b", 1):
+        with pytest.raises(ValueError, match="in one way"):
+            choose(*given)
+    with pytest.raises(ValueError, match="go together"):
+        choose([], None, "scores.csv", None)
+    with pytest.raises(ValueError, match="no rows.parquet"):
+        choose([], __file__, None, None)
+
+
+def test_from_the_command_to_a_trainer(coloured, tmp_path, capsys):
+    rows, _ = coloured
+    model, data, out = (str(tmp_path / name) for name in ("model", "data", "found"))
+    small_vit().save_pretrained(model)
+    PROCESSOR.save_pretrained(model)
+    datasets.DatasetDict(train=rows, test=pictures(seed=3)[0]).save_to_disk(data)
+    found = find(DiscoverArguments(model, data, output_dir=out))
+    assert found.found
+    assert "rows.parquet" in capsys.readouterr().out
+    job = UnlearnArguments(model, data, forget_rows=f"{out}/rows.parquet")
+    trainer = trainer_for(UIBConfig(str(tmp_path / "run"), use_cpu=True), job)
+    assert len(trainer.forget_dataset) == len(found.forget)
+    assert len(trainer.retain_dataset) == len(found.retain)
+    assert trainer.request == f"{len(found.forget)} rows, chosen by hf-uib discover"
+    words = ["unlearn", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "no")]
+    with pytest.raises(ValueError, match="another data set"):
+        dispatch([*words, "--train_split", "test", "--forget_rows", f"{out}/rows.parquet"])
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_the_example_goes_all_the_way():
+    found, rows = suspicion.main(steps=60, train_steps=200, output_dir="out")
+    assert found.found
+    assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
