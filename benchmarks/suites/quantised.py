@@ -121,10 +121,11 @@ def quantised_tables() -> list[str]:
     """One table a task: a row for each kind of base."""
     lines, found = results.read(QUANTISED), []
     for task in dict.fromkeys(x["task"] for x in lines):
-        seeds = sorted({x["seed"] for x in lines if x["task"] == task})
+        there = {(x["seed"], x["kind"]): x for x in lines if x["task"] == task}
+        seeds = sorted({seed for seed, _ in there if all((seed, kind) in there for kind in KINDS)})  # whole ones alone
         rows = []
         for kind in (CONTROL, *KINDS):
-            mine = [x for x in lines if (x["task"], x["kind"]) == (task, kind)]
+            mine = [there[seed, kind] for seed in seeds if (seed, kind) in there]
             if mine:
                 angles = [] if kind == FULL else [figures([x[key] for x in mine]) for key in ("overlap", "scale")]
                 z = ", ".join(f"{x['z']:.1f}" for x in mine if "z" in x) or "-"
