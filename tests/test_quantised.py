@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_trainer import config, make_trainer
 from transformers import BitsAndBytesConfig, TorchAoConfig, ViTForImageClassification
 
-from hf_uib import UIBTrainer, audit_model, undo
+from hf_uib import UIBTrainer, audit_model, retrain, undo
 from hf_uib.audit.deep import compress, scaled
+from hf_uib.cli.export import plain_checkpoint
 from hf_uib.lora import weight_matrix
 from hf_uib.models import base_is_named, fingerprint, load_classifier
 from hf_uib.provenance import next_base
@@ -243,6 +244,15 @@ def test_the_deep_audit_trains_and_rounds_plain_copies(checkpoint, pictures):
     plain = dequantised(model)
     assert not torch.equal(logits(compress(plain, "int8"), pictures), logits(plain, pictures))
     assert torch.equal(logits(scaled(plain, dequantised(model), 0.5), pictures), logits(plain, pictures))
+
+
+def test_retraining_and_exporting_take_the_dequantised_weights(tmp_path, checkpoint, pictures):
+    model = quantised(checkpoint, "nf4")
+    again = retrain(model, make_rows(n=8), config(tmp_path / "again", max_steps=1, learning_rate=0.0))
+    torch.testing.assert_close(logits(again, pictures), logits(model, pictures), atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "codes")
+    plain, _ = plain_checkpoint(tmp_path / "codes")
+    torch.testing.assert_close(logits(plain, pictures), logits(model, pictures), atol=1e-5, rtol=0)
 
 
 # ---- What is refused, in one line ----

@@ -47,6 +47,9 @@ STAGES = {
 }
 
 
+COLUMNS = ["base", "overlap of V_l", "output scale, largest change", "z of the pattern", *STAGES.values()]
+
+
 def overlap(one: ChannelPosterior, other: ChannelPosterior) -> float:
     """Mean over layers and directions of the squared cosines of the principal angles between the subspaces."""
     found = []
@@ -118,23 +121,20 @@ def quantised_tables() -> list[str]:
     """One table a task: a row for each kind of base."""
     lines, found = results.read(QUANTISED), []
     for task in dict.fromkeys(x["task"] for x in lines):
-        seeds = sorted({x["seed"] for x in lines if x["task"] == task})
+        there = {(x["seed"], x["kind"]): x for x in lines if x["task"] == task}
+        seeds = sorted({seed for seed, _ in there if all((seed, kind) in there for kind in KINDS)})  # whole ones alone
         rows = []
         for kind in (CONTROL, *KINDS):
-            mine = [x for x in lines if (x["task"], x["kind"]) == (task, kind)]
+            mine = [there[seed, kind] for seed in seeds if (seed, kind) in there]
             if mine:
                 angles = [] if kind == FULL else [figures([x[key] for x in mine]) for key in ("overlap", "scale")]
                 z = ", ".join(f"{x['z']:.1f}" for x in mine if "z" in x) or "-"
                 rows.append([kind, *(angles or ["-", "-"]), z, *(stage(mine, key) for key in STAGES)])
-        found += [
-            f"{task}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: accuracy, and in brackets conflicting accuracy (mean ± sd).\n",
-            *table(
-                ["base", "overlap of V_l", "output scale, largest change", "z of the pattern", *STAGES.values()], rows
-            ),
-        ]
+        named = f"{task}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        found += [f"{named}: accuracy, and in brackets conflicting accuracy (mean ± sd).\n", *table(COLUMNS, rows)]
     head = (
-        "Quantised bases, in this version (`python -m benchmarks quantised`). Overlap of the contrast's subspaces with those on the base in full "
-        "precision: the mean of the squared cosines of the principal angles, over 16 directions a layer.\n"
+        "Quantised bases, in this version (`python -m benchmarks quantised`). Overlap of the contrast's subspaces with those "
+        "on the base in full precision: the mean of the squared cosines of the principal angles, over 16 directions a layer.\n"
     )
     return [head, *found] if found else []
 

@@ -16,6 +16,8 @@ from ..data.fingerprints import fingerprint
 from ..data.reading import Reader
 from ..inference import collator_of, processes
 from ..models import Name, labels_tokens, load_classifier, name_of
+from ..provenance import merged_copy
+from ..quantised import dequantised
 
 _MATTERS = (
     "seed", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -49,8 +51,7 @@ def retrain(
     """
     model = name_of(model)
     trained: Any = load_classifier(model) if isinstance(model, str) else copy.deepcopy(model)
-    if isinstance(trained, PeftModel):
-        trained = trained.merge_and_unload()
+    trained = merged_copy(trained) if isinstance(trained, PeftModel) else dequantised(trained)
     if from_scratch:
         set_seed(args.seed)
         trained = type(trained)(trained.config)

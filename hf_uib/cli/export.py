@@ -24,10 +24,11 @@ from ..data.reading import Reader
 from ..data.sources import load_processor, load_splits, split_forget, split_of
 from ..exported import EXPORT, INT8, MODEL, TOLERANCE, ExportedClassifier, export_onnx
 from ..hub.push import MERGED
-from ..lora import copy_without_hooks, require_base_below
+from ..lora import require_base_below
 from ..metrics import text_table
 from ..models import Name, input_kind, name_of
-from ..provenance import next_base
+from ..provenance import merged_copy, next_base
+from ..quantised import dequantised
 from .outputs import quiet
 from .parser import parse
 from .unlearn import columns_of, remote_code
@@ -143,8 +144,8 @@ def plain_checkpoint(name: Name, **settings) -> tuple[Any, str]:
     model = next_base(source, **settings)
     if isinstance(model, PeftModel):
         require_base_below(model)
-        model = copy_without_hooks(model).merge_and_unload()
-    return model.cpu().float().eval(), source
+        model = merged_copy(model)
+    return dequantised(model).cpu().float().eval(), source
 
 
 def bias_figures(
