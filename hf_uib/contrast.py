@@ -162,7 +162,7 @@ class _Recording:
 
     def _on_forward(self, stats: LayerStatistics, module, inputs, output) -> None:
         # As it came: in float32 it would be a copy
-        kept = _Kept.apply(self.leaf, inputs[0].detach()).grad_fn if output.requires_grad else None
+        kept = _Kept.apply(self.leaf, inputs[0].detach()) if output.requires_grad else None
         if self.again:
             return
         x = input_rows(module, inputs[0].detach()).float()
@@ -176,7 +176,7 @@ class _Recording:
             output.register_hook(partial(self._on_gradient, stats, module, kept))
 
     def _on_gradient(self, stats: LayerStatistics, module, kept, gradient: Tensor) -> None:
-        given = kept.saved_tensors[0]
+        given = kept.grad_fn.saved_tensors[0]
         x = input_rows(module, given).float()
         stats.reached += 1
         g = output_rows(module, gradient).float()

@@ -23,6 +23,7 @@ from hf_uib import UIBConfig
 from hf_uib.cli import main, parser
 from hf_uib.cli.audit import AuditArguments
 from hf_uib.cli.comparison import AppArguments
+from hf_uib.cli.discover import DiscoverArguments
 from hf_uib.cli.export import ExportArguments
 from hf_uib.cli.lineage import LineageArguments
 from hf_uib.cli.unlearn import UnlearnArguments, next_audit, unlearn
@@ -206,6 +207,7 @@ FLAGS = {
     "demo": ("--output_dir", "--seed", "--max_steps"),
     "export": ("--onnx", "--int8", "--tolerance", "--bias_column"),
     "lineage": ("--repo",),
+    "discover": ("--model_name_or_path", "--dataset_name", "--train_split", "--text_column", "--output_dir"),
     "app": ("--adapter", "--base", "--model", "--reference", "--server_port"),
 }
 
@@ -225,7 +227,8 @@ def test_help_describes_every_flag(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "kind", [UIBConfig, UnlearnArguments, AuditArguments, ExportArguments, LineageArguments, AppArguments]
+    "kind",
+    [UIBConfig, UnlearnArguments, AuditArguments, DiscoverArguments, ExportArguments, LineageArguments, AppArguments],
 )
 def test_every_flag_has_a_help_text(kind):
     assert not [field.name for field in dataclasses.fields(kind) if field.init and not field.metadata.get("help")]

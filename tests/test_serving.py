@@ -134,6 +134,7 @@ def test_what_holds_of_a_head_outside_the_bound(tmp_path):
         undo(merged, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_server_resumes(tmp_path):
     trainer = serving_trainer(make_model("bert"), tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
@@ -231,6 +232,7 @@ def shown(pair, given) -> tuple[dict, dict, str]:
     return app._compare(pair)(given)
 
 
+@pytest.mark.slow
 def test_a_text_pipeline_and_the_page_say_what_was_audited(texts):
     pytest.importorskip("gradio")
     folder, sentences = texts

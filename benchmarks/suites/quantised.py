@@ -124,13 +124,16 @@ def quantised_tables() -> list[str]:
             mine = [x for x in lines if (x["task"], x["kind"]) == (task, kind)]
             if mine:
                 angles = [] if kind == FULL else [figures([x[key] for x in mine]) for key in ("overlap", "scale")]
-                rows.append([kind, *(angles or ["-", "-"]), *(stage(mine, key) for key in STAGES)])
+                z = ", ".join(f"{x['z']:.1f}" for x in mine if "z" in x) or "-"
+                rows.append([kind, *(angles or ["-", "-"]), z, *(stage(mine, key) for key in STAGES)])
         found += [
-            f"{task}, seeds {', '.join(map(str, seeds))}: accuracy, and in brackets conflicting accuracy (mean ± sd).\n",
-            *table(["base", "overlap of V_l", "output scale, largest change", *STAGES.values()], rows),
+            f"{task}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: accuracy, and in brackets conflicting accuracy (mean ± sd).\n",
+            *table(
+                ["base", "overlap of V_l", "output scale, largest change", "z of the pattern", *STAGES.values()], rows
+            ),
         ]
     head = (
-        "Quantised bases (`python -m benchmarks quantised`). Overlap of the contrast's subspaces with those on the base in full "
+        "Quantised bases, in this version (`python -m benchmarks quantised`). Overlap of the contrast's subspaces with those on the base in full "
         "precision: the mean of the squared cosines of the principal angles, over 16 directions a layer.\n"
     )
     return [head, *found] if found else []

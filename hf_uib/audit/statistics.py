@@ -95,8 +95,8 @@ class Resampler:
         samples are centred on the value."""
         a, b = (np.unique(x, return_inverse=True)[1] for x in (first, second))
         shape = (a.max() + 1, b.max() + 1)
-        cells = np.eye(shape[0] * shape[1])[a * shape[1] + b]
-        cells = self._sums(cells if counted is None else cells * counted[:, None])
+        cells = np.zeros((self.groups, shape[0] * shape[1]))
+        np.add.at(cells, (self.ids, a * shape[1] + b), 1.0 if counted is None else counted.astype(float))
         tables = np.concatenate([cells.sum(0)[None], self.weights @ cells]).reshape(-1, *shape)
         values = cramers_v_of(tables)
         return Estimate(float(values[0]), (values[1:] - values[1:].mean() + values[0]).clip(0, 1))
