@@ -96,14 +96,17 @@ class AtomicCheckpoints(Trainer):
         """Set which weights are trained; loading an adapter sets all of its free."""
         raise NotImplementedError
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer. Every process calls it, and helps to gather a sharded base that has to be written."""
+        if is_sharded(self.model):
+            self._save_base(str(output_dir if output_dir is not None else self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save and not is_sharded(self.model):
+        if not self.args.should_save:
             return
         target = str(output_dir if output_dir is not None else self.args.output_dir)
-        # Beside the checkpoint, which is written to run/_unfinished/checkpoint-N
-        self._save_base(os.path.dirname(os.path.dirname(target)) if self._staging else target)
-        if not self.args.should_save:  # it helped to gather the base
-            return
+        self._save_base(target)
         with atomic_directory(target) as folder:
             super()._save(folder, state_dict)
             for name in (TRAINING_ARGS_NAME, "README.md"):  # PEFT's card: ours needs the run's figures beside it
@@ -115,12 +118,14 @@ class AtomicCheckpoints(Trainer):
         self.written[os.path.abspath(target)] = [*names, "README.md"]
         self.create_model_card(folder=target)
 
-    def _save_base(self, folder: str) -> None:
-        """Write the model below the adapter to ``folder/base``, once, where no name leads to it.
+    def _save_base(self, target: str) -> None:
+        """Write the model below the adapter of folder ``target`` to ``base`` in or beside it, once, where no name leads to it.
 
         The adapter's config then names no base, unless the named checkpoint is not here to be compared.
         """
         self.check_base_name()
+        # Beside a checkpoint, which is written to run/_unfinished/checkpoint-N
+        folder = os.path.dirname(os.path.dirname(target)) if self._staging else target
         if self._base_is_named or folder in self._base_folders:
             return
         base = detached(self.accelerator.unwrap_model(self.model))

@@ -571,6 +571,18 @@ def test_two_processes_by_the_name_of_a_config(pictures, tmp_path):
     assert done.returncode == 1 and "error: " in done.stderr and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_that_share_the_base(pictures, tmp_path):
+    """All that reads the base whole after training: audit and merging, for which no process may be left alone."""
+    out = tmp_path / "out"
+    done = run(*picture_job(pictures, out), "--save_merged", "--accelerate_config", "fsdp2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Adapter, card (README.md)") == 1 and "Audit: " in done.stdout
+    assert (out / "adapter_model.safetensors").is_file()
+    assert AutoModelForImageClassification.from_pretrained(out / "merged").config.num_labels == 3
+
+
 def test_yaml_config(pictures, tmp_path):
     lines = {
         "model_name_or_path": pictures / "model", "dataset_name": pictures / "data", "forget_where": "[source=clinic_a]",

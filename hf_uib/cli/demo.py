@@ -62,9 +62,9 @@ def demo(args: UIBConfig) -> dict[str, dict]:
     }
     results, pictures = _measured(task, models)
     audit = trainer.audit(task.sets["test"], task.bias_column, retrained_model=oracle[0], example_column="example")
+    source = {"task": task.name, "seed": args.seed}
+    save_results(trainer, results, source, audit, merge=True, pictures=pictures)
     if trainer.is_world_process_zero():
-        source = {"task": task.name, "seed": args.seed}
-        save_results(trainer, results, source, audit, merge=True, pictures=pictures)
         original.save_pretrained(os.path.join(folder, "original"))  # the adapter's base
         start.save_pretrained(os.path.join(folder, "retrained"))  # the target; it was trained in place
         print(f"{time.perf_counter() - started:.0f} seconds in all.")

@@ -206,6 +206,7 @@ def save_results(
     pictures: tuple = (),
 ) -> None:
     """Write figures, report, audit, card and, if asked for, the merged model; then print the table. `save_adapter` comes before.
+    Every process calls it, as all may hold a part of what is merged; the first one writes.
 
     Args:
         results: rows of the table by model.
@@ -214,27 +215,14 @@ def save_results(
     """
     folder = str(trainer.args.output_dir)
     trainer.results = results
-    layers = trainer.layer_report()
-    content = (
-        {MARK: __version__}
-        | source
-        | {
-            "results": results,
-            "warnings": trainer.run_warnings,
-            "bound": {"layers": layers, **trainer.statistics},
-            "log": trainer.state.log_history,
-        }
-    )
-    with atomic_directory(folder) as unfinished:
-        draw_bias(results, unfinished, *pictures)
-        draw_layers(layers, unfinished)
-        write_json(content, os.path.join(unfinished, "report.json"))
-        if audit is not None:
-            audit.to_json(os.path.join(unfinished, "audit.json"))
-            audit.plot(unfinished)
+    first = trainer.is_world_process_zero()
+    if first:
+        _write_report(trainer, folder, source, audit, pictures)
     trainer.create_model_card()
     if merge:
         trainer.save_merged(os.path.join(folder, MERGED))
+    if not first:
+        return
     print("\n" + text_table(results))
     if audit is not None:
         print(f"\nAudit: {audit.verdict}")
@@ -242,3 +230,26 @@ def save_results(
         print(f"\nWarning: {text}")
     merged_folder = f"; merged model: {os.path.join(folder, MERGED)}" if merge else ""
     print(f"\nAdapter, card (README.md), report.json and figures: {folder}{merged_folder}")
+
+
+def _write_report(
+    trainer: UIBTrainer, folder: str, source: dict[str, Any], audit: AuditReport | None, pictures: tuple
+) -> None:
+    layers = trainer.layer_report()
+    content = (
+        {MARK: __version__}
+        | source
+        | {
+            "results": trainer.results,
+            "warnings": trainer.run_warnings,
+            "bound": {"layers": layers, **trainer.statistics},
+            "log": trainer.state.log_history,
+        }
+    )
+    with atomic_directory(folder) as unfinished:
+        draw_bias(trainer.results, unfinished, *pictures)
+        draw_layers(layers, unfinished)
+        write_json(content, os.path.join(unfinished, "report.json"))
+        if audit is not None:
+            audit.to_json(os.path.join(unfinished, "audit.json"))
+            audit.plot(unfinished)

@@ -223,16 +223,15 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
             audit = trainer.audit(
                 test, bias_columns, retrained_model=oracle, label=number, positive_label=job.positive_label
             )
-        if trainer.is_world_process_zero():
-            source = {
-                "model": _base_name(job.model_name_or_path),
-                "forget_columns": chosen_by(job),  # a value may be somebody's name
-            }
-            save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
-            if job.request:
-                folder, files = str(args.output_dir), trainer.published_files()
-                path = write_deletion_report(_deletion_request(job), trainer.card_data(), folder, files)
-                print(f"Deletion report for the auditor: {path}")
+        source = {
+            "model": _base_name(job.model_name_or_path),
+            "forget_columns": chosen_by(job),  # a value may be somebody's name
+        }
+        save_results(trainer, results, source, audit, merge=job.save_merged or job.request is not None)
+        if job.request and trainer.is_world_process_zero():
+            folder, files = str(args.output_dir), trainer.published_files()
+            path = write_deletion_report(_deletion_request(job), trainer.card_data(), folder, files)
+            print(f"Deletion report for the auditor: {path}")
     if args.push_to_hub:
         with nothing_lost(trainer, lambda: upload_command(trainer)):
             trainer.push_to_hub()
