@@ -318,7 +318,7 @@ def test_from_the_command_to_a_trainer(coloured, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_example_goes_all_the_way():
-    found, rows = suspicion.main(steps=60, train_steps=200, output_dir="out")
+def test_the_example_goes_all_the_way(tmp_path):
+    found, rows = suspicion.main(steps=50, train_steps=120, output_dir=str(tmp_path))
     assert found.found
     assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
