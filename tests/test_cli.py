@@ -576,7 +576,6 @@ def test_two_processes_by_the_name_of_a_config(pictures, tmp_path):
 def test_two_processes_that_share_the_base(pictures, tmp_path):
     """All that reads the base whole after training: audit and merging, for which no process may be left alone."""
     out = tmp_path / "out"
-    out.mkdir()  # two processes that begin at once may take a new folder from each other (`check_writable`)
     done = run(*picture_job(pictures, out), "--save_merged", "--accelerate_config", "fsdp2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Adapter, card (README.md)") == 1 and "Audit: " in done.stdout

@@ -109,11 +109,14 @@ def results_row(
 
 
 def check_writable(folder: str) -> None:
-    """Refuse an output folder that cannot be written to, before the first step.
+    """Refuse an output folder that cannot be written to, before the first step. One process of a machine looks: two would take a
+    new folder from each other.
 
     Raises:
         ValueError: it cannot.
     """
+    if os.environ.get("LOCAL_RANK", "0") not in ("0", "-1"):
+        return
     made = not os.path.isdir(folder)
     try:
         os.makedirs(folder, exist_ok=True)
