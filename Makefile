@@ -1,6 +1,6 @@
 CODE = hf_uib benchmarks scripts tests examples docs
 DEMO_DIR = unlearned
-.PHONY: style quality test test-all demo docs
+.PHONY: style quality test test-ci test-all demo docs
 
 style:
 	ruff format $(CODE)
@@ -15,9 +15,11 @@ quality:
 test:
 	pytest
 
+test-ci:
+	pytest -m "not nightly"
+
 test-all:
-	pytest --cov --cov-report=term
-	pytest -m "slow or browser or distributed"
+	pytest -m "" --cov --cov-report=term
 
 demo:
 	hf-uib demo --output_dir $(DEMO_DIR)

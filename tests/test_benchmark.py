@@ -30,6 +30,7 @@ def registered():
         table.update(entries)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_smoke_suite_runs_every_method(tmp_path):
     """From another folder, under the flag of earlier versions."""
@@ -112,6 +113,7 @@ def test_probes_audits_and_requests_run(task, tmp_path, monkeypatch):
     assert isinstance(lifecycle.flags_of(merged, requests.new_model(), merged, requests, "hue"), list)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_step_is_timed_under_one_process_and_two(tmp_path):

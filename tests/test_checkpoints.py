@@ -836,7 +836,7 @@ def test_layers_without_gradient_are_left_untrained(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("beta", ["0.0", "0.01"])
+@pytest.mark.parametrize("beta", ["0.0", pytest.param("0.01", marks=pytest.mark.nightly)])
 def test_siglip_in_two_processes(beta, tmp_path):
     command, environment = command_for("two_processes_siglip.py", 2, tmp_path / "out", beta)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

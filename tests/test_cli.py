@@ -548,6 +548,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_asked_for(pictures, with_cod
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_terminal_without_utf_8(pictures, tmp_path):
     done = run(*picture_job(pictures, tmp_path / "out"), PYTHONIOENCODING="ascii")
@@ -571,6 +572,7 @@ def test_two_processes_by_the_name_of_a_config(pictures, tmp_path):
     assert done.returncode == 1 and "error: " in done.stderr and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_that_share_the_base(pictures, tmp_path):

@@ -184,6 +184,7 @@ def test_hues_are_those_of_the_task():
         assert abs(np.asarray(again, int) - painted).max() <= 1
 
 
+@pytest.mark.nightly
 @pytest.mark.browser
 def test_sentence_with_two_checkpoints_from_the_command_line(browser, page, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))

@@ -210,6 +210,7 @@ def commands(text: str) -> list[tuple[str, set[str]]]:
     return [(match[1], set(re.findall(r"(--\w+)", match[2]))) for match in found if match]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_command_lines_take_their_flags():
     asked = {

@@ -470,6 +470,7 @@ def test_transforms_can_be_sent_to_workers_of_every_kind(tmp_path, tokenizer):
     pickle.dumps(trainer.data_collator)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:No calibration_dataset")
 def test_spawned_workers_give_the_same_trajectory(tmp_path, tokenizer):

@@ -131,6 +131,7 @@ def test_delete_rows():
     assert rows["UIB, merged"]["accuracy"] > rows["original"]["accuracy"] - 0.05
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes(tmp_path):
@@ -143,6 +144,7 @@ def test_two_processes(tmp_path):
     assert float(printed[2]) > float(printed[1]) + 0.05
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_checkpoint_to_hub(tmp_path):
     call = "checkpoint_to_hub.main(steps=100, train_steps=120, push='tester/vit')"

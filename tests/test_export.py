@@ -86,6 +86,7 @@ def test_any_length(tmp_path):
         exported(attention_mask=inputs["attention_mask"])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_weights_that_are_too_large_for_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_uib.exported.TOO_LARGE", 0)
@@ -96,6 +97,7 @@ def test_weights_that_are_too_large_for_one_file(tmp_path, monkeypatch):
     assert ExportedClassifier(tmp_path / "moved" / MODEL)(pixel_values=torch.zeros(2, 1, 8, 8)).logits.shape == (2, 3)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["deberta-v2", "convnext"])
 def test_every_architecture(architecture, tmp_path):

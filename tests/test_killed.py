@@ -62,7 +62,9 @@ def assert_same(first, second):
     assert first[1] == second[1]
 
 
-@pytest.mark.parametrize("processes, kills", [(1, 3), pytest.param(2, 2, marks=pytest.mark.distributed)])
+@pytest.mark.parametrize(
+    "processes, kills", [(1, 3), pytest.param(2, 2, marks=[pytest.mark.distributed, pytest.mark.nightly])]
+)
 def test_killed_and_started_again_is_bit_equal(tmp_path, processes, kills):
     random.seed(processes)
     whole = finished(tmp_path / "whole", processes)

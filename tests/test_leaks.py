@@ -161,8 +161,17 @@ def found(root, needles, there, done):
 
 
 @slow
-@pytest.mark.parametrize("kind", ["texts", "pictures"])
-@pytest.mark.parametrize("ending", ["success", "error", "ctrl-c"])
+@pytest.mark.parametrize(
+    "kind, ending",
+    [
+        ("pictures", "success"),
+        ("texts", "error"),
+        ("texts", "ctrl-c"),
+        pytest.param("texts", "success", marks=pytest.mark.nightly),
+        pytest.param("pictures", "error", marks=pytest.mark.nightly),
+        pytest.param("pictures", "ctrl-c", marks=pytest.mark.nightly),
+    ],
+)
 def test_nothing_is_left_behind(kind, ending, tmp_path):
     done, needles, there = run(tmp_path, kind, ending)
     assert done.returncode == (ending != "success"), done.stderr[-2000:]

@@ -44,7 +44,9 @@ def differences(first, second):
     return {k: ((a - b).abs() / (1 + b.abs())).max().item() for k, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize("prior", ["calibrated", "influence"])  # `compared` has saliency too
+@pytest.mark.parametrize(
+    "prior", ["calibrated", pytest.param("influence", marks=pytest.mark.nightly)]
+)  # `compared` has saliency too
 def test_two_processes_compute_what_one_does(tmp_path, prior):
     one = launched(tmp_path / "one.pt", 1, 8, prior=prior)
     two = launched(tmp_path / "two.pt", 2, 4, prior=prior)

@@ -41,8 +41,8 @@ WORDS = {"nf4": "bitsandbytes, 4-bit nf4", "int8": "bitsandbytes, 8-bit", "torch
 ROUNDING = {"nf4": 1e-5, "int8": 0.05, "torchao": 1e-5}
 FAST = [
     "nf4",
-    pytest.param("int8", marks=pytest.mark.slow),
-    pytest.param("torchao", marks=pytest.mark.slow),
+    pytest.param("int8", marks=[pytest.mark.slow, pytest.mark.nightly]),
+    pytest.param("torchao", marks=[pytest.mark.slow, pytest.mark.nightly]),
 ]  # a third of a minute
 every_kind = pytest.mark.parametrize("kind", FAST)
 

@@ -159,7 +159,7 @@ def files(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy, limit", [("no", 40000), ("steps", 5000)])
+@pytest.mark.parametrize("strategy, limit", [pytest.param("no", 40000, marks=pytest.mark.nightly), ("steps", 5000)])
 def test_disk_full(pictures, tmp_path, strategy, limit):  # noqa: F811
     """From the first step on no file may grow beyond 5 kB, or 40 kB: a checkpoint, or a figure, cannot be written. One line says
     so, nothing is half-written, and what could be written is there."""

@@ -403,6 +403,7 @@ def test_an_adapter_of_pefts_kind_for_tokens(tmp_path):
     assert isinstance(task_of(load_classifier(str(tmp_path / "adapter"))), TokenLabels)
 
 
+@pytest.mark.nightly
 @pytest.mark.distributed
 def test_two_processes_compute_what_one_does(tmp_path):
     found = []

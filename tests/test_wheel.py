@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import hf_uib
+from hf_uib.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("hf_uib", "benchmarks", "docs", "examples", "requirements", "scripts", "tests")
@@ -85,7 +86,10 @@ def run(unpacked, folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", ["", "unlearn", "audit", "demo", "export", "lineage", "app"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "unlearn", *(pytest.param(name, marks=pytest.mark.nightly) for name in COMMANDS if name != "unlearn")],
+)
 def test_help_from_the_wheel(command, unpacked, tmp_path):
     done = run(unpacked, tmp_path, *command.split(), "--help")
     assert done.returncode == 0, done.stderr
