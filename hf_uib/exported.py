@@ -1,5 +1,6 @@
 """A classifier as an ONNX file: written and compared with PyTorch's, and read for the audit. Needs the extra `onnx`."""
 
+import json
 import logging
 import os
 import shutil
@@ -20,7 +21,7 @@ from . import __version__
 from .checkpointing import STAGING, write_json
 from .data.labels import several_labels
 from .inference import predict
-from .models import Name, first_line, forward_columns, input_kind, name_of, num_labels_of
+from .models import Name, first_line, forward_columns, input_kind, labels_tokens, name_of, num_labels_of
 
 MODEL, INT8, EXPORT = "model.onnx", "model_int8.onnx", "export.json"  # files of an export's folder
 TOLERANCE = 1e-3  # of a logit
@@ -232,6 +233,15 @@ def _write_int8(source: str, path: str) -> None:
         )  # fmt: skip
 
 
+def _files_of_export(folder: str) -> set[str]:
+    """Names of what an earlier export wrote to a folder; none where there was none."""
+    try:
+        with open(os.path.join(folder, EXPORT), encoding="utf-8") as file:
+            return set(json.load(file)["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
 def _size(path: str) -> int:
     """Bytes of an ONNX file, and of the weights beside it."""
     return sum(os.path.getsize(name) for name in (path, f"{path}.data") if os.path.isfile(name))
@@ -299,7 +309,9 @@ def export_onnx(
     runtime, target = _runtime(), os.path.abspath(name_of(folder))
     if os.path.exists(target) and not os.path.isdir(target):
         raise ValueError(f"{target} is a file; give a folder.")
-    if os.path.isdir(target) and os.listdir(target) and not os.path.isfile(os.path.join(target, EXPORT)):
+    if labels_tokens(model):
+        raise ValueError(f"{type(model).__name__} labels tokens; an export takes models that label whole rows.")
+    if os.path.isdir(target) and set(os.listdir(target)) - _files_of_export(target):
         raise ValueError(f"{target} holds something else than an export; give another folder.")
     unfinished = f"{target}{STAGING}"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -309,7 +321,7 @@ def export_onnx(
         processing_class.save_pretrained(unfinished)
         _write_onnx(model, synthetic_inputs(model, processing_class, 3, 7), path := os.path.join(unfinished, MODEL))
         found = {MODEL: compare(model, ExportedClassifier(path), processing_class, rows)}
-        worst = max(seen["largest_difference"] for seen in found[MODEL].values())
+        worst = np.max([seen["largest_difference"] for seen in found[MODEL].values()])  # NaN if one is
         if not worst <= tolerance:
             raise ValueError(
                 f"The logits of the ONNX file differ by up to {worst:.2g} from PyTorch's, more than the tolerance {tolerance:g}; "
@@ -321,6 +333,7 @@ def export_onnx(
         report = {"hf_uib": __version__, "torch": torch.__version__, "onnxruntime": runtime.__version__}
         report |= {"classes": num_labels_of(model), "tolerance": tolerance, "differences": found}
         report |= {"bytes": {name: _size(os.path.join(unfinished, name)) for name in found}}
+        report |= {"files": sorted([*os.listdir(unfinished), EXPORT])}
         write_json(report, os.path.join(unfinished, EXPORT))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(unfinished, target)

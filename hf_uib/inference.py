@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .data.labels import IGNORED, several_labels
 from .data.pairing import Subset, UIBCollator, collator_for
 from .models import blocks_of, forward_columns, labels_tokens, num_labels_of
+from .quantised import keep_codes
 from .sharding import is_sharded
 
 
@@ -186,6 +187,7 @@ def predict(
 
     Of a model that labels tokens see `forward`. ``note`` gets each batch before it is passed, and gives it back.
     """
+    keep_codes(model)
     rows = range(len(dataset)) if rows is None else rows
     collator, device = collator_of(model, processing_class), device_of(model)
     move = lambda batch: {name: value.to(device) for name, value in batch.items()}

@@ -258,9 +258,11 @@ class ResultsMixin(AtomicCheckpoints):
             self.adapted_model, inputs, requests, dequantised(detached(self.adapted_model)) if base is None else base
         )
         if base is None:
+            training = self.adapted_model.training
             self.adapted_model.eval()
             with torch.no_grad():
                 adapted, after = (model(**inputs).logits.float() for model in (self.adapted_model, plain))
+            self.adapted_model.train(training)
             warnings.warn(
                 "The adapter was merged into de-quantised weights: the checkpoint that the base was quantised from is not here. On "
                 f"{len(after)} forget rows the logits differ from the adapted model's by up to {(after - adapted).abs().max():.2g} "

@@ -123,6 +123,11 @@ class UIBTrainer(ResultsMixin, HubMixin):
             args = UIBConfig.from_training_arguments(args)
         refuse_unsupported(args)
         require_one_device(model)
+        if fsdp_plugin(args) is not None and is_quantised(model):
+            raise ValueError(
+                "The base is quantised, and FSDP would take its codes apart: leave FSDP out (`--accelerate_config ddp`), or load "
+                "the base unquantised."
+            )
         self.task = task_of(model)
         self.base_name = hub_id(getattr(model.config, "_name_or_path", None))
         if by_name and not isinstance(model, PeftModel) and model.config._name_or_path:
@@ -229,16 +234,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.audit_report = None
 
     def _shard_base(self, plugin: FullyShardedDataParallelPlugin) -> None:
-        """FSDP: each process keeps its part of the base. What reads all of it on one process alone comes before.
-
-        Raises:
-            ValueError: the base is quantised.
-        """
-        if is_quantised(self.model):
-            raise ValueError(
-                "The base is quantised, and FSDP would take its codes apart: leave FSDP out (`--accelerate_config ddp`), or load "
-                "the base unquantised."
-            )
+        """FSDP: each process keeps its part of the base. What reads all of it on one process alone comes before."""
         self._base_fingerprint = fingerprint(self.model)
         self.check_base_name()
         adapter = {weight for name, weight in self.model.named_parameters() if is_adapters(name)}
@@ -382,7 +378,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         return batches, self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
 
     def _share_of_step(self, labels: Tensor, labels_of_step: Tensor | None) -> Tensor | float:
-        """What the mean over a batch's labels is weighted with, so that a step's mean is that over its labels on all processes."""
+        """What the mean over a batch's labels is weighted with, so that a step's sum is divided by all of its labels on all
+        processes; of tokens those that were swapped out count there too, whatever the split."""
         if labels_of_step is None:
             return 1.0
         batches = self.args.world_size * self.current_gradient_accumulation_steps
@@ -438,12 +435,14 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def get_eval_dataloader(self, eval_dataset=None):
         """As in Trainer; raw sets are encoded."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self.reader(eval_dataset, "eval_dataset")
+            eval_dataset = self.reader(self.streams.stored(eval_dataset, "eval_dataset"), "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
         """As in Trainer; raw sets are encoded."""
-        return super().get_test_dataloader(self.reader(test_dataset, "test_dataset"))
+        return super().get_test_dataloader(
+            self.reader(self.streams.stored(test_dataset, "test_dataset"), "test_dataset")
+        )
 
     def _get_train_sampler(self, train_dataset=None) -> PairingSampler:
         args, paired = self.args, self.train_dataset

@@ -329,7 +329,7 @@ def test_bad_labels_get_one_line(tmp_path, change, settings, message):
 def test_bad_words_get_one_line(tmp_path, parts):
     read = Reader(model_of_tokens().config, "input_ids", TOKENIZER, of_tokens=True)
     short = parts["retain"].map(lambda row, i: {"tokens": row["tokens"][1:]} if i == 2 else {}, with_indices=True)
-    with pytest.raises(ValueError, match=r"Row 2 of the data has \d+ labels for \d+ words; fill it, or drop it"):
+    with pytest.raises(ValueError, match=r"Row 2 of the data has \d+ labels for \d+ words; fill it, or leave it out"):
         read(short)
     with pytest.raises(ValueError, match="are no lists; a model that labels tokens takes a label for each word"):
         read(Dataset.from_dict({"tokens": [["a"]], "label": [1]}))

@@ -229,6 +229,8 @@ def metric_frame(rows: AuditedRows, bias_column: str | Sequence[str] | None, mod
     except ImportError as error:
         raise ImportError('metric_frame needs fairlearn: pip install "fairlearn>=0.15"') from error
     there = np.all([[value is not None for value in rows.attributes[name]] for name in columns], axis=0)
+    if not there.any():
+        raise ValueError(f"No test row has a value of {', '.join(columns)}.")
     labels, predictions = rows.labels[there], rows.predictions[model][there]
     groups = {name: rows.attributes[name][there].astype(str) for name in columns}
     figures: dict[str, Any] = {"count": metrics.count, "accuracy": _accuracy}

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from ..data.columns import Columns
 from ..data.fingerprints import fingerprint
 from ..data.reading import Reader
+from ..data.streams import StreamFolder
 from ..inference import collator_of, processes
 from ..models import Name, labels_tokens, load_classifier, name_of
 from ..provenance import merged_copy
@@ -57,7 +58,8 @@ def retrain(
         trained = type(trained)(trained.config)
     main_input, of_tokens = getattr(trained, "main_input_name", "input_ids"), labels_tokens(trained)
     read = Reader(trained.config, main_input, processing_class, columns, of_tokens=of_tokens)
-    rows = read(retain_dataset, "retain_dataset")
+    streams = StreamFolder()  # on disk until the model is trained
+    rows = read(streams.stored(retain_dataset, "retain_dataset"), "retain_dataset")
     folder = None
     if cache_dir is not None:
         folder = os.path.join(cache_dir, f"retrained-{_key(trained, rows, args)}")

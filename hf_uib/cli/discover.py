@@ -14,6 +14,7 @@ from ..data.columns import Columns
 from ..data.sources import load_processor, load_splits, split_of
 from ..discovery.find import discover
 from ..discovery.report import Discovery
+from ..inference import processes
 from ..models import input_kind, load_classifier
 from .outputs import check_writable, quiet
 from .parser import parse
@@ -60,7 +61,7 @@ def find(job: DiscoverArguments) -> Discovery:
     """
     quiet()
     check_writable(job.output_dir)
-    model: Any = load_classifier(job.model_name_or_path, **remote_code(job))
+    model: Any = load_classifier(job.model_name_or_path, **remote_code(job)).to(processes().device)
     train = split_of(load_splits(job.dataset_name, job.dataset_config_name), job.train_split)
     base = getattr(model.config, "_name_or_path", None)
     processor = load_processor(job.model_name_or_path, base, kind=input_kind(model), **remote_code(job))

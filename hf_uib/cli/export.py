@@ -10,6 +10,7 @@ Needs the extra `onnx`.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.utils import CONFIG_NAME
 from ..audit.context import AuditContext
 from ..audit.gather import gather
 from ..checkpointing import write_json
+from ..data.labels import has_labels
 from ..data.reading import Reader
 from ..data.sources import load_processor, load_splits, split_forget, split_of
 from ..exported import EXPORT, INT8, MODEL, TOLERANCE, ExportedClassifier, export_onnx
@@ -31,7 +33,7 @@ from ..provenance import merged_copy, next_base
 from ..quantised import dequantised
 from .outputs import quiet
 from .parser import parse
-from .unlearn import columns_of, remote_code
+from .unlearn import check_bias_columns, columns_of, remote_code
 
 MOST_ROWS = 2000  # of the test split, that logits are compared on
 
@@ -60,8 +62,9 @@ class ExportArguments:
         default_factory=list,
         metadata={"help": "COLUMN=VALUE of the rows to forget, with --bias_column: they say what the bias is."},
     )
-    bias_column: str | None = field(
-        default=None, metadata={"help": "Column with the bias attribute: the audit's bias figures of every file."}
+    bias_column: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Column with the bias attribute: the audit's bias figures of every file."},
     )
     text_column: list[str] = field(
         default_factory=list, metadata={"help": "Column of the text, or the two columns of a pair of texts."}
@@ -84,7 +87,7 @@ def main(arguments: list[str]) -> None:
         __doc__,
         arguments,
         ExportArguments,
-        lists={"forget_where": "COLUMN=VALUE", "text_column": "COLUMN"},
+        lists={"forget_where": "COLUMN=VALUE", "text_column": "COLUMN", "bias_column": "COLUMN"},
         launched=False,
     )
     export(job)
@@ -111,10 +114,11 @@ def export(job: ExportArguments) -> dict[str, Any]:
         splits = load_splits(job.dataset_name, job.dataset_config_name)
         test = split_of(splits, job.test_split)
         if job.bias_column:
-            if job.bias_column not in test.column_names:
-                raise ValueError(f"bias_column '{job.bias_column}' is not among {', '.join(test.column_names)}.")
+            check_bias_columns(job.bias_column, test)
             forget, _ = split_forget(split_of(splits, job.train_split), job.forget_where, job.train_split)
             sets = {"forget": forget, "test": test}
+        if not has_labels(test, columns_of(job)):
+            raise ValueError(f"Split '{job.test_split}' has no column of labels; name it: --label_column NAME.")
         read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns_of(job))
         rows = read(test.select(range(min(len(test), MOST_ROWS))), job.test_split)
     report = export_onnx(model, processor, job.onnx, rows=rows, int8=job.int8, tolerance=job.tolerance)
@@ -149,7 +153,7 @@ def plain_checkpoint(name: Name, **settings) -> tuple[Any, str]:
 
 
 def bias_figures(
-    model: Any, folder: Name, sets: dict[str, Any], bias_column: str | None, **settings
+    model: Any, folder: Name, sets: dict[str, Any], bias_column: str | Sequence[str] | None, **settings
 ) -> dict[str, dict]:
     """The audit's figures of the model and of the files of its export, by ``PyTorch``, ``ONNX`` and ``int8``.
 

@@ -45,6 +45,8 @@ def listed_rows(path: str, train: Dataset) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: it is no such file, belongs to another data set, or has no row to forget.
     """
+    if not os.path.isfile(path):
+        raise ValueError(f"There is no file {path}; hf-uib discover writes it.")
     try:
         table = pq.read_table(path)
         origin = json.loads((table.schema.metadata or {})[MARK.encode()])
@@ -94,5 +96,9 @@ def scored_rows(path: str, train: Dataset, top: int) -> tuple[np.ndarray, np.nda
         )
     if not 0 < top < len(train):
         raise ValueError(f"--forget_top is {top}; give a number from 1 to {len(train) - 1}.")
+    if scores.min() == scores.max():
+        raise ValueError(
+            f"All scores of {path} are {scores[0]:g}, which puts no row before another; give other scores."
+        )
     order = np.argsort(-scores, kind="stable")
     return np.sort(order[:top]), np.sort(order[top:])

@@ -25,7 +25,7 @@ from .columns import (
     values_of,
     words_column,
 )
-from .labels import class_ids, has_labels, transform_of
+from .labels import NOT_LABELLED, class_ids, has_labels, transform_of
 from .transforms import AudioInput, PictureInput, RowTransform, TextInput, WordsInput, range_of, waveform
 
 # Models whose positions are counted from the padding token's id on
@@ -67,7 +67,9 @@ class Reader:
             if what.startswith("no label") and sum(w.startswith("no label") for w in missing.values()) == len(dataset):
                 raise ValueError(f"No row of {name} has a label; give a set with labels, or leave it out.")
             more = f" ({len(missing)} such rows)" if len(missing) > 1 else ""
-            raise ValueError(f"Row {row} of {name} has {what}{more}; fill it, or drop it (--drop_incomplete_rows).")
+            raise ValueError(
+                f"Row {row} of {name} has {what}{more}; fill it, or leave it out (`hf-uib unlearn` has --drop_incomplete_rows)."
+            )
         label, ids = None, None
         if has_labels(dataset, self.columns):
             label, ids = (
@@ -142,6 +144,12 @@ class Reader:
                 for i, v in enumerate(values_of(raw, column))
                 if is_missing(v) or v == -1
             }
+            if self.of_tokens:
+                found |= {
+                    i: f"no labelled token (column '{column}')"
+                    for i, v in enumerate(values_of(raw, column))
+                    if isinstance(v, list) and all(one in NOT_LABELLED for one in v)
+                }
         for column in given.columns if isinstance(given, TextInput) else ():
             found |= {i: f"no text (column '{column}')" for i, v in enumerate(values_of(raw, column)) if v is None}
         if isinstance(given, WordsInput) and is_list(raw.features.get(given.label)):

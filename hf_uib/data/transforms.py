@@ -185,7 +185,9 @@ class RowTransform:
         if self.ids is None:
             return list(values)
         return [
-            [IGNORED if v == IGNORED else self.ids[v] for v in value] if isinstance(value, list) else self.ids[value]
+            [IGNORED if v in NOT_LABELLED else self.ids[v] for v in value]
+            if isinstance(value, list)
+            else self.ids[value]
             for value in values
         ]
 

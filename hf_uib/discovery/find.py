@@ -11,8 +11,8 @@ from ..data.columns import Columns
 from ..data.labels import labels_of, several_labels
 from ..data.reading import Reader, check_inputs
 from ..data.sources import load_processor
-from ..inference import pooled, predict
-from ..models import Name, blocks_of, input_kind, load_classifier, name_of, num_labels_of
+from ..inference import pooled, predict, processes
+from ..models import Name, blocks_of, input_kind, labels_tokens, load_classifier, name_of, num_labels_of
 from ..pattern_tokens import block_input
 from .report import FEWEST_SHARE, Depth, Discovery
 from .trimmed import distance_ratio, mask_p_value, principal_components, trimmed_margins
@@ -47,15 +47,19 @@ def discover(
         trust_remote_code: see `load_classifier`.
 
     Raises:
-        ValueError: the set is too small, or has one label; the model has no blocks, or several labels a row.
+        ValueError: the set is too small, or has one label; the model has no blocks, several labels a row, or labels of tokens.
     """
     given = name_of(model)
-    classifier: Any = load_classifier(given, trust_remote_code=trust_remote_code) if isinstance(given, str) else given
+    classifier: Any = given
+    if isinstance(given, str):
+        classifier = load_classifier(given, trust_remote_code=trust_remote_code).to(processes().device)
     if processing_class is None and isinstance(given, str):
         base = getattr(classifier.config, "_name_or_path", None)
         processing_class = load_processor(
             given, base, kind=input_kind(classifier), trust_remote_code=trust_remote_code
         )
+    if labels_tokens(classifier):
+        raise ValueError("The model labels tokens; discover takes a model of one label a row.")
     if several_labels(classifier.config):
         raise ValueError("The model has several labels a row; discover takes a model of one label a row.")
     if not isinstance(train, datasets.Dataset) or len(train) < FEWEST_ROWS:

@@ -30,7 +30,7 @@ class Depth(NamedTuple):
 
     Attributes:
         name: ``input`` is what enters the first block.
-        ratio: `trimmed.distance_ratio`; None where the head misreads more than a third of the rows.
+        ratio: `trimmed.distance_ratio`; None where the head misreads more than a third of the rows, or half of a class.
         misread: share of the rows.
     """
 
@@ -132,7 +132,9 @@ class Discovery:
         """One sentence."""
         against = int(self.contradicts.sum())
         if self.depth is None:
-            return "None found: a simple head misreads more than a third of the rows at every depth."
+            return (
+                "None found: a simple head misreads more than a third of the rows, or half of a class, at every depth."
+            )
         facts = f"p = {self.p_value:.3f}; distance ratio {self.ratio:.2f}, at {self.depth}"
         if self.found:
             return f"Found: {against} of {len(self.labels)} rows contradict what the others teach ({facts})."
@@ -194,7 +196,9 @@ class Discovery:
             against = order[self.contradicts[order]][::-1][:SHOWN_PICTURES]
             chosen = [*zip(line, teach[middle : middle + SHOWN_PICTURES])]
             chosen += [*zip(line[SHOWN_PICTURES + 1 :], against)]
-            line[SHOWN_PICTURES].text(0.5, 0.5, self.name(label), fontsize=8, ha="center", va="center")
+            line[SHOWN_PICTURES].text(
+                0.5, 0.5, self.name(label), fontsize=8, ha="center", va="center", parse_math=False
+            )
             for axis, row in chosen:
                 picture = raw[int(row)][column]
                 axis.imshow(picture[0] if isinstance(picture, list) else picture, interpolation="nearest", cmap="gray")
@@ -206,7 +210,7 @@ class Discovery:
                 axis.barh([word for word, _ in found], [z for _, z in found])
                 axis.invert_yaxis()
                 axis.tick_params(labelsize=7)
-                axis.set_title(f"{self.name(label)}, rows that {side} (z)", fontsize=8)
+                axis.set_title(f"{self.name(label)}, rows that {side} (z)", fontsize=8, parse_math=False)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``rows.parquet`` (row, score, set: ``forget``, ``retain`` or, where none was found, empty), ``discovery.json`` and

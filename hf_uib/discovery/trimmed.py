@@ -63,12 +63,13 @@ def trimmed_margins(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[n
     hard do not.
 
     Returns:
-        None where more than a third of the rows are misread.
+        None where more than a third of the rows, or more than half of those of a class, are misread.
     """
+    rows = np.bincount(labels)
     kept = np.ones(len(x), dtype=bool)
     for _ in range(ROUNDS):
         margins, others = held_out_margins(x, labels, kept, seed)
-        if (margins < 0).mean() > MOST_MISREAD:
+        if (margins < 0).mean() > MOST_MISREAD or (np.bincount(labels, margins < 0) > rows / 2).any():
             return None
         if (kept == (margins >= 0)).all():
             break

@@ -13,7 +13,7 @@ from .card import hub_id
 
 FIELDS: Any = ["cardData", "createdAt", "tags"]  # of a model, that are asked for
 MOST = 1000  # models that are listed
-HOLDS, GONE, UNCLEAR = "still holds it", "unlearned", "unclear"
+WORST = HOLDS, UNCLEAR, GONE = "still holds it", "unclear", "unlearned"  # the worst first
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ def lineage(repo: str, api: HfApi | None = None) -> list[Descendant]:
     api = api or HfApi()
     try:
         root = api.model_info(repo, expand=FIELDS)
-        found: list[Descendant] = []
+        found: dict[str, Descendant] = {}
         waiting = [(root, _Origin.of_root(root))]
-        seen = {root.id}
         while waiting and len(found) < MOST:
             parent, origin = waiting.pop(0)
             for child in api.list_models(filter=f"base_model:{parent.id}", expand=FIELDS, limit=MOST - len(found)):
-                if child.id not in seen:
-                    seen.add(child.id)
-                    found.append(_descendant(child, parent.id, origin))
-                    waiting.append((child, _Origin.of_child(child, found[-1])))
+                told, known = _descendant(child, parent.id, origin), found.get(child.id)
+                # of several bases the worst one counts
+                if child.id != root.id and (known is None or WORST.index(told.verdict) < WORST.index(known.verdict)):
+                    found[child.id] = told
+                    waiting.append((child, _Origin.of_child(child, told)))
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"There is no model {repo} on the Hub that you may see; check the name, or log in."
@@ -74,7 +74,7 @@ def lineage(repo: str, api: HfApi | None = None) -> list[Descendant]:
         raise ValueError(
             f"The Hub cannot be reached ({type(error).__name__}); lineage is asked there. Unset HF_HUB_OFFLINE, or try again later."
         ) from error
-    return found
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,11 @@ class _Origin:
 
     @classmethod
     def of_child(cls, child: Any, told: Descendant) -> "_Origin":
-        """An adapter's own children are made from its base too."""
-        return cls(HOLDS if told.relation == "adapter" and told.verdict == GONE else told.verdict)
+        """An adapter's own children are made from its base too; one that is older than its last request unlearned in place."""
+        if told.relation == "adapter" and told.verdict == GONE:
+            return cls(HOLDS)
+        since = _last_request(unlearning_of(child) or {})
+        return cls(told.verdict, since if since and told.created and told.created < since else None)
 
 
 def unlearning_of(model: Any) -> dict | None:
@@ -142,7 +145,7 @@ def _of_card(block: dict, relation: str) -> str:
 
 def lineage_text(repo: str, found: Iterable[Descendant]) -> str:
     """A line a model, those that still hold it first, and a summary."""
-    found = sorted(found, key=lambda one: ((HOLDS, UNCLEAR, GONE).index(one.verdict), one.base != repo, one.name))
+    found = sorted(found, key=lambda one: (WORST.index(one.verdict), one.base != repo, one.name))
     if not found:
         return f"No model on the Hub names {repo} as its base. Copies whose cards do not say so are not seen."
     rows = [(one.verdict, one.name, one.relation, str(one.created or "-"), one.reason) for one in found]

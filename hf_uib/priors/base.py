@@ -150,8 +150,9 @@ class Prior:
         """What is to be forgotten, on a batch of the forget set.
 
         Args:
-            logits: ``[n, classes]`` of the model being trained.
-            labels: ``[n]``, as they stand in the forget set.
+            logits: of the model being trained, ``[n, classes]``; of labelled tokens ``[n, length, classes]``.
+            labels: as they stand in the forget set, ``[n]``, ``[n, labels]`` or ``[n, length]`` (-100: none); ``task.margin``
+                reads all.
 
         Returns:
             Scalar, mean over the batch, in nats per forget example. Zero means: nothing left to forget.
