@@ -113,6 +113,17 @@ def test_a_head_that_misreads_a_third_finds_nothing():
     assert trimmed.trimmed_margins(x, labels) is None
 
 
+def test_a_rare_class_that_looks_like_the_others_makes_no_shortcut():
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 2, 2000)
+        shown = labels.copy()
+        labels[:40], shown[:40] = 2, rng.integers(0, 2, 40)
+        x = trimmed.principal_components(rng.normal(size=(2000, 12)) + 3 * np.eye(2, 12)[shown])
+        read = trimmed.trimmed_margins(x, labels, seed)
+        assert read is None or not trimmed.distance_ratio(read[0]) >= 0.85
+
+
 def test_principal_components():
     x = np.random.default_rng(0).normal(size=(200, 60))
     x[:, 3] = 5.0

@@ -139,6 +139,14 @@ def test_a_folder_with_something_else_is_refused(picture, tmp_path):
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
+def test_a_folder_with_a_report_of_that_name_and_something_else_is_kept(picture, tmp_path):
+    for name in ("export.json", "thesis.txt"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="something else than an export"):
+        export_onnx(picture.model, PROCESSOR, tmp_path)
+    assert (tmp_path / "thesis.txt").is_file()
+
+
 def test_an_adapter_is_merged_in_memory(tmp_path):
     from peft import LoraConfig, get_peft_model
 

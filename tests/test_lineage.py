@@ -1,16 +1,18 @@
 """`hf-uib lineage` against a Hub on loopback: who was made from whom, and who still holds what had to go."""
 
+import datetime
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hub_server import Blob, Commit, HubServer, Repo
 from launching import HERE
 
 from hf_uib.cli.main import dispatch
-from hf_uib.hub.lineage import GONE, HOLDS, UNCLEAR, lineage_text
+from hf_uib.hub.lineage import GONE, HOLDS, UNCLEAR, lineage, lineage_text
 
 UNLEARNED = {"method": "uib", "requests": [{"date": "2026-03-02", "request": "the hue"}], "audit": {"passed": True}}
 # Name: day of its first commit, base, what else its card says
@@ -123,3 +125,37 @@ def test_a_folder_is_refused(tmp_path):
 
 def test_nothing_found_is_said():
     assert "Copies whose cards do not say so are not seen" in lineage_text("me/it", [])
+
+
+class Listed:
+    """An API that knows some models."""
+
+    def __init__(self, root, children):
+        self.root, self.children = root, children
+
+    def model_info(self, repo, expand):
+        return self.root
+
+    def list_models(self, filter, expand, limit):
+        return self.children.get(filter.removeprefix("base_model:"), [])
+
+
+def listed(name, tags=(), requests=(), created="2026-01-01"):
+    block = {"unlearning": {"requests": [{"date": date} for date in requests], "audit": {"passed": True}}}
+    data = SimpleNamespace(to_dict=lambda: block if requests else {})
+    made = datetime.datetime.fromisoformat(created)
+    return SimpleNamespace(id=name, tags=list(tags), created_at=made, card_data=data)
+
+
+def test_of_several_bases_and_dates_the_worst_counts():
+    root = listed("o/root", created="2024-01-01")
+    gone = listed("o/gone", ["base_model:finetune:o/root"], ["2026-06-01"], "2025-01-01")
+    kept = listed("o/kept", ["base_model:finetune:o/root"])
+    before = listed(
+        "o/before", ["base_model:finetune:o/gone"], created="2025-06-01"
+    )  # made before its base unlearned in place
+    merge = listed("o/merge", ["base_model:merge:o/gone", "base_model:merge:o/kept"], created="2026-07-01")
+    children = {"o/root": [gone, kept], "o/gone": [before, merge], "o/kept": [merge]}
+    verdicts = {one.name: one.verdict for one in lineage("o/root", Listed(root, children))}
+    assert verdicts["o/gone"] == GONE and verdicts["o/merge"] == HOLDS
+    assert verdicts["o/before"] != GONE
