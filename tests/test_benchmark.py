@@ -96,6 +96,7 @@ def test_research_varies_a_setting(task, tmp_path, name):
     assert set(runs.measure(model, task)) >= {"accuracy", "conflicting_accuracy"}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_probes_audits_and_requests_run(task, tmp_path, monkeypatch):
     line = truth.probe(make_model(), task, 0)

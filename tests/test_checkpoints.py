@@ -834,9 +834,10 @@ def test_layers_without_gradient_are_left_untrained(tmp_path):
     assert all(p.requires_grad for _, p in factors)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("beta", ["0.0", pytest.param("0.01", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("beta", ["0.0", "0.01"])
 def test_siglip_in_two_processes(beta, tmp_path):
     command, environment = command_for("two_processes_siglip.py", 2, tmp_path / "out", beta)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -984,6 +985,7 @@ def test_weights_of_another_shape(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_by_hub_id(tmp_path):
     """With nothing on stdin, as in a job."""

@@ -555,6 +555,7 @@ def test_a_terminal_without_utf_8(pictures, tmp_path):
     assert done.returncode == 0 and "Cram\\xe9r's V" in done.stdout, done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_by_the_name_of_a_config(pictures, tmp_path):

@@ -240,6 +240,7 @@ def test_command_lines_are_found():
     assert commands(text) == [("unlearn", {"--a", "--b"}), ("audit", {"--c"})]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_block_of_the_readme_runs_as_it_stands(tmp_path):
     block = re.search(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text())[1]

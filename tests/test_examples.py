@@ -86,6 +86,7 @@ def test_reviews_are_exact_counterfactuals():
     assert first["label"][:] == second["label"][:]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_outdated_labels():
     rows = outdated_labels.main(steps=100, train_steps=200)

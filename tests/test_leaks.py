@@ -191,6 +191,7 @@ def environment_of(hub) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.nightly
 @slow
 def test_the_command_after_a_push_that_failed_uploads_what_the_push_would_have(tmp_path):
     """And no other file of the folders, which hold some."""

@@ -67,6 +67,7 @@ def test_a_sharded_base_computes_what_a_whole_one_does(tmp_path):
     assert max(differences(one, sharded).values()) < 2e-4
 
 
+@pytest.mark.nightly
 def test_a_sharded_run_is_saved_resumed_detached_and_merged(tmp_path):
     folder = str(tmp_path / "run")
     command, environment = command_for("sharded.py", 2, folder, config="fsdp2")

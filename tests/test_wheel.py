@@ -108,6 +108,7 @@ def test_templates_and_configs_are_found_in_the_wheel(unpacked, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
+@pytest.mark.nightly
 def test_errors_name_commands_that_the_wheel_has(unpacked, tmp_path):
     done = run(unpacked, tmp_path, "app")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ")
