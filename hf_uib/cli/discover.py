@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.columns import Columns
-from ..data.sources import load_processor, load_splits, split_of
+from ..data.sources import load_splits, split_of
 from ..discovery.find import discover
 from ..discovery.report import Discovery
 from ..inference import processes
-from ..models import input_kind, load_classifier
+from ..models import load_classifier
 from .outputs import check_writable, quiet
 from .parser import parse
-from .unlearn import remote_code
+from .unlearn import processor_for, remote_code
 
 
 @dataclass
@@ -63,14 +63,10 @@ def find(job: DiscoverArguments) -> Discovery:
     check_writable(job.output_dir)
     model: Any = load_classifier(job.model_name_or_path, **remote_code(job)).to(processes().device)
     train = split_of(load_splits(job.dataset_name, job.dataset_config_name), job.train_split)
-    base = getattr(model.config, "_name_or_path", None)
-    processor = load_processor(job.model_name_or_path, base, kind=input_kind(model), **remote_code(job))
-    if job.max_length is not None:
-        processor.model_max_length = job.max_length
     found = discover(
         model,
         train,
-        processing_class=processor,
+        processing_class=processor_for(job, job.model_name_or_path, model),
         columns=Columns(tuple(job.text_column) or None, job.image_column, job.label_column, audio=job.audio_column),
         seed=job.seed,
         batch_size=job.batch_size,

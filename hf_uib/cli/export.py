@@ -23,17 +23,17 @@ from ..audit.gather import gather
 from ..checkpointing import write_json
 from ..data.labels import has_labels
 from ..data.reading import Reader
-from ..data.sources import load_processor, load_splits, split_forget, split_of
+from ..data.sources import load_splits, split_forget, split_of
 from ..exported import EXPORT, INT8, MODEL, TOLERANCE, ExportedClassifier, export_onnx
 from ..hub.push import MERGED
 from ..lora import require_base_below
 from ..metrics import text_table
-from ..models import Name, input_kind, name_of
+from ..models import Name, name_of
 from ..provenance import merged_copy, next_base
 from ..quantised import dequantised
 from .outputs import quiet
 from .parser import parse
-from .unlearn import check_bias_columns, columns_of, remote_code
+from .unlearn import check_bias_columns, columns_of, processor_for, remote_code
 
 MOST_ROWS = 2000  # of the test split, that logits are compared on
 
@@ -106,8 +106,8 @@ def export(job: ExportArguments) -> dict[str, Any]:
     if bool(job.bias_column) != bool(job.forget_where) or (job.bias_column and not job.dataset_name):
         raise ValueError("--dataset_name, --forget_where and --bias_column go together; give all three.")
     model, source = plain_checkpoint(job.model, **remote_code(job))
-    base = getattr(model.config, "_name_or_path", None)
-    processor = load_processor(source, base, kind=input_kind(model), **remote_code(job))
+    processor = processor_for(job, source, model)
+    columns = columns_of(job)
     test = rows = None
     sets: dict[str, Dataset] = {}
     if job.dataset_name:
@@ -117,15 +117,15 @@ def export(job: ExportArguments) -> dict[str, Any]:
             check_bias_columns(job.bias_column, test)
             forget, _ = split_forget(split_of(splits, job.train_split), job.forget_where, job.train_split)
             sets = {"forget": forget, "test": test}
-        if not has_labels(test, columns_of(job)):
+        if not has_labels(test, columns):
             raise ValueError(f"Split '{job.test_split}' has no column of labels; name it: --label_column NAME.")
-        read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns_of(job))
+        read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns)
         rows = read(test.select(range(min(len(test), MOST_ROWS))), job.test_split)
     report = export_onnx(model, processor, job.onnx, rows=rows, int8=job.int8, tolerance=job.tolerance)
     print(differences_text(report))
     if sets:
         report["bias"] = bias_figures(
-            model, job.onnx, sets, job.bias_column, processing_class=processor, columns=columns_of(job)
+            model, job.onnx, sets, job.bias_column, processing_class=processor, columns=columns
         )
         write_json(report, os.path.join(job.onnx, EXPORT))
         print(f"\n{text_table(report['bias'])}")

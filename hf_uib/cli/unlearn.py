@@ -278,16 +278,11 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     check_bias_columns(job.bias_column, train)
     columns = columns_of(job)
     main_input = getattr(model, "main_input_name", "input_ids")
-    base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
     kind = input_kind(model)
-    processor = load_processor(name, base, kind=kind, **remote_code(job))
     for other in ("text", "image", "audio"):
         if getattr(job, f"{other}_column") and other != {"video": "image"}.get(kind, kind):
             raise ValueError(f"--{other}_column is given, but the model takes {main_input}.")
-    if job.max_length is not None and job.max_length < 3:
-        raise ValueError(f"--max_length is {job.max_length}; a text needs 3 tokens or more, its marks included.")
-    if job.max_length is not None:
-        processor.model_max_length = job.max_length  # what a tokenizer truncates to
+    processor = processor_for(job, name, model)
     read = Reader(model.config, main_input, processor, columns, of_tokens=labels_tokens(model))
 
     def rows_of(split: str) -> Dataset:
@@ -329,6 +324,17 @@ def check_bias_columns(bias_columns: list[str], train: Dataset) -> None:
             raise ValueError(f"bias_column '{column}' is not among {', '.join(train.column_names)}.")
         if not isinstance(train.features[column], (Value, ClassLabel)):
             raise ValueError(f"bias_column '{column}' holds lists or files; name a column of plain values.")
+
+
+def processor_for(job: Any, source: str, model: Any) -> Any:
+    """The processor that lies beside a checkpoint or its base, with the truncation length that a job gives."""
+    base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
+    processor = load_processor(source, base, kind=input_kind(model), **remote_code(job))
+    if (longest := getattr(job, "max_length", None)) is not None:
+        if longest < 3:
+            raise ValueError(f"--max_length is {longest}; a text needs 3 tokens or more, its marks included.")
+        processor.model_max_length = longest  # what a tokenizer truncates to
+    return processor
 
 
 def chosen_rows(train: Dataset, job: Any) -> tuple[Dataset, Dataset]:

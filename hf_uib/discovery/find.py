@@ -120,9 +120,10 @@ def mean_features(model: nn.Module, dataset, processing_class=None, batch_size: 
     seen: dict[str, list[np.ndarray]] = {name: [] for name in ("input", *watched)}
     mask: Any = None
 
-    def on_model(module, inputs, named):
+    def note(batch):
         nonlocal mask
-        mask = named.get("attention_mask")
+        mask = batch.get("attention_mask")
+        return batch
 
     def keep(name, hidden):
         seen[name].append(pooled(hidden, mask).cpu().numpy())
@@ -137,9 +138,8 @@ def mean_features(model: nn.Module, dataset, processing_class=None, batch_size: 
             lambda _, args, named: keep("input", block_input(args, named)), with_kwargs=True
         )
     )
-    handles.append(model.register_forward_pre_hook(on_model, with_kwargs=True))
     try:
-        predict(model, dataset, processing_class, batch_size, "Reading the training set")
+        predict(model, dataset, processing_class, batch_size, "Reading the training set", note=note)
     finally:
         for handle in handles:
             handle.remove()
