@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .data.labels import IGNORED, several_labels
 from .data.pairing import Subset, UIBCollator, collator_for
 from .models import blocks_of, forward_columns, labels_tokens, num_labels_of
+from .processes import processes
 from .quantised import keep_codes
 from .sharding import is_sharded
 
@@ -266,11 +267,6 @@ def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
         return hidden.mean(1)
     weight = mask[..., None].float()
     return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
-
-
-def processes() -> PartialState:
-    """The processes the audit runs in; on machines without an accelerator they talk through gloo."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @torch.no_grad()

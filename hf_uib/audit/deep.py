@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..data.pairing import fetch
-from ..inference import batcher, observe, processes
+from ..inference import batcher, observe
 from ..lora import weight_matrix
+from ..processes import processes
 from ..quantised import dequantised
 from .checks import plain_bias
 from .context import AuditContext

@@ -16,11 +16,12 @@ from ..data.labels import model_names, named_config
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
 from ..exported import ExportedClassifier, is_onnx
-from ..inference import ModelOutputs, observe, processes
+from ..inference import ModelOutputs, observe
 from ..lora import require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
 from ..models import Name, labels_tokens, load_classifier, name_of, num_labels_of
 from ..one_label import label_number, positive_class, rows_with_label, two_classes
+from ..processes import processes
 from ..provenance import detached, merged_copy
 from ..quantised import keep_codes
 from ..unlearning_task import MultiLabel, SingleLabel, TokenLabels, UnlearningTask, task_of

@@ -15,8 +15,9 @@ from ..data.columns import Columns
 from ..data.fingerprints import fingerprint
 from ..data.reading import Reader
 from ..data.streams import StreamFolder
-from ..inference import collator_of, processes
+from ..inference import collator_of
 from ..models import Name, labels_tokens, load_classifier, name_of
+from ..processes import processes
 from ..provenance import merged_copy
 from ..quantised import dequantised
 

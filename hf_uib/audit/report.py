@@ -12,7 +12,6 @@ from .. import __version__
 from ..checkpointing import write_json
 from ..data.columns import Columns
 from ..data.streams import StreamFolder
-from ..inference import processes
 from ..metrics.strata import STRATA
 from ..metrics.table import title_of
 from ..models import Name
@@ -70,7 +69,6 @@ def audit_model(
         ValueError: no forget or test rows, ``bias_column`` is not there, or the model's classes differ from the reference's.
     """
     models, oracles = plain_models(loaded(model), reference_model, retrained_model)
-    processes()  # the first that asks decides how many there are
     streams, sets = StreamFolder(), {"forget": forget_dataset, "retain": retain_dataset, "test": test_dataset}
     context = gather(
         models,

@@ -15,8 +15,8 @@ from typing import Any
 from ..audit.report import AuditReport, audit_model, loaded
 from ..data.sources import load_processor, load_splits, split_of
 from ..exported import folder_of
-from ..inference import processes
 from ..models import input_kind
+from ..processes import processes
 from .outputs import quiet
 from .parser import parse
 from .unlearn import chosen_rows, columns_of, remote_code

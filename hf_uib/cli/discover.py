@@ -14,8 +14,8 @@ from ..data.columns import Columns
 from ..data.sources import load_splits, split_of
 from ..discovery.find import discover
 from ..discovery.report import Discovery
-from ..inference import processes
 from ..models import load_classifier
+from ..processes import processes
 from .outputs import check_writable, quiet
 from .parser import parse
 from .unlearn import processor_for, remote_code

@@ -64,11 +64,10 @@ def _values(column: pa.Array) -> list:
         lengths = [length + sizes[i:j].tobytes() for length, i, j in zip(lengths, ends, ends[1:], strict=False)]
         values, depth, ends = values.flatten(), depth + 1, offsets[ends]
     floats = pa.types.is_floating(values.type)
-    if (
-        values.null_count and depth + (lists.null_count > 0) and len(column) > 1
-    ):  # a row's hash is that of the row alone
+    gaps = values.null_count > 0
+    if gaps and (depth or lists.null_count) and len(column) > 1:  # a row's hash is that of the row alone
         return [value for i in range(len(column)) for value in _values(column.slice(i, 1))]
-    if not (floats and depth or depth > 1 and pa.types.is_integer(values.type)) or values.null_count:
+    if not (floats and depth or depth > 1 and pa.types.is_integer(values.type)) or gaps:
         return column.to_pylist()
     numbers = values.to_numpy().astype(np.float64 if floats else np.int64)
     return [numbers[i:j].tobytes() + length for length, i, j in zip(lengths, ends, ends[1:], strict=False)]

@@ -11,9 +11,9 @@ from functools import cached_property, partial
 import datasets
 import fsspec
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from ..processes import processes
 from .columns import undecoded
 
 MAX_ROWS = 10_000_000  # of a stream: one without an end has to stop somewhere
@@ -64,7 +64,7 @@ class StreamFolder:
             return dataset
         if getattr(dataset, "_distributed", None) is not None:
             raise ValueError(f"{name} is a stream that is split by process; give every process the whole stream.")
-        state, files, refusal = PartialState(), [], None
+        state, files, refusal = processes(), [], None
         if state.is_local_main_process:
             try:
                 files = self._write(dataset, name)
