@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .channel_kl import wide_dtype
 from .lora import base_of, matrix_shape
-from .objective import margin
+from .objective import margin, wide_dtype
 from .sharding import whole
 
 PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code

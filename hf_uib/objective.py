@@ -5,6 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it (MPS has not)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-odds margin ``m(x, y) = log p(y|x) - log(1 - p(y|x))``, in nats.
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .channel_kl import channel_kl, outside
 from .contrast import ContrastStatistics
+from .divergence import outside
 from .lora import AdaptedLayer, is_fresh, weight_matrix
 from .pattern_tokens import PatternTokens
 from .schedule import noise_scale
@@ -45,15 +45,12 @@ class LayersAlike:
 
     Attributes:
         names: of the layers.
-        subspaces: V_l, ``[m, k, d_in]``; base_projected_weight: W V', ``[m, d_out, k]``.
-        scalings: LoRA's s, ``[m]``; units: s, times the gain where A is a multiple of V_l, ``[m, 1, 1]``.
+        subspaces: V_l, ``[m, k, d_in]``; scalings: LoRA's s, ``[m]``.
     """
 
     names: list[str]
     subspaces: Tensor
-    base_projected_weight: Tensor
     scalings: Tensor
-    units: Tensor
 
 
 class ChannelPosterior(nn.Module):
@@ -102,34 +99,30 @@ class ChannelPosterior(nn.Module):
         self.register_buffer("cumulative_kl", torch.zeros(len(layers), dtype=torch.float64))  # of the refreshes so far
         self.register_buffer("a_spans_subspace", torch.tensor(a_spans_subspace))
         self.register_buffer("reached", torch.tensor([name not in unreached for name in layers]))
-        self.scale = 0.0  # kappa of this step
         self._spans = a_spans_subspace
         self.gains = (
             {name: code_gain(output_scales[name], settings).item() for name in layers} if a_spans_subspace else {}
         )
-        # What each layer makes of the pattern before any adapter, W V' [d_out, k]
-        base_projected_weight = {
-            name: weight_matrix(layer).detach().float() @ self.subspaces[name].T for name, layer in layers.items()
-        }
-        self.groups = self._layers_alike(base_projected_weight)
+        self.groups = self._layers_alike()
         self.floors = torch.stack([settings.floor * scale for _, scale in self.output_scales.items()])
         order = [list(layers).index(name) for group in self.groups for name in group.names]
         grouped = torch.tensor(order, device=self.floors.device)  # numbers of the layers, in the groups' order
         self._ungrouped, self._floors = grouped.argsort(), self.floors[grouped]
-        self._ranks = torch.stack([v.square().sum().round() for _, v in self.subspaces.items()])[grouped]
         # What narrows reads what the layer before it has disturbed
-        noisy = [
-            name for name, weight in base_projected_weight.items() if len(weight) >= self.subspaces[name].shape[1]
-        ]
-        noisy = noisy or list(layers)
-        in_lora_units = {name: base_projected_weight[name] / self._unit(name) for name in noisy}
+        widths = {
+            name: (len(layer.lora_B[adapter].weight), subspaces[name].shape[1]) for name, layer in layers.items()
+        }
+        noisy = [name for name, (outputs, inputs) in widths.items() if outputs >= inputs] or list(layers)
+        in_lora_units = {
+            name: weight_matrix(layers[name]).detach().float() @ self.subspaces[name].T / self._unit(name)
+            for name in (noisy if a_spans_subspace else ())
+        }
         self.noise = ChannelNoise(
             {name: layers[name] for name in noisy},
             {name: self.subspaces[name] for name in noisy},
             adapter,
-            in_lora_units if a_spans_subspace else None,
+            in_lora_units or None,
         )
-        self._noisy = torch.tensor([name in noisy for name in layers], device=self.floors.device)[grouped]
         self.set_prior_mean()
 
     @classmethod
@@ -196,6 +189,11 @@ class ChannelPosterior(nn.Module):
         """Layers to which no gradient comes, and which are left untrained."""
         return [name for name, reached in zip(self.layers, self.reached.tolist(), strict=True) if not reached]
 
+    @property
+    def along_is_free(self) -> bool:
+        """Whether the prior is flat along V_l: where a channel is closed, unless all that is trained lies along it."""
+        return not self._spans and (self.noise_to_signal.item() > 0 or self.swap_fraction.item() > 0)
+
     # ---- The mean ----
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -206,20 +204,16 @@ class ChannelPosterior(nn.Module):
     def _unit(self, name: str) -> float:
         return self.layers[name].scaling[self.adapter] * self.gains.get(name, 1.0)
 
-    def _layers_alike(self, base_projected_weight: Mapping[str, Tensor]) -> list["LayersAlike"]:
+    def _layers_alike(self) -> list["LayersAlike"]:
         """The layers by the shapes of their factors: those of one shape are multiplied together."""
         groups: dict[tuple, list[str]] = {}
         for name in self.layers:
             groups.setdefault(tuple((factor.shape, factor.dtype) for factor in self.factors(name)), []).append(name)
-        stacked = lambda names, values: torch.stack([values[name] for name in names])
-        scalars = lambda values, like: torch.tensor(values, device=like.device)
         return [
             LayersAlike(
                 names,
-                stacked(names, self.subspaces),
-                weight := stacked(names, base_projected_weight),
-                scalars([self.layers[name].scaling[self.adapter] for name in names], weight),
-                scalars([self._unit(name) for name in names], weight)[:, None, None],
+                subspaces := torch.stack([self.subspaces[name] for name in names]),
+                torch.tensor([self.layers[name].scaling[self.adapter] for name in names], device=subspaces.device),
             )
             for names in groups.values()
         ]
@@ -234,22 +228,14 @@ class ChannelPosterior(nn.Module):
             for group in self.groups
         ]
 
-    def projected_weight(self, stacked: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """``(W + s B A) V'`` of every layer, ``[d_out, k]``, in the groups' order: what the layers make of the pattern."""
-        projected: list[Tensor] = []
-        for group, (a, b) in zip(self.groups, stacked, strict=True):
-            moved = b if self._spans else b @ (a @ group.subspaces.mT)
-            projected += (group.base_projected_weight + group.units * moved).unbind()
-        return projected
-
     # ---- The noise ----
 
     def draw(self, step: int, total: int) -> None:
         """Draw the channel noise of an optimizer step. It stays until the next draw, so that gradient checkpointing, which runs
         forwards again in the backward pass, finds it."""
-        self.scale = self.noise_to_signal.item() * noise_scale(step, total)
-        if self.scale > 0:
-            self.noise.draw(self.scale, self.seed, step)
+        scale = self.noise_to_signal.item() * noise_scale(step, total)
+        if scale > 0:
+            self.noise.draw(scale, self.seed, step)
         else:
             self.noise.silence()
         if self.tokens is not None:
@@ -289,40 +275,21 @@ class ChannelPosterior(nn.Module):
         self._prior = self._stacked(
             {name: (self.prior_means_a[name], self.prior_means_b[name]) for name in self.layers}
         )
-        with self._in_full_precision():
-            self.prior_projected_weight = self.projected_weight(self._prior)
 
-    def kl_per_layer(self, scale: float | None = None) -> Tensor:
-        """R^(l) of section 3(a), ``[layers]``, in nats.
-
-        Args:
-            scale: noise-to-signal ratio of both channels; that of this step by default.
-        """
-        scale = (self.scale if scale is None else scale) / len(self.subspaces[next(iter(self.layers))]) ** 0.5
+    def kl_per_layer(self) -> Tensor:
+        """R^(l) of section 3(a), ``[layers]``, in nats."""
         stacked = self._stacked({name: self.factors(name) for name in self.layers})
-        with self._in_full_precision():
-            nats = channel_kl(
-                self.projected_weight(stacked),
-                self.prior_projected_weight,
-                self._ranks,
-                scale * self._noisy,
-                self._floors,
-            )
-            if not self._spans:  # else nothing moves outside the subspace
-                beyond = [
-                    outside(*own, *prior, group.subspaces, group.scalings)
-                    for group, own, prior in zip(self.groups, stacked, self._prior, strict=True)
-                ]
-                nats = nats + torch.cat(beyond) / (2 * self._floors**2)
-        return nats[self._ungrouped]
+        with torch.autocast(self.floors.device.type, enabled=False):
+            moved = [
+                outside(*own, *prior, group.subspaces if self.along_is_free else None, group.scalings)
+                for group, own, prior in zip(self.groups, stacked, self._prior, strict=True)
+            ]
+            return (torch.cat(moved) / (2 * self._floors**2))[self._ungrouped]
 
-    def move_prior(self, scale: float) -> None:
+    def move_prior(self) -> None:
         """Chain rule of (2): the divergence so far is added up, and the prior's mean becomes the posterior's."""
-        self.cumulative_kl += self.kl_per_layer(scale).detach().cpu().double()
+        self.cumulative_kl += self.kl_per_layer().detach().cpu().double()
         self.set_prior_mean()
-
-    def _in_full_precision(self):
-        return torch.autocast(self.floors.device.type, enabled=False)
 
 
 def code_gain(output_scale: Tensor, settings: ChannelSettings) -> Tensor:

@@ -1,7 +1,7 @@
 """`UIBTrainer`: fine-tuned models unlearn under the Unlearning Information Bottleneck.
 
 Reads like the method's page (docs/method.md): `run_statistics_pass` measures the contrast and builds the posterior (section 2),
-`compute_loss` is equation (3), `refresh_prior` is section 3. What is computed is in `objective`, `channel_kl`, `contrast`,
+`compute_loss` is equation (3), `refresh_prior` is section 3. What is computed is in `objective`, `divergence`, `contrast`,
 `posterior` and `priors`.
 """
 
@@ -51,7 +51,7 @@ from .priors import Prior, PriorContext, build_prior
 from .provenance import next_base
 from .quantised import is_quantised
 from .results import ResultsMixin
-from .schedule import noise_scale, prior_acts, sample_size
+from .schedule import prior_acts, sample_size
 from .sharding import average_gradients, fsdp_plugin, is_sharded, shard
 from .state import SHARED_SETTINGS, UIBState
 from .unlearning_task import SingleLabel, task_of
@@ -318,9 +318,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     def refresh_prior(self) -> None:
         """Q_k: the prior's mean moves to the running mean, and the prior measures what it needs again."""
-        step, total = self.state.global_step, self.state.max_steps
+        step = self.state.global_step
         if step > 0:
-            self.posterior.move_prior(self.posterior.noise_to_signal.item() * noise_scale(step - 1, total))
+            self.posterior.move_prior()
         if self._prior_acts(step) or self.prior.watches:
             self.prior.refresh(self.measurements.forget_margins, self.measurements.calibration_margins)
 

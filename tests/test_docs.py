@@ -18,7 +18,7 @@ MODULES = (
     "hf_uib.unlearning_task",
     "hf_uib.metrics",
     "hf_uib.objective",
-    "hf_uib.channel_kl",
+    "hf_uib.divergence",
     "hf_uib.schedule",
     "hf_uib.cli.digits",
 )

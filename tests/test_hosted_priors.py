@@ -170,7 +170,7 @@ def test_a_zero_mean_fixed_prior_is_variational_lora(tmp_path):
     )
     trainer.train()
     assert all(not b0.any() for _, b0 in trainer.posterior.prior_means_b.items())  # the mean of dW is zero, and stayed
-    nats = trainer.posterior.kl_per_layer(scale=0.0)
+    nats = trainer.posterior.kl_per_layer()
     for value, (name, layer) in zip(nats, trainer.layers.items(), strict=True):
         a, b = trainer.posterior.factors(name)
         moved = b @ a @ trainer.posterior.subspaces[name].T * layer.scaling["default"]

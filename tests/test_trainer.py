@@ -14,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.lora import is_linear, lora_layers
 from hf_uib.objective import rank_z
-from hf_uib.posterior import ChannelPosterior
 from hf_uib.priors import Prior
 
 
@@ -398,17 +397,20 @@ class _TokenNorm(torch.nn.Module):
         return self.norm(x.transpose(1, 2)).transpose(1, 2)
 
 
-def test_the_thin_form_for_a_frozen_to_v_is_the_general_one(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=3, trainable_factors="B")
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_prior_is_flat_along_the_subspace_where_a_channel_is_closed(tmp_path, closed):
+    posterior = "gaussian" if closed else "map"  # without noise
+    trainer = make_trainer(tmp_path, max_steps=4, trainable_factors="both", posterior=posterior, noise_to_signal=0.4)
     trainer.train()
-    thin = trainer.posterior
-    tensors = dict(thin.subspaces.items()), dict(thin.output_scales.items())
-    general = ChannelPosterior(
-        trainer.layers, "default", *tensors, a_spans_subspace=False, settings=trainer.args.channel
-    )
-    general.set_prior_mean({n: (thin.prior_means_a[n], thin.prior_means_b[n]) for n in trainer.layers})
-    assert thin.a_spans_subspace and thin.kl_per_layer(0.4).sum() > 0
-    torch.testing.assert_close(thin.kl_per_layer(0.4), general.kl_per_layer(0.4), rtol=1e-3, atol=1e-4)
+    posterior = trainer.posterior
+    assert posterior.along_is_free == closed
+    for value, (name, layer) in zip(posterior.kl_per_layer(), trainer.layers.items(), strict=True):
+        (a, b), v = posterior.factors(name), posterior.subspaces[name]
+        moved = layer.scaling["default"] * (b @ a - posterior.prior_means_b[name] @ posterior.prior_means_a[name])
+        counted = moved - moved @ v.T @ v if closed else moved
+        floor = posterior.floors[list(trainer.layers).index(name)]
+        torch.testing.assert_close(value, counted.square().sum() / (2 * floor**2), rtol=1e-3, atol=1e-4)
+        assert counted.square().sum() > 0
 
 
 def test_an_adapter_on_other_layers_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from conftest import make_rows
 from test_trainer import crude, make_trainer
 
 import hf_uib
-from hf_uib import channel_kl
+from hf_uib import objective
 from hf_uib.state import UIBState
 
 WIDE = (torch.float64, torch.double, torch.complex128)
@@ -45,7 +45,7 @@ def no_wide_dtype_on_the_device(monkeypatch):
     monkeypatch.setattr(torch, "from_numpy", lambda array: from_numpy(array).as_subclass(OnHost))
     monkeypatch.setattr(torch.Tensor, "double", convert(double))
     monkeypatch.setattr(torch.Tensor, "to", convert(to))
-    for module in ("channel_kl", "contrast"):
+    for module in ("objective", "contrast"):
         monkeypatch.setattr(f"hf_uib.{module}.wide_dtype", lambda device: torch.float32)
     return converted
 
@@ -102,10 +102,9 @@ def test_every_conversion_is_one_of_the_known():
                 if not safe:
                     found.setdefault(path.name, []).append(ast.unparse(node))
     assert {name: sorted(uses) for name, uses in found.items()} == {
-        "channel_kl.py": ["torch.float64"],  # wide_dtype
         "contrast.py": ["moments.double", "torch.float64", "torch.float64", "torch.float64"],  # in_double; counts on the CPU
         "lora.py": ["torch.float64"],  # kinds of weights that are numbers
-        "objective.py": ["(first[:, None] == second).double", "(first[:, None] > second).double"],  # both on the CPU
+        "objective.py": ["(first[:, None] == second).double", "(first[:, None] > second).double", "torch.float64"],
         "posterior.py": ["torch.float64", "torch.float64"],  # counts on the CPU
         "trimmed.py": ["torch.float64", "torch.float64"],  # all on the CPU
         "state.py": ["torch.float64", "torch.float64"],  # files, and what stays on the CPU when they are read
@@ -113,5 +112,5 @@ def test_every_conversion_is_one_of_the_known():
 
 
 def test_wide_dtype():
-    assert channel_kl.wide_dtype(torch.device("mps")) == torch.float32
-    assert channel_kl.wide_dtype(torch.device("cpu")) == channel_kl.wide_dtype(torch.device("cuda")) == torch.float64
+    assert objective.wide_dtype(torch.device("mps")) == torch.float32
+    assert objective.wide_dtype(torch.device("cpu")) == objective.wide_dtype(torch.device("cuda")) == torch.float64

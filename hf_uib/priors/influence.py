@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..channel_kl import wide_dtype
+from ..objective import wide_dtype
 from ..settings import InfluenceSettings
 from ..sharding import is_sharded
 from .base import Prior, PriorContext, register_prior, single_label_only
