@@ -18,7 +18,7 @@ from .inference import SharedInference, batches_of
 from .lora import AdaptedLayer
 from .models import blocks_of
 from .objective import margin
-from .pattern_tokens import PatternTokens
+from .pattern_tokens import CERTAIN_Z, PATTERN_Z, PatternTokens
 from .unlearning_task import UnlearningTask
 
 
@@ -33,8 +33,8 @@ class Measurements:
         inference: passes rows through the model.
         args: seed and the kind of subspace.
         samples: rows of a set that are measured, at most.
-        statistics: what was measured so far, by name: ``pattern_z``, ``noise_to_signal``, ``swap_fraction``,
-            ``pattern_tokens`` (of a donor, on average), ``pattern_effect`` and, after training, ``pattern_effect_left`` (nats;
+        statistics: what was measured so far, by name: ``pattern_z``, ``token_z`` (see `PatternTokens.find`),
+            ``noise_to_signal``, ``swap_fraction``, ``pattern_tokens`` (of a donor, on average), ``pattern_effect`` and, after training, ``pattern_effect_left`` (nats;
             see `pattern_effect`), ``prior_strength``, ``calibration_margin`` (nats),
             ``kept_fraction`` (of the change, after over-unlearning).
     """
@@ -66,11 +66,12 @@ class Measurements:
             sum_over_processes=self.inference.sum,
         )
         self.statistics["pattern_z"] = found.pattern_z
-        if tokens is not None and self.compared and self.pattern_found and not self.sets.removed_classes:
+        if tokens is not None and self.compared and not self.sets.removed_classes:
             forget, kept = self._compared_rows
             classifier = self.inference.accelerator.unwrap_model(model)
             rows = self._told_apart(self.sets.forget, forget), self._told_apart(self.sets.retain, kept)
-            tokens.find(classifier, *rows, forget)
+            least = PATTERN_Z if self.contrast_found else CERTAIN_Z
+            self.statistics["token_z"] = tokens.find(classifier, *rows, forget, least)
             self.fill(tokens, model)
         return found
 
@@ -80,9 +81,14 @@ class Measurements:
         return self.sets.retain is not None and self.args.prior_subspace == "contrast"
 
     @property
-    def pattern_found(self) -> bool:
-        """Whether the contrast of forget and retained rows is more than chance."""
+    def contrast_found(self) -> bool:
+        """Whether the margin gradients of forget and retained rows differ by more than chance."""
         return self.statistics.get("pattern_z", -math.inf) >= self.args.channel.pattern_z
+
+    @property
+    def pattern_found(self) -> bool:
+        """Whether the sets differ by more than chance, in their margin gradients or in tokens that move margins."""
+        return self.contrast_found or self.statistics.get("swap_fraction", 0.0) > 0
 
     def fill(self, tokens: PatternTokens, model: nn.Module) -> None:
         """Read the donors' tokens."""

@@ -15,6 +15,9 @@ from .models import blocks_of
 from .sharding import is_sharded
 
 PATTERN_Z = 3.0  # from which on a kind of token belongs to the pattern
+CERTAIN_Z = (
+    4.0  # from which on the commonest kind shows a pattern by itself: of two draws from one set it stayed below 3
+)
 MOST = 32  # tokens of a donor
 DONORS = 256  # forget rows that are kept
 ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
@@ -72,32 +75,39 @@ class PatternTokens(nn.Module):
         forget: Iterable[dict[str, Tensor]],
         retained: Iterable[dict[str, Tensor]],
         numbers: list[int],
-    ) -> None:
+        least: float = PATTERN_Z,
+    ) -> float:
         """Choose the donors and their tokens; `fill` then has to read their values.
 
         Args:
             model: a `PeftModel`, passed up to its first block, without its adapter.
             forget, retained: samples of both sets, as ``inputs with labels``; see `token_z` for rows whose tokens are labelled.
             numbers: of the forget rows in their set.
+            least: there are no donors if no kind of token has this z-value.
+
+        Returns:
+            The largest z-value of a kind of token; 0 where there are none.
         """
         (x, present, labels), others = self._read(model, forget), self._read(model, retained)
         if not len(x) or not len(others[0]):
-            return
+            return 0.0
         if labels.ndim > 1 and labels.dtype != torch.bool:  # each combination of labels is one
             both, count = torch.cat([labels, others[2]]).float().nan_to_num(-1), len(labels)
             ids = both.unique(dim=0, return_inverse=True)[1]
             labels, others = ids[:count], (*others[:2], ids[count:])
         z = token_z((x, present, labels), others)
+        largest = z.masked_fill(~present, 0).max().item()
         chosen = (z >= PATTERN_Z) & present
         rows = chosen.any(1).nonzero()[:DONORS, 0]
-        if not len(rows):
-            return
+        if largest < least or not len(rows):
+            return largest
         width = int(chosen[rows].sum(1).max().clamp_max(MOST))
         order = z[rows].masked_fill(~chosen[rows], -torch.inf).topk(width, dim=1).indices
         first = present[rows].int().argmax(1, keepdim=True)
         self.positions = torch.where(chosen[rows].gather(1, order), order - first, -1).to(self.positions.device)
         self.donors = torch.tensor(numbers)[rows.cpu()]
         self.weights = rarity(x[rows], chosen[rows]).cpu()
+        return largest
 
     def _read(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens ``[n, t, d]`` of all rows, where there is one ``[n, t]``, and the labels; no row where a token is none."""

@@ -191,8 +191,8 @@ class ChannelPosterior(nn.Module):
 
     @property
     def along_is_free(self) -> bool:
-        """Whether the prior is flat along V_l: where a channel is closed, unless all that is trained lies along it."""
-        return not self._spans and (self.noise_to_signal.item() > 0 or self.swap_fraction.item() > 0)
+        """Whether the prior is flat along V_l: where there is noise along it, unless all that is trained lies along it."""
+        return not self._spans and self.noise_to_signal.item() > 0
 
     # ---- The mean ----
 

@@ -1,5 +1,7 @@
 """The tokens that carry the pattern: whether they are found, and that they alone are swapped, in training forwards."""
 
+import copy
+
 import datasets
 import numpy as np
 import pytest
@@ -121,6 +123,25 @@ def test_random_rows_and_whole_classes_swap_nothing(tmp_path):
     trainer = UIBTrainer(model, args, forget, retain, calibration_dataset=words(24, 3, False))
     trainer.run_statistics_pass()
     assert trainer.statistics["pattern_z"] < 2 and trainer.statistics["swap_fraction"] == 0
+    assert trainer.statistics["token_z"] < 3 and not len(trainer.posterior.tokens.donors)
+
+
+def test_tokens_show_a_pattern_that_the_margin_gradients_do_not(tmp_path, text_run):
+    """A contrast that counts as chance: the tokens are swapped all the same, and there is no noise along it."""
+    base = copy.deepcopy(text_run.adapted_model).unload()
+
+    def measured(**channel):
+        args = UIBConfig(str(tmp_path), max_steps=2, use_cpu=True, report_to="none", channel_settings=channel)
+        trainer = UIBTrainer(copy.deepcopy(base), args, text_run.forget_dataset, text_run.retain_dataset)
+        trainer.run_statistics_pass()
+        return trainer
+
+    trainer = measured(pattern_z=1e9)
+    found = trainer.statistics
+    assert found["token_z"] >= 4 and found["swap_fraction"] == 0.5 and found["noise_to_signal"] == 0
+    assert trainer.measurements.pattern_found and not trainer.posterior.along_is_free
+    weak = measured(pattern_z=1e9, pattern_effect=1e9)  # what does not move margins is no pattern
+    assert weak.statistics["swap_fraction"] == 0 and not weak.measurements.pattern_found
 
 
 def test_the_donors_are_resumed(text_run):
