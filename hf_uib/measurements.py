@@ -34,8 +34,8 @@ class Measurements:
         args: seed and the kind of subspace.
         samples: rows of a set that are measured, at most.
         statistics: what was measured so far, by name: ``pattern_z``, ``token_z`` (see `PatternTokens.find`),
-            ``noise_to_signal``, ``swap_fraction``, ``pattern_tokens`` (of a donor, on average), ``pattern_effect`` and, after training, ``pattern_effect_left`` (nats;
-            see `pattern_effect`), ``prior_strength``, ``calibration_margin`` (nats),
+            ``noise_to_signal``, ``swap_fraction``, ``pattern_tokens`` (of a donor, on average), ``pattern_effect`` and, after
+            training, ``pattern_effect_left`` (nats; see `pattern_effect`), ``prior_strength``, ``calibration_margin`` (nats),
             ``kept_fraction`` (of the change, after over-unlearning).
     """
 
