@@ -322,6 +322,12 @@ def test_from_the_command_to_a_trainer(coloured, tmp_path, capsys):
     assert len(trainer.forget_dataset) == len(found.forget)
     assert len(trainer.retain_dataset) == len(found.retain)
     assert trainer.request == f"{len(found.forget)} rows, chosen by hf-uib discover"
+    (tmp_path / "scores.csv").write_text("score\n" + "\n".join(map(str, found.scores)))
+    job = UnlearnArguments(model, data, forget_scores=str(tmp_path / "scores.csv"), forget_top=7)
+    trainer = trainer_for(UIBConfig(str(tmp_path / "run"), use_cpu=True), job)
+    assert trainer.request == "7 rows, chosen by a score"
+    highest = np.sort(np.argsort(-found.scores, kind="stable")[:7])
+    assert trainer.forget_dataset.with_format(None)["label"][:] == rows.select(highest)["label"][:]
     words = ["unlearn", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "no")]
     with pytest.raises(ValueError, match="another data set"):
         dispatch([*words, "--train_split", "test", "--forget_rows", f"{out}/rows.parquet"])
