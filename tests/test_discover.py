@@ -322,10 +322,44 @@ def test_from_the_command_to_a_trainer(coloured, tmp_path, capsys):
     assert len(trainer.forget_dataset) == len(found.forget)
     assert len(trainer.retain_dataset) == len(found.retain)
     assert trainer.request == f"{len(found.forget)} rows, chosen by hf-uib discover"
+    (tmp_path / "scores.csv").write_text("score\n" + "\n".join(map(str, found.scores)))
+    job = UnlearnArguments(model, data, forget_scores=str(tmp_path / "scores.csv"), forget_top=7)
+    trainer = trainer_for(UIBConfig(str(tmp_path / "run"), use_cpu=True), job)
+    assert trainer.request == "7 rows, chosen by a score"
+    highest = np.sort(np.argsort(-found.scores, kind="stable")[:7])
+    assert trainer.forget_dataset.with_format(None)["label"][:] == rows.select(highest)["label"][:]
     words = ["unlearn", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "no")]
     with pytest.raises(ValueError, match="another data set"):
         dispatch([*words, "--train_split", "test", "--forget_rows", f"{out}/rows.parquet"])
     assert not (tmp_path / "no").exists()
+
+
+def test_incomplete_rows_are_left_out_if_so_said(coloured, tmp_path, capsys):
+    rows, _ = coloured
+    gaps = {5: "label", 17: "image", 100: "label"}
+    holed = rows.map(lambda row, i: {gaps[i]: None} if i in gaps else {}, with_indices=True)
+    model, data, out = (str(tmp_path / name) for name in ("model", "data", "found"))
+    small_vit().save_pretrained(model)
+    PROCESSOR.save_pretrained(model)
+    datasets.DatasetDict(train=holed).save_to_disk(data)
+    command = ["discover", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", out]
+    with pytest.raises(ValueError, match="Row 5 of train has no label .*3 such rows.*hf-uib discover"):
+        dispatch(command)
+    assert not os.path.exists(out)
+    dispatch([*command, "--drop_incomplete_rows"])
+    assert "3 of 240 rows of split 'train' are left out; row 5, say, has no label" in capsys.readouterr().out
+    complete = np.delete(np.arange(len(rows)), list(gaps))
+    alone = discover(small_vit(), rows.select(complete), processing_class=PROCESSOR)
+    forget, retain = listed_rows(f"{out}/rows.parquet", holed)  # numbers of the whole split
+    assert np.array_equal(np.sort(np.concatenate([forget, retain])), complete)
+    assert np.array_equal(retain, complete[alone.contradicts])
+    trainer = trainer_for(
+        UIBConfig(str(tmp_path / "run"), use_cpu=True),
+        UnlearnArguments(model, data, forget_rows=f"{out}/rows.parquet", drop_incomplete_rows=True),
+    )
+    assert (len(trainer.forget_dataset), len(trainer.retain_dataset)) == (len(forget), len(retain))
+    with pytest.raises(ValueError, match="237 scores, the split 240 rows"):
+        scored_rows(f"{out}/rows.parquet", holed, 5)
 
 
 @pytest.mark.slow

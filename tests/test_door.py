@@ -338,6 +338,16 @@ def test_pictures_that_cannot_be_read_are_named_by_row(kind):
         read(dataset, "forget_dataset")
 
 
+def test_rows_of_paths_may_be_incomplete(tmp_path):
+    (tmp_path / "whole.png").write_bytes(encoded_picture("PNG"))
+    (tmp_path / "cut.png").write_bytes(encoded_picture("PNG")[:500])
+    paths = [str(tmp_path / "whole.png"), None, str(tmp_path / "cut.png")]
+    dataset = datasets.Dataset.from_dict({"file": paths, "label": [0, 1, 1]})
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    faults = Reader(make_model().config, "pixel_values", processor, Columns(image="file")).incomplete_rows(dataset)
+    assert list(faults) == [1, 2] and faults[1].startswith("no picture") and "cannot be read" in faults[2]
+
+
 # ---- Pictures ----
 
 

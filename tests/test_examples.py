@@ -1,6 +1,7 @@
 """The examples run, at small size, and move their model where it should go; a run of one step does not."""
 
 import copy
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from hub_server import HubServer
 from launching import command_for
@@ -121,6 +123,28 @@ def test_voice_bias():
     assert follows_less(rows, "UIB")
     assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
     assert re.match(r"(Passed|Not passed): ", verdict)
+
+
+@pytest.mark.slow
+def test_attribution():
+    pytest.importorskip("kronfluence")
+    import attribution  # it ends without kronfluence
+
+    planted, rows = attribution.main(steps=60, train_steps=300)
+    assert planted > 3 * attribution.SIZES["planted"] / 900  # thrice as many as by chance
+    assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
+    assert follows_less(rows, "UIB")
+    scores = np.loadtxt("out/attribution/scores.csv", skiprows=1)
+    least = np.argsort(scores)[:150]  # those that do least for the mistakes are not the planted ones
+    assert (least < attribution.SIZES["planted"]).mean() < 0.1
+
+
+def test_attribution_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kronfluence", None)
+    monkeypatch.delitem(sys.modules, "attribution", raising=False)
+    with pytest.raises(SystemExit, match="pip install --no-deps kronfluence, and pip install einops") as said:
+        importlib.import_module("attribution")
+    assert "\n" not in str(said.value)
 
 
 @pytest.mark.slow

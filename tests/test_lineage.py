@@ -29,6 +29,10 @@ CARDS = {
     "older": ("2026-02-01", "in-place", {}),
     "same-day": ("2026-03-02", "in-place", {}),
     "newer": ("2026-03-03", "in-place", {}),
+    "undated": ("2026-01-01", None, {"unlearning": UNLEARNED | {"requests": [{"request": "the hue"}]}}),
+    "from-undated": ("2026-02-01", "undated", {}),
+    "from-that": ("2026-02-02", "from-undated", {}),
+    "mended": ("2026-02-03", "from-undated", {"unlearning": UNLEARNED}),
     "unrelated": ("2026-01-01", None, {}),
     "loop": ("2026-02-01", "loop", {}),
 }  # fmt: skip
@@ -38,6 +42,9 @@ WANTED = {
         "from-adapter": HOLDS,
     },
     "in-place": {"older": HOLDS, "same-day": UNCLEAR, "newer": GONE},
+    "merged": {"from-merged": GONE},
+    "adapter": {"from-adapter": HOLDS},
+    "undated": {"from-undated": UNCLEAR, "from-that": UNCLEAR, "mended": GONE},
     "unrelated": {},
     "loop": {},
 }  # fmt: skip
@@ -102,6 +109,9 @@ def test_what_is_said(asked):
     assert "4 of 7 models still hold what had to go, by their cards." in told
     verdicts = [line.partition("  ")[0] for line in told.splitlines()[:7]]
     assert verdicts == [HOLDS] * 4 + [GONE] * 3
+    assert "which unlearned on a day that its card does not give" in asked[1]["undated"]
+    assert "0 of 3 models still hold" in asked[1]["undated"] and "2 are unclear" in asked[1]["undated"]
+    assert "an adapter, whose base still holds it" in asked[1]["adapter"]
     assert "1 of 3 models still hold" in asked[1]["in-place"] and "1 are unclear" in asked[1]["in-place"]
     assert "No model on the Hub names me/unrelated" in asked[1]["unrelated"]
 
@@ -141,6 +151,7 @@ class Listed:
 
 
 def listed(name, tags=(), requests=(), created="2026-01-01"):
+    """A model as the Hub lists it; ``requests`` are the dates of what it unlearned."""
     block = {"unlearning": {"requests": [{"date": date} for date in requests], "audit": {"passed": True}}}
     data = SimpleNamespace(to_dict=lambda: block if requests else {})
     made = datetime.datetime.fromisoformat(created)
@@ -159,3 +170,30 @@ def test_of_several_bases_and_dates_the_worst_counts():
     verdicts = {one.name: one.verdict for one in lineage("o/root", Listed(root, children))}
     assert verdicts["o/gone"] == GONE and verdicts["o/merge"] == HOLDS
     assert verdicts["o/before"] != GONE
+
+
+@pytest.mark.parametrize(
+    "requests, verdict",
+    [
+        (["2026-06-01"], GONE),
+        (["2026-06-01T00:00:00.000Z"], GONE),
+        ([None], UNCLEAR),
+        (["2026-01-01", None], UNCLEAR),
+        (["some day"], UNCLEAR),
+        ([], HOLDS),
+    ],
+)
+def test_a_child_after_unlearning_in_place_is_as_clear_as_the_date(requests, verdict):
+    root = listed("o/root", requests=requests, created="2025-01-01")
+    child = listed("o/child", ["base_model:finetune:o/root"], created="2026-07-01")
+    grandchild = listed("o/grandchild", ["base_model:quantized:o/child"], created="2026-07-02")
+    found = lineage("o/root", Listed(root, {"o/root": [child], "o/child": [grandchild]}))
+    assert [one.verdict for one in found] == [verdict] * 2
+
+
+def test_a_child_that_unlearned_without_a_date_leaves_its_own_unclear():
+    root = listed("o/root")
+    gone = listed("o/gone", ["base_model:finetune:o/root"], [None])
+    after = listed("o/after", ["base_model:finetune:o/gone"])
+    found = lineage("o/root", Listed(root, {"o/root": [gone], "o/gone": [after]}))
+    assert [one.verdict for one in found] == [GONE, UNCLEAR]

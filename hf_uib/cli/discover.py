@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.columns import Columns
+from ..data.reading import Reader
 from ..data.sources import load_splits, split_of
 from ..discovery.find import discover
 from ..discovery.report import Discovery
@@ -18,7 +19,7 @@ from ..models import load_classifier
 from ..processes import processes
 from .outputs import check_writable, quiet
 from .parser import parse
-from .unlearn import processor_for, remote_code
+from .unlearn import complete_rows, processor_for, remote_code
 
 
 @dataclass
@@ -35,6 +36,10 @@ class DiscoverArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of the picture."})
     audio_column: str | None = field(default=None, metadata={"help": "Column of the sound."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the label."})
+    drop_incomplete_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without a label or an input that can be read, and count them."},
+    )
     max_length: int | None = field(default=None, metadata={"help": "Truncation length of texts, in tokens."})
     trust_remote_code: bool = field(
         default=False,
@@ -62,15 +67,17 @@ def find(job: DiscoverArguments) -> Discovery:
     quiet()
     check_writable(job.output_dir)
     model: Any = load_classifier(job.model_name_or_path, **remote_code(job)).to(processes().device)
-    train = split_of(load_splits(job.dataset_name, job.dataset_config_name), job.train_split)
+    split = split_of(load_splits(job.dataset_name, job.dataset_config_name), job.train_split)
+    processor = processor_for(job, job.model_name_or_path, model)
+    columns = Columns(tuple(job.text_column) or None, job.image_column, job.label_column, audio=job.audio_column)
+    train, rows = split, None
+    if job.drop_incomplete_rows:
+        read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns)
+        rows = complete_rows(split, read, job.train_split)
+        train = split.select(rows)
     found = discover(
-        model,
-        train,
-        processing_class=processor_for(job, job.model_name_or_path, model),
-        columns=Columns(tuple(job.text_column) or None, job.image_column, job.label_column, audio=job.audio_column),
-        seed=job.seed,
-        batch_size=job.batch_size,
+        model, train, processing_class=processor, columns=columns, seed=job.seed, batch_size=job.batch_size
     )
-    found.save(job.output_dir)
+    found.save(job.output_dir, split, rows)
     print(f"\n{found}\n\nrows.parquet, discovery.json and found.png: {job.output_dir}")
     return found

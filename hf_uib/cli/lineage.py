@@ -15,7 +15,9 @@ from .parser import parse
 class LineageArguments:
     """Which model."""
 
-    repo: str = field(metadata={"help": "Hub id of the model before unlearning; may stand first, without the flag."})
+    repo: str = field(
+        metadata={"help": "Hub id of a model, before or after unlearning; may stand first, without the flag."}
+    )
 
 
 def main(arguments: list[str]) -> None:

@@ -352,12 +352,18 @@ def columns_of(job: Any) -> Columns:
 
 def complete(dataset: Dataset, read: Reader, split: str) -> Dataset:
     """The rows with a label and an input that can be read; the others are counted aloud."""
+    rows = complete_rows(dataset, read, split)
+    return dataset if len(rows) == len(dataset) else dataset.select(rows)
+
+
+def complete_rows(dataset: Dataset, read: Reader, split: str) -> np.ndarray:
+    """Numbers of the rows with a label and an input that can be read; the others are counted aloud."""
     faults = read.incomplete_rows(dataset)
     if not faults:
-        return dataset
+        return np.arange(len(dataset))
     print(f"{len(faults)} of {len(dataset)} rows of split '{split}' are left out; row {next(iter(faults.items()))[0]}, say, has "
           f"{next(iter(faults.values()))}.")  # fmt: skip
-    return dataset.select([i for i in range(len(dataset)) if i not in faults])
+    return np.delete(np.arange(len(dataset)), list(faults))
 
 
 def without_shared_rows(sets: dict[str, Dataset]) -> dict[str, Dataset]:

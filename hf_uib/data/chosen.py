@@ -61,9 +61,10 @@ def listed_rows(path: str, train: Dataset) -> tuple[np.ndarray, np.ndarray]:
         )
     forget, retain = (np.sort(numbers[sets == name]) for name in ("forget", "retain"))
     if not len(forget):
-        raise ValueError(
-            f"{path} has no row to forget: nothing was found. Its scores can be taken: --forget_scores {path} --forget_top N."
+        scored = (
+            f" Its scores can be taken: --forget_scores {path} --forget_top N." if len(numbers) == len(train) else ""
         )
+        raise ValueError(f"{path} has no row to forget: nothing was found.{scored}")
     return forget, retain
 
 

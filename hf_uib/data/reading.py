@@ -68,7 +68,8 @@ class Reader:
                 raise ValueError(f"No row of {name} has a label; give a set with labels, or leave it out.")
             more = f" ({len(missing)} such rows)" if len(missing) > 1 else ""
             raise ValueError(
-                f"Row {row} of {name} has {what}{more}; fill it, or leave it out (`hf-uib unlearn` has --drop_incomplete_rows)."
+                f"Row {row} of {name} has {what}{more}; fill it, or leave it out (`hf-uib unlearn` and "
+                "`hf-uib discover` have --drop_incomplete_rows)."
             )
         label, ids = None, None
         if has_labels(dataset, self.columns):
@@ -136,6 +137,7 @@ class Reader:
     def incomplete_rows(self, dataset: datasets.Dataset) -> dict[int, str]:
         """Rows without a label or an input that can be read, in their order, and what is wrong with each."""
         found: dict[int, str] = {}
+        dataset = self._with_files(dataset)
         raw, given = dataset.with_format(None), self._input_of(dataset)
         if has_labels(dataset, self.columns):
             column = label_column(dataset, self.columns)

@@ -187,7 +187,7 @@ class Discovery:
             axis.set_axis_off()
         axes[0, 0].set_title("teach", fontsize=9, loc="left")
         axes[0, SHOWN_PICTURES + 1].set_title("contradict", fontsize=9, loc="left")
-        raw = self.train.with_format(None)
+        raw = self.encoded.with_format(None)  # where a column of paths holds pictures
         for line, label in zip(axes, classes, strict=True):
             mine = np.flatnonzero(self.labels == label)
             order = mine[np.argsort(-self.scores[mine], kind="stable")]
@@ -212,13 +212,22 @@ class Discovery:
                 axis.tick_params(labelsize=7)
                 axis.set_title(f"{self.name(label)}, rows that {side} (z)", fontsize=8, parse_math=False)
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(
+        self, folder: str | os.PathLike, split: datasets.Dataset | None = None, rows: np.ndarray | None = None
+    ) -> None:
         """Write ``rows.parquet`` (row, score, set: ``forget``, ``retain`` or, where none was found, empty), ``discovery.json`` and
-        ``found.png``. They tell of training rows: nothing of hf_uib uploads them."""
+        ``found.png``. They tell of training rows: nothing of hf_uib uploads them.
+
+        Args:
+            split: what the file's row numbers belong to; by default the training set.
+            rows: ``[n]``, the numbers there of the rows that were looked at; by default all.
+        """
         folder = os.fspath(folder)
+        split = self.train if split is None else split
+        rows = np.arange(len(split)) if rows is None else rows
         sets = np.where(self.contradicts, "retain", "forget") if self.found else np.full(len(self.labels), "")
-        table = pa.table({"row": np.arange(len(self.labels)), "score": self.scores, "set": sets.tolist()})
-        origin = json.dumps({"fingerprint": ordered_fingerprint(self.train), "rows": len(self.train)})
+        table = pa.table({"row": rows, "score": self.scores, "set": sets.tolist()})
+        origin = json.dumps({"fingerprint": ordered_fingerprint(split), "rows": len(split)})
         content = {
             MARK: "discovery",
             "found": self.found,

@@ -40,7 +40,7 @@ def lineage(repo: str, api: HfApi | None = None) -> list[Descendant]:
 
     A model that was made from ``repo`` still holds what had to go, unless its own card says that it unlearned, or it was made from
     one that did. Where ``repo`` itself is the unlearned model, those that are older than its last request were made from the
-    weights before.
+    weights before; where its card gives no date, its own models are unclear.
 
     Args:
         repo: Hub id.
@@ -79,23 +79,40 @@ def lineage(repo: str, api: HfApi | None = None) -> list[Descendant]:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What is known of a model that others were made from: whether it unlearned, and when, if earlier weights were there too."""
+    """What a model hands on to those that were made from it.
+
+    Attributes:
+        verdict: of a model without an unlearning card of its own; reason: what is said of the base then.
+        since: the day on which the base unlearned in place; models that are older were made from the weights before.
+    """
 
     verdict: str
+    reason: str = "and its card tells of no unlearning"
     since: datetime.date | None = None
 
     @classmethod
     def of_root(cls, root: Any) -> "_Origin":
         block = unlearning_of(root)
-        return cls(HOLDS) if block is None else cls(GONE, _last_request(block))
+        adapter = any(tag.startswith("base_model:adapter:") for tag in root.tags or [])
+        return cls(HOLDS) if block is None else cls._unlearned(_last_request(block), adapter)
 
     @classmethod
     def of_child(cls, child: Any, told: Descendant) -> "_Origin":
-        """An adapter's own children are made from its base too; one that is older than its last request unlearned in place."""
-        if told.relation == "adapter" and told.verdict == GONE:
-            return cls(HOLDS)
-        since = _last_request(unlearning_of(child) or {})
-        return cls(told.verdict, since if since and told.created and told.created < since else None)
+        """Whoever is no older than its own last request was never there with other weights."""
+        if (block := unlearning_of(child)) is None:
+            return cls(told.verdict)
+        origin = cls._unlearned(_last_request(block), told.relation == "adapter")
+        in_place = origin.since is None or (told.created is not None and told.created < origin.since)
+        return origin if in_place else cls(GONE)
+
+    @classmethod
+    def _unlearned(cls, since: datetime.date | None, adapter: bool) -> "_Origin":
+        """An adapter's own children are made from its base too; without a date any of them may be from the weights before."""
+        if adapter:
+            return cls(HOLDS, "an adapter, whose base still holds it")
+        if since is None:
+            return cls(UNCLEAR, "which unlearned on a day that its card does not give")
+        return cls(GONE, since=since)
 
 
 def unlearning_of(model: Any) -> dict | None:
@@ -109,7 +126,7 @@ def _last_request(block: dict) -> datetime.date | None:
     """The day of the last request; None if no card says."""
     dates = [one.get("date") for one in block.get("requests") or [] if isinstance(one, dict)]
     try:
-        return max(datetime.date.fromisoformat(str(date)) for date in dates)
+        return max(datetime.date.fromisoformat(str(date)[:10]) for date in dates)  # a time may follow
     except ValueError:  # none, or none that is a date
         return None
 
@@ -127,7 +144,7 @@ def _descendant(child: Any, base: str, origin: _Origin) -> Descendant:
     elif origin.verdict == GONE:
         verdict, reason = GONE, "made from a model that unlearned"
     else:
-        verdict, reason = origin.verdict, f"made from {base}, and its card tells of no unlearning"
+        verdict, reason = origin.verdict, f"made from {base}, {origin.reason}"
     return Descendant(child.id, base, relation, created, verdict, reason)
 
 
