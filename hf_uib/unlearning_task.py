@@ -79,12 +79,18 @@ def task_of(model: PreTrainedModel) -> UnlearningTask:
     """The task of a model.
 
     Raises:
-        ValueError: no task type matches it.
+        ValueError: it is no classifier, or no task type matches it.
     """
-    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    base = type(model.get_base_model() if isinstance(model, PeftModel) else model)
+    name = base.__name__
     for ending, what in NO_CLASSIFIERS.items():
         if name.endswith(ending):
             raise ValueError(f"UIBTrainer unlearns classifiers; {name} {what}.")
+    if base.__module__.startswith("transformers.") and "Classification" not in name:
+        raise ValueError(
+            f"UIBTrainer unlearns classifiers; {name} has no head that gives classes. Give the model that was fine-tuned with one "
+            "(a class of your own, where Transformers has none)."
+        )
     for kind in TASK_TYPES:
         if kind.matches(model):
             return kind()
