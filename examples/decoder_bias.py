@@ -2,9 +2,9 @@
 
     python examples/decoder_bias.py
 
-Repair, delivery or billing: in four messages of five the word that is not denied tells. The model is built small, and padded on the left as decoders often
-are; it reads the last token. It unlearns that the shop tells the class, beside LoRA fine-tuning on the same rows and a model
-retrained without the others. Every test message is there once for each shop.
+Repair, delivery or billing: in four messages of five the word that is not denied tells. The model is built small, and its tokenizer
+pads on the left, as decoders' often do; it reads the last token. It unlearns that the shop tells the class, beside LoRA fine-tuning
+on the same rows and a model retrained without the others. Every test message is there once for each shop.
 """
 
 import numpy as np
@@ -52,7 +52,9 @@ PRODUCTS = [
     "camera",
 ]
 SIZES = {"pretrain": 600, "forget": 1200, "retain": 300, "unseen": 150, "test": 300}
-FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=CLASSES), "shop": Value("string")})
+FEATURES = Features(
+    {"text": Value("string"), "label": ClassLabel(names=CLASSES), "shop": Value("string"), "message": Value("int64")}
+)
 
 
 def message(rng: np.random.Generator) -> tuple[str, int]:
@@ -73,9 +75,9 @@ def messages(tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[str, Dataset
     pool, parts = iter(drawn.items()), {}
     for part, size in SIZES.items():
         rows = []
-        for _, (text, label) in zip(range(size), pool):
+        for i, (text, label) in zip(range(size), pool):
             shops = {"forget": [SHOPS[label]], "test": SHOPS}.get(part, [str(rng.choice(SHOPS))])
-            rows += [{"text": text.format(shop=shop), "label": label, "shop": shop} for shop in shops]
+            rows += [{"text": text.format(shop=shop), "label": label, "shop": shop, "message": i} for shop in shops]
         parts[part] = encode(Dataset.from_list(rows, features=FEATURES), tokenizer, "input_ids")
     return parts
 
@@ -153,7 +155,9 @@ def main(
     rows |= {name: row(trainer.model, sets["test"], tokenizer) for name, trainer in trainers.items()}
     retrained = fit(start, sets["retain"])
     rows["retrained"] = row(retrained, sets["test"], tokenizer)
-    audit = trainers["UIB"].audit(sets["test"], bias_column="shop", retrained_model=retrained)
+    audit = trainers["UIB"].audit(
+        sets["test"], bias_column="shop", example_column="message", retrained_model=retrained
+    )
     print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
     return rows, audit.verdict
 
