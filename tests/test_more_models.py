@@ -149,15 +149,17 @@ def test_a_tower_without_a_head_gets_one_line(tmp_path, kind):
         UIBTrainer(tower, config(tmp_path), make_rows(), make_rows(seed=4))
 
 
-def test_a_decoder_reads_the_last_token_that_is_no_padding(tmp_path):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_reads_the_last_token_that_is_no_padding(tmp_path, side):
     trainer = trainer_of(tmp_path, "llama", max_steps=2)
     trainer.train()
     row = trainer.retain_dataset[0]
     short = {key: row[key][None] for key in ("input_ids", "attention_mask")}
     padding = torch.ones(1, 4, dtype=torch.long)  # the padding token's id is 1
+    order = slice(None, None, -1 if side == "left" else 1)
     longer = {
-        "input_ids": torch.cat([short["input_ids"], padding], 1),
-        "attention_mask": torch.cat([short["attention_mask"], 0 * padding], 1),
+        "input_ids": torch.cat([short["input_ids"], padding][order], 1),
+        "attention_mask": torch.cat([short["attention_mask"], 0 * padding][order], 1),
     }
     with torch.no_grad():
         one, other = (trainer.model.eval()(**inputs).logits for inputs in (short, longer))
