@@ -372,7 +372,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in Trainer; where rows have different numbers of labels, those of the step's retained rows are counted."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [self.task.labels_given(batch.features["labels"][: batch.retained]) for batch in batches]
+        counts = [self._labels_given(batch.features["labels"][: batch.retained]) for batch in batches]
         if not counts or counts[0] is None:
             return batches, None
         return batches, self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
@@ -383,7 +383,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         if labels_of_step is None:
             return 1.0
         batches = self.args.world_size * self.current_gradient_accumulation_steps
-        return cast(Tensor, self.task.labels_given(labels)) * batches / labels_of_step
+        return cast(Tensor, self._labels_given(labels)) * batches / labels_of_step.clamp_min(1e-9)
+
+    def _labels_given(self, labels: Tensor) -> Tensor | None:
+        return self.task.labels_given(labels, retained=self.retain_dataset is not None)
 
     def _checkpoint_logits(self, model, features: dict) -> Tensor:
         adapted = self.accelerator.unwrap_model(model)

@@ -54,9 +54,14 @@ class UnlearningTask:
         """Log-odds of the given label, ``[n]`` in nats."""
         raise NotImplementedError
 
-    def labels_given(self, labels: Tensor) -> Tensor | None:
-        """How many labels `fit_loss` is the mean of, where rows have different numbers of them: a step's mean is then over all of
-        its labels, however its rows are split. None: each row counts the same."""
+    def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor | None:
+        """How many labels of a batch the fit term is the mean of, where rows have different numbers of them: a step's mean is then
+        over all of its labels, however its rows are split. None: each row counts the same.
+
+        Args:
+            labels: of the batch.
+            retained: the fit term is `fit_loss`, else `fit_without_retained_data`.
+        """
         return None
 
     def without_replaced(self, labels: Tensor, replaced: Tensor | None) -> Tensor:
@@ -74,12 +79,18 @@ def task_of(model: PreTrainedModel) -> UnlearningTask:
     """The task of a model.
 
     Raises:
-        ValueError: no task type matches it.
+        ValueError: it is no classifier, or no task type matches it.
     """
-    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    base = type(model.get_base_model() if isinstance(model, PeftModel) else model)
+    name = base.__name__
     for ending, what in NO_CLASSIFIERS.items():
         if name.endswith(ending):
             raise ValueError(f"UIBTrainer unlearns classifiers; {name} {what}.")
+    if base.__module__.startswith("transformers.") and "Classification" not in name:
+        raise ValueError(
+            f"UIBTrainer unlearns classifiers; {name} has no head that gives classes. Give the model that was fine-tuned with one "
+            "(a class of your own, where Transformers has none)."
+        )
     for kind in TASK_TYPES:
         if kind.matches(model):
             return kind()
@@ -135,7 +146,7 @@ class MultiLabel(UnlearningTask):
 
     def fit_without_retained_data(self, logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
         """Divergence from the checkpoint's predictions on the labels that a row does not have."""
-        others = (given_or_zero(labels) < 0.5).to(logits.dtype)
+        others = is_other(labels).to(logits.dtype)
         p = reference_logits.sigmoid()
         entropy = F.binary_cross_entropy_with_logits(reference_logits, p, reduction="none")
         nats = F.binary_cross_entropy_with_logits(logits, p, reduction="none") - entropy
@@ -145,6 +156,10 @@ class MultiLabel(UnlearningTask):
         """Sum over the given labels of their log-odds, ``[n]``."""
         signs = (2 * given_or_zero(labels).to(logits.dtype) - 1) * is_given(labels)
         return (signs * logits).sum(-1)
+
+    def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor:
+        """Labels that are given; those that a row does not have, without retained data."""
+        return (is_given(labels) if retained else is_other(labels)).sum()
 
 
 @register_task_type
@@ -179,7 +194,7 @@ class TokenLabels(UnlearningTask):
         given = labels != IGNORED
         return (margin(logits, labels.clamp_min(0)) * given).sum(1) / given.sum(1).clamp_min(1)
 
-    def labels_given(self, labels: Tensor) -> Tensor:
+    def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor:
         """Labelled tokens."""
         return (labels != IGNORED).sum()
 
@@ -191,6 +206,11 @@ class TokenLabels(UnlearningTask):
 def is_given(labels: Tensor) -> Tensor:
     """Which labels of a row are 0 or 1, and neither -1 nor NaN."""
     return labels >= 0
+
+
+def is_other(labels: Tensor) -> Tensor:
+    """Which labels a row does not have: 0, or not given."""
+    return given_or_zero(labels) < 0.5
 
 
 def given_or_zero(labels: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import bert_brand_bias  # noqa: E402
 import custom_prior  # noqa: E402
+import decoder_bias  # noqa: E402
 import delete_rows  # noqa: E402
 import multi_label  # noqa: E402
 import outdated_labels  # noqa: E402
@@ -115,6 +116,16 @@ def test_token_labels():
     assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.03
     assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
     assert "the deep audit, which is for one label a row" in verdict
+
+
+@pytest.mark.slow
+def test_decoder_bias():
+    rows, verdict = decoder_bias.main(steps=60, train_steps=100)
+    assert rows["original"]["follow_rate"] > 0.4
+    assert follows_less(rows, "UIB")
+    assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.02
+    assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
+    assert "exact counterfactuals" not in verdict  # every message is there with each shop
 
 
 @pytest.mark.slow

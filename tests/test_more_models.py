@@ -1,4 +1,4 @@
-"""Image towers with a head (CLIP, SigLIP), decoders with a `score` head, and videos: the same trainer and the same promises."""
+"""Image towers with a head (CLIP, SigLIP, DINOv3), decoders with a `score` head, and videos: the same trainer and promises."""
 
 import datasets
 import numpy as np
@@ -7,9 +7,16 @@ import torch
 from conftest import IMAGE, SMALL, TEXT, make_rows
 from PIL import Image
 from test_trainer import adapter_weights, config, same
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
+    DINOv3ConvNextPreTrainedModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    DINOv3ViTPreTrainedModel,
     LlamaConfig,
     LlamaForSequenceClassification,
     Qwen3Config,
@@ -20,6 +27,7 @@ from transformers import (
     VideoMAEForVideoClassification,
     VideoMAEImageProcessorPil,
 )
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_uib import UIBTrainer
 from hf_uib.data.fingerprints import row_hashes
@@ -29,11 +37,38 @@ TOWERS = {"text_config": TEXT | SMALL, "vision_config": IMAGE | SMALL, "num_labe
 DECODER = TEXT | SMALL | {"num_labels": 3, "num_key_value_heads": 2, "head_dim": 8}
 
 
+def with_head(base, tower):
+    """A head of one's own on a tower, of which Transformers has no classifier."""
+
+    class Classifier(base):
+        def __init__(self, config):
+            super().__init__(config)
+            self.tower, width = tower(config), getattr(config, "hidden_sizes", None)
+            self.classifier = nn.Linear(width[-1] if width else config.hidden_size, config.num_labels)
+            self.post_init()
+
+        def forward(self, pixel_values, **settings):
+            return ImageClassifierOutput(logits=self.classifier(self.tower(pixel_values, **settings).pooler_output))
+
+    return Classifier
+
+
+OwnVit = with_head(DINOv3ViTPreTrainedModel, DINOv3ViTModel)
+OwnConvNext = with_head(DINOv3ConvNextPreTrainedModel, DINOv3ConvNextModel)
+IMAGES = ("clip", "siglip", "dinov3", "dinov3_convnext")
+
+
 def model_of(name):
     torch.manual_seed(0)
     return {
         "clip": lambda: CLIPForImageClassification(CLIPConfig(**TOWERS)),
         "siglip": lambda: SiglipForImageClassification(SiglipConfig(**TOWERS)),
+        "dinov3": lambda: OwnVit(DINOv3ViTConfig(**IMAGE | SMALL | {"num_register_tokens": 2, "num_labels": 3})),
+        "dinov3_convnext": lambda: OwnConvNext(
+            DINOv3ConvNextConfig(
+                num_channels=1, hidden_sizes=[8, 16], depths=[1, 1], layer_scale_init_value=1.0, num_labels=3
+            )
+        ),
         "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**DECODER)),
         "qwen3": lambda: Qwen3ForSequenceClassification(Qwen3Config(**DECODER)),
         "videomae": lambda: VideoMAEForVideoClassification(
@@ -61,7 +96,7 @@ def videos(n, seed):
 def rows_for(name, n, seed):
     if name == "videomae":
         return videos(n, seed)
-    return make_rows("vit" if name in ("clip", "siglip") else "bert", n, seed=seed)
+    return make_rows("vit" if name in IMAGES else "bert", n, seed=seed)
 
 
 def trainer_of(path, name, **settings):
@@ -76,7 +111,9 @@ def trainer_of(path, name, **settings):
     )
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "llama", "qwen3", "videomae"])
+@pytest.mark.parametrize(
+    "name", [*IMAGES[:3], pytest.param(IMAGES[3], marks=pytest.mark.nightly), "llama", "qwen3", "videomae"]
+)
 def test_it_trains_saves_detaches_merges_resumes_and_audits(tmp_path, name):
     settings = dict(save_strategy="steps", save_steps=3, max_steps=6)
     trainer = trainer_of(tmp_path / "a", name, **settings)
@@ -93,26 +130,36 @@ def test_it_trains_saves_detaches_merges_resumes_and_audits(tmp_path, name):
     report = trainer.audit(rows_for(name, 60, 7), bias_column="source")
     assert np.isfinite(report.metrics["membership"]["model"]["auc"]["value"])
     trainer.create_model_card()
-    kind = {"videomae": "video", "clip": "image", "siglip": "image"}.get(name, "text")
+    kind = "image" if name in IMAGES else {"videomae": "video"}.get(name, "text")
     assert f"pipeline_tag: {kind}-classification" in (tmp_path / "a" / "README.md").read_text()
     trainer.save_merged(str(tmp_path / "merged"))
     with torch.no_grad():
-        again = load_classifier(str(tmp_path / "merged")).eval()(**batch).logits
+        load = trainer.detach().from_pretrained if name.startswith("dinov3") else load_classifier
+        again = load(str(tmp_path / "merged")).eval()(**batch).logits
     torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
     resumed = trainer_of(tmp_path / "a", name, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert same(after, adapter_weights(resumed))
 
 
-def test_a_decoder_reads_the_last_token_that_is_no_padding(tmp_path):
+@pytest.mark.parametrize("kind", [DINOv3ViTModel, DINOv3ConvNextModel])
+def test_a_tower_without_a_head_gets_one_line(tmp_path, kind):
+    tower = kind(kind.config_class(num_channels=1, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no head that gives classes"):
+        UIBTrainer(tower, config(tmp_path), make_rows(), make_rows(seed=4))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_reads_the_last_token_that_is_no_padding(tmp_path, side):
     trainer = trainer_of(tmp_path, "llama", max_steps=2)
     trainer.train()
     row = trainer.retain_dataset[0]
     short = {key: row[key][None] for key in ("input_ids", "attention_mask")}
     padding = torch.ones(1, 4, dtype=torch.long)  # the padding token's id is 1
+    order = slice(None, None, -1 if side == "left" else 1)
     longer = {
-        "input_ids": torch.cat([short["input_ids"], padding], 1),
-        "attention_mask": torch.cat([short["attention_mask"], 0 * padding], 1),
+        "input_ids": torch.cat([short["input_ids"], padding][order], 1),
+        "attention_mask": torch.cat([short["attention_mask"], 0 * padding][order], 1),
     }
     with torch.no_grad():
         one, other = (trainer.model.eval()(**inputs).logits for inputs in (short, longer))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_model, make_rows
 from launching import unlearn_words
-from test_trainer import adapter_weights, config, same
+from test_trainer import adapter_weights, config, losses, same
 from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -68,7 +68,7 @@ def test_without_prior_and_noise_it_is_fine_tuning_to_the_bit(tmp_path):
     settings = dict(max_steps=9, per_device_train_batch_size=4, learning_rate=0.01, seed=3, weight_decay=0.0)
     settings |= dict(use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True)
     args = UIBConfig(str(tmp_path / "a"), prior="none", beta=0.0, posterior="map", subspace_rank=4, **settings)
-    retain = multi_rows(16, 2)
+    retain = multi_rows(15, 2)  # of which the last batch is smaller
     trainer = UIBTrainer(multi_model(), args, multi_rows(24, 1), retain)
     trainer.run_statistics_pass()
     twin = copy.deepcopy(trainer.model)
@@ -78,6 +78,28 @@ def test_without_prior_and_noise_it_is_fine_tuning_to_the_bit(tmp_path):
     mine, theirs = trainer.model.state_dict(), twin.state_dict()
     assert any("lora_B" in name and mine[name].any() for name in mine)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("retained", [True, False])
+def test_a_step_is_the_mean_over_its_given_labels_however_it_is_split(tmp_path, monkeypatch, retained):
+    def run(name, size):
+        settings = dict(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=3)
+        trainer = UIBTrainer(
+            multi_model(),
+            config(tmp_path / name, optim="sgd", max_grad_norm=0.0, learning_rate=0.1, **settings),
+            multi_rows(21, 1, missing=0.5),
+            multi_rows(21, 2, missing=0.5) if retained else None,
+            calibration_dataset=multi_rows(12, 3),
+        )
+        trainer.train()
+        return adapter_weights(trainer), losses(trainer)
+
+    weights, nats = run("whole", 8)
+    split, theirs = run("split", 2)
+    assert max(abs(a - b) for a, b in zip(nats, theirs, strict=True)) < 1e-6
+    assert max((value - split[name]).abs().max() for name, value in weights.items()) < 1e-6
+    monkeypatch.setattr(MultiLabel, "labels_given", lambda self, labels, retained: None)  # each batch alike
+    assert max(abs(a - b) for a, b in zip(nats, run("old", 2)[1], strict=True)) > 1e-4
 
 
 @pytest.mark.parametrize("architecture", ["vit", "bert"])

@@ -134,7 +134,7 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_split(tmp_path, monkey
     for name, value in runs[8][0].items():  # where a gradient is rounding alone, Adam takes a whole step of it
         assert (value - runs[4][0][name]).abs().mean() < 3e-5
     monkeypatch.setattr(
-        TokenLabels, "labels_given", lambda self, labels: None
+        TokenLabels, "labels_given", lambda self, labels, retained: None
     )  # each batch alike: the comparison can fail
     other = trainer_of(tmp_path / "other", per_device_train_batch_size=4, **settings)
     other.train()
@@ -405,11 +405,12 @@ def test_an_adapter_of_pefts_kind_for_tokens(tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.distributed
-def test_two_processes_compute_what_one_does(tmp_path):
+@pytest.mark.parametrize("kind", ["tokens", "rows"])
+def test_two_processes_compute_what_one_does(tmp_path, kind):
     found = []
     for processes, batch in ((1, 8), (2, 4)):
         path = str(tmp_path / str(processes))
-        command, environment = command_for("two_processes_tokens.py", processes, path, batch)
+        command, environment = command_for("two_processes_labels.py", processes, path, batch, kind)
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(Path(f"{path}.json").read_text()))

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TITLES = {
     "multi_label": "Several labels a row (digits that are even, large or closed; ViT)",
     "token_labels": "Labels of tokens (persons, places and firms in sentences; BERT)",
+    "decoder_bias": "A decoder (messages to shops; Qwen 3 with a `score` head)",
     "voice_bias": "Sounds (synthetic vowels; audio spectrogram transformer)",
 }
 COLUMNS = {"accuracy": "accuracy", "conflicting_accuracy": "bias-conflicting accuracy", "follow_rate": "shortcut rate"}
