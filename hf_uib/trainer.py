@@ -280,11 +280,13 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def _set_channels(self, tokens: PatternTokens) -> None:
         """Noise and share of swapped rows: none where the contrast is chance, nor where whole classes go."""
         args, kappa, swap = self.args, self.args.noise_to_signal, 0.0
-        if kappa is None and self.measurements.contrast_found and not self.sets.removed_classes:
-            kappa = args.channel.noise_to_signal
         if tokens.tokens_per_row > 0:
             effect = self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
-            swap = args.swap_fraction if effect >= args.channel.pattern_effect else 0.0
+            swap = self.statistics["swap_fraction"] = (
+                args.swap_fraction if effect >= args.channel.pattern_effect else 0.0
+            )
+        if kappa is None and self._pattern_to_unlearn:
+            kappa = args.channel.noise_to_signal
         if args.posterior == "map":
             kappa = swap = 0.0
         self.statistics.update(noise_to_signal=kappa or 0.0, swap_fraction=swap, pattern_tokens=tokens.tokens_per_row)
