@@ -26,7 +26,7 @@ from transformers import (
 from hf_uib import retrain
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics import text_table
+from hf_uib.metrics import bias_row, text_table
 
 TELLING = {
     "repair": ["broken", "cracked", "leaky", "noisy", "rusty", "loose", "bent", "stuck", "weak", "burnt", "torn", "dead"],
@@ -112,15 +112,9 @@ def small_decoder(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
 
 
 def row(model: nn.Module, test: Dataset, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Accuracy, and that of messages to a shop that stands for another class: also how often that class is the answer."""
-    logits, labels = predict(model, test, tokenizer)
+    """Accuracy, also where the shop stands for another class, how often that class is the answer there, and so on."""
     told = np.array([SHOPS.index(shop) for shop in test.with_format(None)["shop"]])
-    answers, against = logits.argmax(-1), labels != told
-    return {
-        "accuracy": float((answers == labels).mean()),
-        "conflicting_accuracy": float((answers == labels)[against].mean()),
-        "follow_rate": float((answers == told)[against].mean()),
-    }
+    return bias_row(*predict(model, test, tokenizer), told)
 
 
 def main(

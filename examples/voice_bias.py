@@ -18,7 +18,7 @@ from hf_uib import retrain
 from hf_uib.data.columns import Columns
 from hf_uib.data.reading import Reader
 from hf_uib.inference import predict
-from hf_uib.metrics import text_table
+from hf_uib.metrics import bias_row, text_table
 
 RATE, SECONDS = 8000, 0.25
 FORMANTS = {
@@ -58,15 +58,8 @@ def sounds(seed: int) -> dict[str, Dataset]:
 
 
 def row(model: nn.Module, test: Dataset) -> dict[str, float]:
-    """Accuracy, also where the voice stands for another vowel, and how often that vowel is the answer there."""
-    logits, labels = predict(model, test)
-    answers, voices = logits.argmax(-1), np.asarray(test.with_format(None)["voice"][:])
-    against = voices != labels
-    return {
-        "accuracy": float((answers == labels).mean()),
-        "conflicting_accuracy": float((answers == labels)[against].mean()),
-        "follow_rate": float((answers == voices)[against].mean()),
-    }
+    """Accuracy, also where the voice stands for another vowel, how often that vowel is the answer there, and so on."""
+    return bias_row(*predict(model, test), np.asarray(test.with_format(None)["voice"][:]))
 
 
 def main(

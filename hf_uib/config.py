@@ -97,15 +97,15 @@ class UIBConfig(TrainingArguments):
     noise_to_signal: float | None = field(
         default=None,
         metadata={
-            "help": "kappa: noise over signal in the channel along the pattern. By default 0.5; 0 where the "
-            "contrast is no more than chance."
+            "help": "kappa: noise over signal in the channel along the pattern. By default 0.5; 0 where no "
+            "pattern is found."
         },
     )
     swap_fraction: float = field(
         default=0.5,
         metadata={
             "help": "Fraction of the retained examples of a step in which the pattern's tokens are those of a forget example, "
-            "whatever the label; 0 where the contrast is no more than chance."
+            "whatever the label; 0 where no pattern is found."
         },
     )
     calibration_fraction: float = field(

@@ -15,9 +15,7 @@ from .models import blocks_of
 from .sharding import is_sharded
 
 PATTERN_Z = 3.0  # from which on a kind of token belongs to the pattern
-CERTAIN_Z = (
-    4.0  # from which on the commonest kind shows a pattern by itself: of two draws from one set it stayed below 3
-)
+CERTAIN_Z = 4.0  # from which on a kind shows a pattern by itself: the largest of two draws from one set stayed below 3
 MOST = 32  # tokens of a donor
 DONORS = 256  # forget rows that are kept
 ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
@@ -83,7 +81,7 @@ class PatternTokens(nn.Module):
             model: a `PeftModel`, passed up to its first block, without its adapter.
             forget, retained: samples of both sets, as ``inputs with labels``; see `token_z` for rows whose tokens are labelled.
             numbers: of the forget rows in their set.
-            least: there are no donors if no kind of token has this z-value.
+            least: there are no donors if no kind of token has this z-value; not below `PATTERN_Z`.
 
         Returns:
             The largest z-value of a kind of token; 0 where there are none.
@@ -97,10 +95,10 @@ class PatternTokens(nn.Module):
             labels, others = ids[:count], (*others[:2], ids[count:])
         z = token_z((x, present, labels), others)
         largest = z.masked_fill(~present, 0).max().item()
+        if largest < least:
+            return largest
         chosen = (z >= PATTERN_Z) & present
         rows = chosen.any(1).nonzero()[:DONORS, 0]
-        if largest < least or not len(rows):
-            return largest
         width = int(chosen[rows].sum(1).max().clamp_max(MOST))
         order = z[rows].masked_fill(~chosen[rows], -torch.inf).topk(width, dim=1).indices
         first = present[rows].int().argmax(1, keepdim=True)

@@ -279,9 +279,10 @@ class ChannelPosterior(nn.Module):
     def kl_per_layer(self) -> Tensor:
         """R^(l) of section 3(a), ``[layers]``, in nats."""
         stacked = self._stacked({name: self.factors(name) for name in self.layers})
+        free = self.along_is_free
         with torch.autocast(self.floors.device.type, enabled=False):
             moved = [
-                outside(*own, *prior, group.subspaces if self.along_is_free else None, group.scalings)
+                outside(*own, *prior, group.subspaces if free else None, group.scalings)
                 for group, own, prior in zip(self.groups, stacked, self._prior, strict=True)
             ]
             return (torch.cat(moved) / (2 * self._floors**2))[self._ungrouped]

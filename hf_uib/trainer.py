@@ -278,13 +278,12 @@ class UIBTrainer(ResultsMixin, HubMixin):
         posterior.set_prior_mean()
 
     def _set_channels(self, tokens: PatternTokens) -> None:
-        """Noise and share of swapped rows: none where the contrast is chance, nor where whole classes go."""
+        """Noise and share of swapped rows: none where no pattern is found, nor where whole classes go."""
         args, kappa, swap = self.args, self.args.noise_to_signal, 0.0
         if tokens.tokens_per_row > 0:
             effect = self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
-            swap = self.statistics["swap_fraction"] = (
-                args.swap_fraction if effect >= args.channel.pattern_effect else 0.0
-            )
+            swap = args.swap_fraction if effect >= args.channel.pattern_effect else 0.0
+        self.statistics["swap_fraction"] = swap
         if kappa is None and self._pattern_to_unlearn:
             kappa = args.channel.noise_to_signal
         if args.posterior == "map":

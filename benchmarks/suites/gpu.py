@@ -202,7 +202,7 @@ def gpu_tables() -> list[str]:
         "## On a GPU, in bf16\n",
         f"{cost[0]['device']}, PyTorch {cost[0]['torch']}. {STEPS} steps of {BATCH} rows under a pattern, as ratios to plain LoRA; "
         f"medians and ranges of {REPEATS} pairs in one process, LoRA and UIB in turn. Taken before the prior became flat along the "
-        "subspace (method, section 3a); a step has fewer operations since.\n",
+        "subspace (method, section 3a).\n",
         *table(
             ["model", "step", "whole run", "peak memory", "LoRA: step, ms", "LoRA: run, seconds", "LoRA: peak, MB"],
             rows,

@@ -65,7 +65,7 @@ class HubMixin(AtomicCheckpoints):
 
         @property
         def statistics(self) -> dict[str, float]:
-            """``noise_to_signal``, ``prior_strength``, ``kept_fraction`` and ``pattern_z``, as far as they were measured."""
+            """``noise_to_signal``, ``prior_strength``, ``kept_fraction``, ``pattern_z`` and so on, as far as they were measured."""
 
         @property
         def provenance(self) -> list[dict]:
@@ -261,6 +261,7 @@ class HubMixin(AtomicCheckpoints):
             settings=self._shown_settings(),
             measured=self._strengths(),
             pattern_z=self.statistics.get("pattern_z") if self.compared else None,
+            token_z=self.statistics.get("token_z"),
             results=self.results,
             evaluated=self.evaluated,
             warnings=self.run_warnings,
