@@ -74,7 +74,8 @@ def test_text_says_what_it_has_to(audited):
         "| original | 0.500 | not measured |", "**not measured**", "the base weights still hold what was to be forgotten",
         'PeftModel.from_pretrained(base, "tester/vit-unlearned")', "disable_adapter", "merge_and_unload", "Accuracy by group",
         "| learning_rate | 0.003 |", "| beta | 0.02 |", "not a proof of deletion", "Attacks tried", "Not tried", "apache-2.0",
-        "with a derivation of our own", "@misc", "from counts of tokens, z = ", trainer.audit_report.verdict, f"hf_uib {hf_uib.__version__}", "transformers",
+        "with a derivation of our own", "@misc", "from counts of tokens, z = ",
+        trainer.audit_report.verdict, f"hf_uib {hf_uib.__version__}", "transformers",
     ):  # fmt: skip
         assert said in text, said
     assert "| prior_fraction |" not in text  # a default
