@@ -379,6 +379,28 @@ def test_a_failure_after_training_loses_nothing(case, pictures, finished, tmp_pa
     assert report["metrics"]["test"] == whole["metrics"]["test"] and report["flags"] == whole["flags"]
 
 
+def test_the_audit_leaves_incomplete_rows_out_if_so_said(pictures, tmp_path, capsys):
+    """As if they were not in the data."""
+    reports = []
+    for name, gaps in (("holed", {3: "label", 8: "image"}), ("whole", {})):
+        data = datasets.load_dataset("imagefolder", data_dir=str(pictures / "data"))
+        rows = data["train"].map(lambda row, i, gaps=gaps: {gaps[i]: None} if i in gaps else {}, with_indices=True)
+        data["train"] = rows if gaps else rows.select([i for i in range(40) if i not in (3, 8)])
+        data.save_to_disk(tmp_path / name)
+        command = [
+            "audit", "--model", pictures / "model", "--reference", pictures / "model", "--dataset_name", tmp_path / name,
+            "--forget_where", "source=clinic_a", "--output_dir", tmp_path / f"{name} audit",
+        ]  # fmt: skip
+        if gaps:
+            with pytest.raises(ValueError, match="Row . of .*`audit` have --drop_incomplete_rows"):
+                call(*command)
+            command.append("--drop_incomplete_rows")
+        call(*command)
+        reports.append(json.loads((tmp_path / f"{name} audit" / "report.json").read_text()))
+    assert "1 of 20 rows of split 'train' are left out" in capsys.readouterr().out
+    assert reports[0]["metrics"] == reports[1]["metrics"] and reports[0]["flags"] == reports[1]["flags"]
+
+
 def test_ctrl_c_in_training_names_the_checkpoint(pictures, finished, tmp_path, monkeypatch):
     from transformers import Trainer
 

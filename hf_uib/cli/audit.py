@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
+from ..data.reading import Reader
 from ..data.sources import load_processor, load_splits, split_of
 from ..exported import folder_of
-from ..models import input_kind
+from ..models import input_kind, labels_tokens
 from ..processes import processes
 from .outputs import quiet
 from .parser import parse
-from .unlearn import chosen_rows, columns_of, remote_code
+from .unlearn import chosen_rows, columns_of, complete, remote_code
 
 
 @dataclass
@@ -89,6 +90,10 @@ class AuditArguments:
     example_column: str | None = field(
         default=None, metadata={"help": "Test rows that share its value differ in the attribute alone."}
     )
+    drop_incomplete_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without a label or an input that can be read, and count them."},
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run code that comes with a checkpoint; only for one whose code you have read."},
@@ -136,6 +141,12 @@ def audit(job: AuditArguments) -> AuditReport:
     if not job.forget_where and job.forget_rows is None and job.forget_scores is None:
         raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
     forget, retain = chosen_rows(train, job)
+    processor = load_processor(*processors, kind=input_kind(model), **remote_code(job))
+    columns = columns_of(job)
+    if job.drop_incomplete_rows:
+        read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns, of_tokens=labels_tokens(model))
+        forget, retain = (complete(rows, read, job.train_split) for rows in (forget, retain))
+        test = complete(test, read, job.test_split)
     report = audit_model(
         model,
         reference_model=reference,
@@ -144,11 +155,11 @@ def audit(job: AuditArguments) -> AuditReport:
         test_dataset=test,
         bias_column=job.bias_column,
         retrained_model=retrained,
-        processing_class=load_processor(*processors, kind=input_kind(model), **remote_code(job)),
+        processing_class=processor,
         example_column=job.example_column,
         deep=job.deep,
         seed=job.seed,
-        columns=columns_of(job),
+        columns=columns,
         label=job.audit_label,
         positive_label=job.positive_label,
     )

@@ -384,6 +384,7 @@ def audit_command(job: UnlearnArguments) -> str:
     for flag in ("dataset_config_name", "train_split", "test_split", "bias_column", "audit_label", "positive_label"):
         if value := getattr(job, flag):
             words += [f"--{flag}", *map(shlex.quote, value if isinstance(value, list) else [value])]
+    words += ["--drop_incomplete_rows"] * job.drop_incomplete_rows
     return " ".join(words + (["--retrained", "RETRAINED"] if job.retrained_model else []))
 
 
