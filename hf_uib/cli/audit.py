@@ -144,7 +144,13 @@ def audit(job: AuditArguments) -> AuditReport:
     processor = load_processor(*processors, kind=input_kind(model), **remote_code(job))
     columns = columns_of(job)
     if job.drop_incomplete_rows:
-        read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns, of_tokens=labels_tokens(model))
+        read = Reader(
+            model.config,
+            getattr(model, "main_input_name", "input_ids"),
+            processor,
+            columns,
+            of_tokens=labels_tokens(model),
+        )
         forget, retain = (complete(rows, read, job.train_split) for rows in (forget, retain))
         test = complete(test, read, job.test_split)
     report = audit_model(
