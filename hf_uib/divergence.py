@@ -1,5 +1,8 @@
 """The divergence R^(l) in closed form (method, section 3a): pure functions of tensors."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -13,24 +16,35 @@ def outside(
 ) -> Tensor:
     """``|D|^2 - |D V'|^2`` of ``D = scaling * (B A - B_0 A_0)``: what layers moved outside the subspace that the prior leaves free.
 
-    With ``D = (B - B_0) A + B_0 (A - A_0)``, which does not cancel near the prior's mean, it is a sum of products of ``[r, r]``
-    matrices; D itself is not formed.
-
     Args:
         lora_a, prior_a: A and A_0, ``[..., r, in]``; lora_b, prior_b: B and B_0, ``[..., out, r]``.
         subspace: V, ``[..., k, in]``, orthonormal (or zero) rows; None: nothing is free.
         scaling: ``[...]`` or one for all.
 
     Returns:
-        ``[...]``, up to rounding not negative.
+        ``[...]``, not negative. Gradients go to A and B alone.
     """
-    moved_a, moved_b = lora_a - prior_a, lora_b - prior_b
-    inputs = [lora_a @ lora_a.mT, lora_a @ moved_a.mT, moved_a @ moved_a.mT]
-    if subspace is not None:
-        along, along_moved = lora_a @ subspace.mT, moved_a @ subspace.mT
-        free = [along @ along.mT, along @ along_moved.mT, along_moved @ along_moved.mT]
-        inputs = [product - part for product, part in zip(inputs, free, strict=True)]
-    products = (moved_b.mT @ moved_b) * inputs[0]
-    products = products + 2 * (moved_b.mT @ prior_b) * inputs[1]
-    products = products + (prior_b.mT @ prior_b) * inputs[2]
-    return products.sum((-2, -1)) * scaling**2
+    return _SquaredNorm.apply(lora_a, lora_b, prior_a, prior_b, subspace) * scaling**2
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """``|L R P|^2`` with ``L = [B - B_0, B_0]``, ``R = [A; A - A_0]`` and ``P = 1 - V'V``: L R is ``B A - B_0 A_0``, without a
+    difference of nearly equal products near the prior's mean, and is not formed. The gradient is ``2 L (R P R')`` in L and
+    ``2 (L'L) R P`` in R."""
+
+    @staticmethod
+    def forward(ctx: Any, lora_a: Tensor, lora_b: Tensor, prior_a: Tensor, prior_b: Tensor, subspace: Tensor | None):
+        left = torch.cat([lora_b - prior_b, prior_b], -1)
+        right = torch.cat([lora_a, lora_a - prior_a], -2)
+        if subspace is not None:
+            right = right - (right @ subspace.mT) @ subspace
+        inputs, outputs = right @ right.mT, left.mT @ left
+        ctx.save_for_backward(left, right, inputs, outputs)
+        return (inputs * outputs).sum((-2, -1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
+        left, right, inputs, outputs = ctx.saved_tensors
+        rank, twice = inputs.shape[-1] // 2, 2 * gradient[..., None, None]
+        of_a = (outputs[..., :rank, :] + outputs[..., rank:, :]) @ right
+        return of_a * twice, left @ inputs[..., :rank] * twice, None, None, None

@@ -16,7 +16,7 @@ from .sharding import is_sharded
 
 PATTERN_Z = 3.0  # from which on a kind of token belongs to the pattern
 CERTAIN_Z = 4.0  # from which on a kind shows a pattern by itself: the largest of two draws from one set stayed below 3
-MOST = 32  # tokens of a donor
+MOST = 32  # tokens of a donor, and an eighth of a row's at most: what tells the row's own label has to stay
 DONORS = 256  # forget rows that are kept
 ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
 DRAWS = 1024  # rows of a step that draw for themselves
@@ -99,7 +99,7 @@ class PatternTokens(nn.Module):
             return largest
         chosen = (z >= PATTERN_Z) & present
         rows = chosen.any(1).nonzero()[:DONORS, 0]
-        width = int(chosen[rows].sum(1).max().clamp_max(MOST))
+        width = int(chosen[rows].sum(1).max().clamp_max(min(MOST, max(2, x.shape[1] // 8))))
         order = z[rows].masked_fill(~chosen[rows], -torch.inf).topk(width, dim=1).indices
         first = present[rows].int().argmax(1, keepdim=True)
         self.positions = torch.where(chosen[rows].gather(1, order), order - first, -1).to(self.positions.device)
@@ -249,7 +249,7 @@ class PatternTokens(nn.Module):
 
 def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """How much more common each forget token's kind is in the forget rows than in the retained rows of its row's label, as a
-    z-value ``[n, t]``: the contrast of the sets at the model's input.
+    z-value of two proportions ``[n, t]``: the contrast of the sets at the model's input.
 
     Args:
         forget, retained: tokens ``[n, t, d]``, where there is one ``[n, t]``, and labels ``[n]``. Where tokens are labelled
@@ -272,7 +272,8 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
             tokens = x[row, present[row]]
             here = rows_with(tokens, x[mine], present[mine]).sum(1)
             elsewhere = rows_with(tokens, y[theirs], there[theirs]).sum(1)
-            found = (here - ratio * elsewhere) / (here + ratio**2 * elsewhere + 1).sqrt()
+            absent = 1 - (here + elsewhere) / (mine.sum() + theirs.sum())
+            found = (here - ratio * elsewhere) / ((here + ratio**2 * elsewhere) * absent + 1).sqrt()
             z[row, present[row]] = z[row, present[row]].maximum(found)
     return z.masked_fill(z == -torch.inf, 0)
 

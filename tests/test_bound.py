@@ -53,6 +53,16 @@ def test_outside_is_that_of_the_dense_displacement_in_any_gauge():
     torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("free", [True, False])
+def test_the_gradient_of_outside(free):
+    g = torch.Generator().manual_seed(3)
+    factors = [new(g, 2, 3, 6), new(g, 2, 4, 3), new(g, 2, 3, 6), new(g, 2, 4, 3)]
+    v = torch.stack([orthonormal(2, 6, g), orthonormal(2, 6, g)]) if free else None
+    scaling = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    moving = [x.requires_grad_() for x in factors[:2]]
+    assert torch.autograd.gradcheck(lambda a, b: divergence.outside(a, b, *factors[2:], v, scaling), moving)
+
+
 def test_outside_keeps_its_digits_near_the_mean():
     g = torch.Generator().manual_seed(5)
     a0, b0, v = new(g, 3, 6).float(), new(g, 4, 3).float(), orthonormal(2, 6, g).float()
