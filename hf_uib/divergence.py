@@ -43,7 +43,7 @@ class _SquaredNorm(torch.autograd.Function):
         return (inputs * outputs).sum((-2, -1))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
         left, right, inputs, outputs = ctx.saved_tensors
         rank, twice = inputs.shape[-1] // 2, 2 * gradient[..., None, None]
         of_a = (outputs[..., :rank, :] + outputs[..., rank:, :]) @ right
