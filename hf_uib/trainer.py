@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -371,10 +371,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in Trainer; where rows have different numbers of labels, those of the step's retained rows are counted."""
+        """As in Trainer; the labels of the step's retained rows are counted."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self._labels_given(batch.features["labels"][: batch.retained]) for batch in batches]
-        if not counts or counts[0] is None:
+        if not counts:
             return batches, None
         return batches, self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
 
@@ -384,9 +384,9 @@ class UIBTrainer(ResultsMixin, HubMixin):
         if labels_of_step is None:
             return 1.0
         batches = self.args.world_size * self.current_gradient_accumulation_steps
-        return cast(Tensor, self._labels_given(labels)) * batches / labels_of_step.clamp_min(1e-9)
+        return self._labels_given(labels) * batches / labels_of_step.clamp_min(1e-9)
 
-    def _labels_given(self, labels: Tensor) -> Tensor | None:
+    def _labels_given(self, labels: Tensor) -> Tensor:
         return self.task.labels_given(labels, retained=self.retain_dataset is not None)
 
     def _checkpoint_logits(self, model, features: dict) -> Tensor:

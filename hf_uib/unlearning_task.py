@@ -54,15 +54,15 @@ class UnlearningTask:
         """Log-odds of the given label, ``[n]`` in nats."""
         raise NotImplementedError
 
-    def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor | None:
-        """How many labels of a batch the fit term is the mean of, where rows have different numbers of them: a step's mean is then
-        over all of its labels, however its rows are split. None: each row counts the same.
+    def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor:
+        """How many labels of a batch the fit term is the mean of: a step's mean is over all of its labels, however its rows are
+        split. Here one a row.
 
         Args:
             labels: of the batch.
             retained: the fit term is `fit_loss`, else `fit_without_retained_data`.
         """
-        return None
+        return torch.tensor(len(labels), device=labels.device)
 
     def without_replaced(self, labels: Tensor, replaced: Tensor | None) -> Tensor:
         """What the labels of a batch still say where the ``replaced [n, tokens]`` are another row's tokens: as much as before."""
