@@ -22,7 +22,7 @@ def outside(
         scaling: ``[...]`` or one for all.
 
     Returns:
-        ``[...]``, not negative. Gradients go to A and B alone.
+        ``[...]``, up to rounding not negative. Gradients go to A and B alone.
     """
     return _SquaredNorm.apply(lora_a, lora_b, prior_a, prior_b, subspace) * scaling**2
 
