@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def outside(
@@ -43,6 +44,7 @@ class _SquaredNorm(torch.autograd.Function):
         return (inputs * outputs).sum((-2, -1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         left, right, inputs, outputs = ctx.saved_tensors
         rank, twice = inputs.shape[-1] // 2, 2 * gradient[..., None, None]

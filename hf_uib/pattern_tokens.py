@@ -15,8 +15,8 @@ from .models import blocks_of
 from .sharding import is_sharded
 
 PATTERN_Z = 3.0  # from which on a kind of token belongs to the pattern
-CERTAIN_Z = 4.0  # from which on a kind shows a pattern by itself: the largest of two draws from one set stayed below 3
-MOST = 32  # tokens of a donor, and an eighth of a row's at most: what tells the row's own label has to stay
+CERTAIN_Z = 4.0  # from which on a kind shows a pattern by itself: of two draws from one set the largest is about 3
+MOST = 32  # tokens of a donor, and an eighth of its own at most: what tells the other row's label has to stay
 DONORS = 256  # forget rows that are kept
 ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
 DRAWS = 1024  # rows of a step that draw for themselves
@@ -99,8 +99,10 @@ class PatternTokens(nn.Module):
             return largest
         chosen = (z >= PATTERN_Z) & present
         rows = chosen.any(1).nonzero()[:DONORS, 0]
-        width = int(chosen[rows].sum(1).max().clamp_max(min(MOST, max(2, x.shape[1] // 8))))
-        order = z[rows].masked_fill(~chosen[rows], -torch.inf).topk(width, dim=1).indices
+        most = (present[rows].sum(1) // 8).clamp(2, MOST)
+        best = z[rows].masked_fill(~chosen[rows], -torch.inf).argsort(dim=1, descending=True, stable=True)
+        chosen[rows] &= best.argsort(dim=1) < most[:, None]
+        order = best[:, : int(chosen[rows].sum(1).max())]
         first = present[rows].int().argmax(1, keepdim=True)
         self.positions = torch.where(chosen[rows].gather(1, order), order - first, -1).to(self.positions.device)
         self.donors = torch.tensor(numbers)[rows.cpu()]
@@ -257,6 +259,8 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
             classes the one counts under which a kind stands out most.
     """
     (x, present, labels), (y, there, other_labels) = forget, retained
+    if not there.any():
+        return torch.zeros(x.shape[:2], device=x.device)
     mean = y[there].mean(0)
     x, y = F.normalize(x - mean, dim=-1), F.normalize(y - mean, dim=-1)
     z = torch.full(x.shape[:2], -torch.inf, device=x.device)
@@ -272,8 +276,9 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
             tokens = x[row, present[row]]
             here = rows_with(tokens, x[mine], present[mine]).sum(1)
             elsewhere = rows_with(tokens, y[theirs], there[theirs]).sum(1)
-            absent = 1 - (here + elsewhere) / (mine.sum() + theirs.sum())
-            found = (here - ratio * elsewhere) / ((here + ratio**2 * elsewhere) * absent + 1).sqrt()
+            both = here + elsewhere
+            variance = ratio * both * (1 - both / (mine.sum() + theirs.sum())) + ratio.square().clamp_min(1)
+            found = (here - ratio * elsewhere) / variance.sqrt()
             z[row, present[row]] = z[row, present[row]].maximum(found)
     return z.masked_fill(z == -torch.inf, 0)
 

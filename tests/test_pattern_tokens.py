@@ -249,9 +249,9 @@ def test_the_z_value_of_a_token_is_that_of_the_counts():
     )
     z = token_z((*rows(forget), torch.zeros(4).long()), (*rows(retained), torch.zeros(8).long()))
     # The mean of the retained tokens is taken off first, which turns kinds a little
-    expected = (3 - 0.5 * 1) / ((3 + 0.25 * 1) * (1 - 4 / 12) + 1) ** 0.5
+    expected = (3 - 0.5 * 1) / (0.5 * 4 * (1 - 4 / 12) + 1) ** 0.5
     assert z[0].tolist() == pytest.approx([expected] * 2, abs=0.1) and z[0, 0] == z[0, 1]
-    assert z[3, 0].item() == pytest.approx(2 / (2 * (1 - 2 / 12) + 1) ** 0.5, abs=0.1)
+    assert z[3, 0].item() == pytest.approx(2 / (0.5 * 2 * (1 - 2 / 12) + 1) ** 0.5, abs=0.1)
 
 
 def test_the_effect_of_the_tokens_is_that_of_the_word(text_run):
