@@ -397,7 +397,7 @@ def test_the_audit_leaves_incomplete_rows_out_if_so_said(pictures, tmp_path, cap
             command.append("--drop_incomplete_rows")
         call(*command)
         reports.append(json.loads((tmp_path / f"{name} audit" / "report.json").read_text()))
-    assert "1 of 20 rows of split 'train' are left out" in capsys.readouterr().out
+    assert "1 of 20 rows of the forget set are left out" in capsys.readouterr().out
     assert reports[0]["metrics"] == reports[1]["metrics"] and reports[0]["flags"] == reports[1]["flags"]
 
 

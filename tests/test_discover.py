@@ -347,7 +347,7 @@ def test_incomplete_rows_are_left_out_if_so_said(coloured, tmp_path, capsys):
         dispatch(command)
     assert not os.path.exists(out)
     dispatch([*command, "--drop_incomplete_rows"])
-    assert "3 of 240 rows of split 'train' are left out; row 5, say, has no label" in capsys.readouterr().out
+    assert "3 of 240 rows of split 'train' are left out; row 5 there, say, has no label" in capsys.readouterr().out
     complete = np.delete(np.arange(len(rows)), list(gaps))
     alone = discover(small_vit(), rows.select(complete), processing_class=PROCESSOR)
     forget, retain = listed_rows(f"{out}/rows.parquet", holed)  # numbers of the whole split

@@ -306,7 +306,12 @@ def test_the_command_line(tmp_path):
 
 def test_commands_name_every_column():
     job = UnlearnArguments("m", "d", forget_where=["source=1"], bias_column=["sex", "age"], positive_label="too rude")
-    assert "--bias_column sex age --positive_label 'too rude'" in audit_command(job)
+    command = audit_command(job)
+    assert "--bias_column sex age" in command and "--positive_label 'too rude'" in command
+    listed = UnlearnArguments("m", "d", forget_scores="/home/me/scores.csv", forget_top=5, text_column=["a", "b"])
+    assert " --forget_scores SCORES --forget_top 5 " in audit_command(listed) + " "
+    assert "--text_column a b" in audit_command(listed) and "--forget_where" not in audit_command(listed)
+    assert "--forget_rows ROWS" in audit_command(UnlearnArguments("m", "d", forget_rows="/home/me/rows.parquet"))
     test = make_rows(n=2).with_format(None).add_column("age", [1, 2])
     again = next_audit(UIBConfig("out", use_cpu=True), job, test)
     assert "--bias_column age --positive_label 'too rude'" in again

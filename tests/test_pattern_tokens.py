@@ -306,3 +306,19 @@ def test_tokens_without_an_effect_are_not_swapped(text_run, tmp_path):
         assert trainer.statistics["pattern_effect"] > 2 and trainer.statistics["noise_to_signal"] == 0.5
         swapped[effect] = trainer.statistics["swap_fraction"]
     assert swapped == {1.0: 0.5, 100.0: 0.0}
+
+
+@pytest.mark.parametrize(("forget", "retained"), [(100, 100), (200, 20), (20, 200), (60, 2)])
+def test_two_draws_from_one_set_have_no_pattern_whatever_their_sizes(forget, retained):
+    """Of words as common as in a language; a word in half of the forget rows stands out if the retained rows are some."""
+    generator = torch.Generator().manual_seed(0)
+    words, common = torch.randn(200, 64, generator=generator), 1 / torch.arange(1, 201)
+
+    def rows(count):
+        ids = torch.multinomial(common.expand(count, 200), 8, replacement=True, generator=generator)
+        return words[ids], torch.ones(count, 8, dtype=torch.bool), torch.zeros(count, dtype=torch.long)
+
+    mine, theirs = rows(forget), rows(retained)
+    assert token_z(mine, theirs).max() < 3
+    mine[0][: forget // 2, 3] = torch.randn(64, generator=generator)
+    assert retained < 20 or token_z(mine, theirs)[0, 3] > 3

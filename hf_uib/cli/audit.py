@@ -151,8 +151,8 @@ def audit(job: AuditArguments) -> AuditReport:
             columns,
             of_tokens=labels_tokens(model),
         )
-        forget, retain = (complete(rows, read, job.train_split) for rows in (forget, retain))
-        test = complete(test, read, job.test_split)
+        forget, retain = complete(forget, read, "the forget set"), complete(retain, read, "the retained set")
+        test = complete(test, read, f"split '{job.test_split}'")
     report = audit_model(
         model,
         reference_model=reference,

@@ -73,7 +73,7 @@ def find(job: DiscoverArguments) -> Discovery:
     train, rows = split, None
     if job.drop_incomplete_rows:
         read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns)
-        rows = complete_rows(split, read, job.train_split)
+        rows = complete_rows(split, read, f"split '{job.train_split}'")
         train = split.select(rows)
     found = discover(
         model, train, processing_class=processor, columns=columns, seed=job.seed, batch_size=job.batch_size

@@ -58,6 +58,10 @@ from .outputs import (
 from .parser import parse
 
 MOST_ROWS = 2000  # of forget and retained set, that the table is measured on
+AUDITED = (  # what an auditor's command says of a job, beside the names of its files
+    "forget_where", "forget_top", "dataset_config_name", "train_split", "test_split", "bias_column", "text_column", "image_column",
+    "audio_column", "label_column", "audit_label", "positive_label",
+)  # fmt: skip
 
 
 @dataclass
@@ -286,11 +290,12 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     read = Reader(model.config, main_input, processor, columns, of_tokens=labels_tokens(model))
 
     def rows_of(split: str) -> Dataset:
-        return complete(split_of(splits, split), read, split) if job.drop_incomplete_rows else split_of(splits, split)
+        rows = split_of(splits, split)
+        return complete(rows, read, f"split '{split}'") if job.drop_incomplete_rows else rows
 
     forget, retain = chosen_rows(train, job)
     if job.drop_incomplete_rows:
-        forget, retain = (complete(rows, read, job.train_split) for rows in (forget, retain))
+        forget, retain = complete(forget, read, "the forget set"), complete(retain, read, "the retained set")
     for column, values in near_misses(retain, job.forget_where).items():
         print(
             f"Not forgotten: {values} retained rows whose {column} differs from the condition in case or space alone."
@@ -350,19 +355,19 @@ def columns_of(job: Any) -> Columns:
     return Columns(text, job.image_column, job.label_column, bias, other, job.audio_column)
 
 
-def complete(dataset: Dataset, read: Reader, split: str) -> Dataset:
+def complete(dataset: Dataset, read: Reader, name: str) -> Dataset:
     """The rows with a label and an input that can be read; the others are counted aloud."""
-    rows = complete_rows(dataset, read, split)
+    rows = complete_rows(dataset, read, name)
     return dataset if len(rows) == len(dataset) else dataset.select(rows)
 
 
-def complete_rows(dataset: Dataset, read: Reader, split: str) -> np.ndarray:
+def complete_rows(dataset: Dataset, read: Reader, name: str) -> np.ndarray:
     """Numbers of the rows with a label and an input that can be read; the others are counted aloud."""
     faults = read.incomplete_rows(dataset)
     if not faults:
         return np.arange(len(dataset))
-    print(f"{len(faults)} of {len(dataset)} rows of split '{split}' are left out; row {next(iter(faults.items()))[0]}, say, has "
-          f"{next(iter(faults.values()))}.")  # fmt: skip
+    row, what = next(iter(faults.items()))
+    print(f"{len(faults)} of {len(dataset)} rows of {name} are left out; row {row} there, say, has {what}.")
     return np.delete(np.arange(len(dataset)), list(faults))
 
 
@@ -380,10 +385,11 @@ def without_shared_rows(sets: dict[str, Dataset]) -> dict[str, Dataset]:
 def audit_command(job: UnlearnArguments) -> str:
     """What an auditor pastes in the run's folder to check the merged model again, with paths of their own for words in capitals."""
     words = ["hf-uib", "audit", "--model", MERGED, "--reference", "MODEL_BEFORE", "--dataset_name", "DATA"]
-    words += ["--forget_where", *map(shlex.quote, job.forget_where)]
-    for flag in ("dataset_config_name", "train_split", "test_split", "bias_column", "audit_label", "positive_label"):
+    words += ["--forget_rows", "ROWS"] * (job.forget_rows is not None)
+    words += ["--forget_scores", "SCORES"] * (job.forget_scores is not None)
+    for flag in AUDITED:
         if value := getattr(job, flag):
-            words += [f"--{flag}", *map(shlex.quote, value if isinstance(value, list) else [value])]
+            words += [f"--{flag}", *(shlex.quote(str(v)) for v in (value if isinstance(value, list) else [value]))]
     words += ["--drop_incomplete_rows"] * job.drop_incomplete_rows
     return " ".join(words + (["--retrained", "RETRAINED"] if job.retrained_model else []))
 
