@@ -392,7 +392,7 @@ def test_the_audit_leaves_incomplete_rows_out_if_so_said(pictures, tmp_path, cap
             "--forget_where", "source=clinic_a", "--output_dir", tmp_path / f"{name} audit",
         ]  # fmt: skip
         if gaps:
-            with pytest.raises(ValueError, match="Row . of .*`audit` have --drop_incomplete_rows"):
+            with pytest.raises(ValueError, match="Row . of .*`hf-uib audit` have --drop_incomplete_rows"):
                 call(*command)
             command.append("--drop_incomplete_rows")
         call(*command)

@@ -68,8 +68,8 @@ class Reader:
                 raise ValueError(f"No row of {name} has a label; give a set with labels, or leave it out.")
             more = f" ({len(missing)} such rows)" if len(missing) > 1 else ""
             raise ValueError(
-                f"Row {row} of {name} has {what}{more}; fill it, or leave it out (`hf-uib unlearn`, `discover` and "
-                "`audit` have --drop_incomplete_rows)."
+                f"Row {row} of {name} has {what}{more}; fill it, or leave it out (`hf-uib unlearn`, `hf-uib discover` "
+                "and `hf-uib audit` have --drop_incomplete_rows)."
             )
         label, ids = None, None
         if has_labels(dataset, self.columns):
