@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .data.columns import Columns
 from .data.labels import IGNORED, several_labels
 from .data.pairing import Subset, UIBCollator, collator_for
+from .data.reading import Reader
 from .models import blocks_of, forward_columns, labels_tokens, num_labels_of
 from .processes import processes
 from .quantised import keep_codes
@@ -28,6 +30,12 @@ from .sharding import is_sharded
 def collator_of(model: nn.Module, processing_class=None, collator: Callable | None = None) -> UIBCollator:
     """What makes encoded rows a batch for a model: see `collator_for`."""
     return collator_for(forward_columns(model), processing_class, collator, labels_tokens(model))
+
+
+def reader_of(model: Any, processing_class=None, columns: Columns = Columns()) -> Reader:  # noqa: B008
+    """What makes raw sets ready for a model: see `Reader`."""
+    main_input = getattr(model, "main_input_name", "input_ids")
+    return Reader(model.config, main_input, processing_class, columns, of_tokens=labels_tokens(model))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -26,12 +26,11 @@ from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
 from .config import UIBConfig, refuse_unsupported, set_default_steps
 from .data.columns import Columns
 from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch
-from .data.reading import Reader
 from .data.sets import UnlearningSets
 from .data.streams import StreamFolder
 from .hub.card import hub_id
 from .hub.mixin import HubMixin
-from .inference import SharedInference, collator_of
+from .inference import SharedInference, collator_of, reader_of
 from .lora import (
     adapter_name,
     attach_adapter,
@@ -44,7 +43,7 @@ from .lora import (
     require_one_device,
 )
 from .measurements import Measurements
-from .models import blocks_of, fingerprint, is_adapters, labels_tokens, name_of
+from .models import blocks_of, fingerprint, is_adapters, name_of
 from .pattern_tokens import PatternTokens
 from .posterior import ChannelPosterior
 from .priors import Prior, PriorContext, build_prior
@@ -134,8 +133,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self._base_is_named = True
 
         # 2. Data
-        main_input, of_tokens = getattr(model, "main_input_name", "input_ids"), labels_tokens(model)
-        reader = Reader(model.config, main_input, processing_class, columns, of_tokens=of_tokens)
+        reader = reader_of(model, processing_class, columns)
         with StreamFolder() as streams:
             eval_dataset = streams.stored(eval_dataset, "eval_dataset")
             sets = UnlearningSets.prepare(

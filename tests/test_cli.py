@@ -401,6 +401,20 @@ def test_the_audit_leaves_incomplete_rows_out_if_so_said(pictures, tmp_path, cap
     assert reports[0]["metrics"] == reports[1]["metrics"] and reports[0]["flags"] == reports[1]["flags"]
 
 
+def test_an_adapter_alone_is_audited_with_the_processor_of_its_base(pictures, finished, tmp_path):
+    """A folder as PEFT saves it has no processor."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(finished / name, adapter)
+    call(
+        "audit", "--model", adapter, "--dataset_name", pictures / "data",
+        "--forget_where", "source=clinic_a", "--bias_column", "source", "--output_dir", tmp_path / "audit",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert report["metrics"]["test"] == json.loads((finished / "audit.json").read_text())["metrics"]["test"]
+
+
 def test_ctrl_c_in_training_names_the_checkpoint(pictures, finished, tmp_path, monkeypatch):
     from transformers import Trainer
 

@@ -16,10 +16,10 @@ from ..data.labels import model_names, named_config
 from ..data.pairing import sample_indices
 from ..data.reading import Reader
 from ..exported import ExportedClassifier, is_onnx
-from ..inference import ModelOutputs, observe
+from ..inference import ModelOutputs, observe, reader_of
 from ..lora import require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
-from ..models import Name, labels_tokens, load_classifier, name_of, num_labels_of
+from ..models import Name, load_classifier, name_of, num_labels_of
 from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..processes import processes
 from ..provenance import detached, merged_copy
@@ -131,9 +131,8 @@ def gather(
     if label is not None and not isinstance(task, MultiLabel):
         raise ValueError(f"label '{label}' is for a model of several labels a row; leave it out.")
     config = named_config({name: models[name].config for name in ("reference", *models)})
-    main_input = getattr(model, "main_input_name", "input_ids")
-    read = Reader(config, main_input, processing_class, columns, of_tokens=labels_tokens(model))
     named: Any = next(m for m in models.values() if m.config is config)
+    read = reader_of(named, processing_class, columns)
     positive = positive_class(named, positive_label, isinstance(task, MultiLabel))
     sets, number = _samples(read, datasets, example_column, seed, thresholds, task, model, label)
     bias_columns = [bias_column] if isinstance(bias_column, str) else list(bias_column or ())

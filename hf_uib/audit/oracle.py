@@ -13,10 +13,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from ..data.columns import Columns
 from ..data.fingerprints import fingerprint
-from ..data.reading import Reader
 from ..data.streams import StreamFolder
-from ..inference import collator_of
-from ..models import Name, labels_tokens, load_classifier, name_of
+from ..inference import collator_of, reader_of
+from ..models import Name, load_classifier, name_of
 from ..processes import processes
 from ..provenance import merged_copy
 from ..quantised import dequantised
@@ -57,8 +56,7 @@ def retrain(
     if from_scratch:
         set_seed(args.seed)
         trained = type(trained)(trained.config)
-    main_input, of_tokens = getattr(trained, "main_input_name", "input_ids"), labels_tokens(trained)
-    read = Reader(trained.config, main_input, processing_class, columns, of_tokens=of_tokens)
+    read = reader_of(trained, processing_class, columns)
     streams = StreamFolder()  # on disk until the model is trained
     rows = read(streams.stored(retain_dataset, "retain_dataset"), "retain_dataset")
     folder = None

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
-from ..data.reading import Reader
 from ..data.sources import load_processor, load_splits, split_of
 from ..exported import folder_of
-from ..models import input_kind, labels_tokens
+from ..inference import reader_of
+from ..models import input_kind
 from ..processes import processes
 from .outputs import quiet
 from .parser import parse
@@ -141,16 +141,11 @@ def audit(job: AuditArguments) -> AuditReport:
     if not job.forget_where and job.forget_rows is None and job.forget_scores is None:
         raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
     forget, retain = chosen_rows(train, job)
-    processor = load_processor(*processors, kind=input_kind(model), **remote_code(job))
+    base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
+    processor = load_processor(*processors, base, kind=input_kind(model), **remote_code(job))
     columns = columns_of(job)
     if job.drop_incomplete_rows:
-        read = Reader(
-            model.config,
-            getattr(model, "main_input_name", "input_ids"),
-            processor,
-            columns,
-            of_tokens=labels_tokens(model),
-        )
+        read = reader_of(model, processor, columns)
         forget, retain = complete(forget, read, "the forget set"), complete(retain, read, "the retained set")
         test = complete(test, read, f"split '{job.test_split}'")
     report = audit_model(

@@ -14,9 +14,9 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 
 from ..data.labels import several_labels
-from ..data.reading import Reader
 from ..data.sources import PROCESSORS, load_processor
 from ..hub.push import MERGED
+from ..inference import reader_of
 from ..models import fingerprint, forward_columns, input_kind, labels_tokens, load_classifier
 from ..provenance import STATE_NAME, requests_of, undo
 from .digits import digits_colour
@@ -169,7 +169,7 @@ def _processor(model, *names: str):
         except Exception as error:  # whatever a library says of its files
             reasons.append(in_one_line(error))
             continue
-        if own == "text" and (longest := Reader(model.config, "input_ids", processor).longest()) is not None:
+        if own == "text" and (longest := reader_of(model, processor).longest()) is not None:
             processor.model_max_length = longest  # as texts were cut in training and audit
         return processor
     kind = PROCESSORS[own]

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.columns import Columns
-from ..data.reading import Reader
 from ..data.sources import load_splits, split_of
 from ..discovery.find import discover
 from ..discovery.report import Discovery
+from ..inference import reader_of
 from ..models import load_classifier
 from ..processes import processes
 from .outputs import check_writable, quiet
@@ -72,7 +72,7 @@ def find(job: DiscoverArguments) -> Discovery:
     columns = Columns(tuple(job.text_column) or None, job.image_column, job.label_column, audio=job.audio_column)
     train, rows = split, None
     if job.drop_incomplete_rows:
-        read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns)
+        read = reader_of(model, processor, columns)
         rows = complete_rows(split, read, f"split '{job.train_split}'")
         train = split.select(rows)
     found = discover(

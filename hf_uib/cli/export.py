@@ -22,10 +22,10 @@ from ..audit.context import AuditContext
 from ..audit.gather import gather
 from ..checkpointing import write_json
 from ..data.labels import has_labels
-from ..data.reading import Reader
 from ..data.sources import load_splits, split_forget, split_of
 from ..exported import EXPORT, INT8, MODEL, TOLERANCE, ExportedClassifier, export_onnx
 from ..hub.push import MERGED
+from ..inference import reader_of
 from ..lora import require_base_below
 from ..metrics import text_table
 from ..models import Name, name_of
@@ -119,7 +119,7 @@ def export(job: ExportArguments) -> dict[str, Any]:
             sets = {"forget": forget, "test": test}
         if not has_labels(test, columns):
             raise ValueError(f"Split '{job.test_split}' has no column of labels; name it: --label_column NAME.")
-        read = Reader(model.config, getattr(model, "main_input_name", "input_ids"), processor, columns)
+        read = reader_of(model, processor, columns)
         rows = read(test.select(range(min(len(test), MOST_ROWS))), job.test_split)
     report = export_onnx(model, processor, job.onnx, rows=rows, int8=job.int8, tolerance=job.tolerance)
     print(differences_text(report))

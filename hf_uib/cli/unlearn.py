@@ -35,9 +35,9 @@ from ..data.sources import (
 from ..hub.card import hub_id
 from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
-from ..inference import labelled_examples, predict
+from ..inference import labelled_examples, predict, reader_of
 from ..lora import SERVING
-from ..models import input_kind, labels_tokens, load_classifier
+from ..models import input_kind, load_classifier
 from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..provenance import next_base
 from ..trainer import UIBTrainer
@@ -281,13 +281,12 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     train = split_of(splits, job.train_split)
     check_bias_columns(job.bias_column, train)
     columns = columns_of(job)
-    main_input = getattr(model, "main_input_name", "input_ids")
     kind = input_kind(model)
     for other in ("text", "image", "audio"):
         if getattr(job, f"{other}_column") and other != {"video": "image"}.get(kind, kind):
-            raise ValueError(f"--{other}_column is given, but the model takes {main_input}.")
+            raise ValueError(f"--{other}_column is given, but the model takes {model.main_input_name}.")
     processor = processor_for(job, name, model)
-    read = Reader(model.config, main_input, processor, columns, of_tokens=labels_tokens(model))
+    read = reader_of(model, processor, columns)
 
     def rows_of(split: str) -> Dataset:
         rows = split_of(splits, split)

@@ -9,9 +9,9 @@ from torch import nn
 
 from ..data.columns import Columns
 from ..data.labels import labels_of, several_labels
-from ..data.reading import Reader, check_inputs
+from ..data.reading import check_inputs
 from ..data.sources import load_processor
-from ..inference import pooled, predict
+from ..inference import pooled, predict, reader_of
 from ..models import Name, blocks_of, input_kind, labels_tokens, load_classifier, name_of, num_labels_of
 from ..pattern_tokens import block_input
 from ..processes import processes
@@ -65,9 +65,9 @@ def discover(
         raise ValueError("The model has several labels a row; discover takes a model of one label a row.")
     if not isinstance(train, datasets.Dataset) or len(train) < FEWEST_ROWS:
         raise ValueError(f"discover needs a datasets.Dataset of {FEWEST_ROWS} rows or more.")
-    main_input = getattr(classifier, "main_input_name", "input_ids")
-    encoded = Reader(classifier.config, main_input, processing_class, columns or Columns())(train, "train")
-    check_inputs("train", encoded, main_input)
+    read = reader_of(classifier, processing_class, columns or Columns())
+    encoded = read(train, "train")
+    check_inputs("train", encoded, read.main_input)
     labels = _labels(encoded, num_labels_of(classifier))
     _, classes = np.unique(labels, return_inverse=True)  # without gaps
     best: tuple | None = None
