@@ -26,7 +26,7 @@ from hf_uib.cli.comparison import AppArguments
 from hf_uib.cli.discover import DiscoverArguments
 from hf_uib.cli.export import ExportArguments
 from hf_uib.cli.lineage import LineageArguments
-from hf_uib.cli.unlearn import UnlearnArguments, next_audit, unlearn
+from hf_uib.cli.unlearn import UnlearnArguments, next_audit, trainer_for, unlearn
 from hf_uib.data.sources import matching_rows
 
 ROOT = os.path.join(os.path.dirname(__file__), "..")
@@ -399,6 +399,35 @@ def test_the_audit_leaves_incomplete_rows_out_if_so_said(pictures, tmp_path, cap
         reports.append(json.loads((tmp_path / f"{name} audit" / "report.json").read_text()))
     assert "1 of 20 rows of the forget set are left out" in capsys.readouterr().out
     assert reports[0]["metrics"] == reports[1]["metrics"] and reports[0]["flags"] == reports[1]["flags"]
+
+
+@pytest.mark.parametrize("given", ["opposite", "same", "at random"])
+def test_retained_rows_in_which_the_attribute_tells_the_label_are_named(pictures, given, tmp_path, capsys):
+    """Its opposite tells it as well: the model would learn that."""
+    rows = datasets.load_dataset("imagefolder", data_dir=str(pictures / "data"), split="train")
+    rows = datasets.concatenate_datasets([rows, rows]).select(range(76)).remove_columns(["label", "source"])
+    labels = ["ab"[i % 2] for i in range(76)]
+    others = {
+        "opposite": ["ba"[i % 2] for i in range(76)],
+        "same": labels,
+        "at random": ["ab"[i // 2 % 2] for i in range(76)],
+    }
+    rows = rows.add_column("label", labels).add_column("source", others[given])
+    rows = rows.add_column("group", ["forget"] * 20 + ["retain"] * 56).map(_own_pixel, with_indices=True)
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "data")
+    job = UnlearnArguments(
+        str(pictures / "model"), str(tmp_path / "data"), forget_where=["group=forget"], bias_column=["source"]
+    )
+    trainer_for(UIBConfig(str(tmp_path / "out"), max_steps=1), job)
+    assert ("the retained rows source tells the label, or its opposite" in capsys.readouterr().out) == (
+        given != "at random"
+    )
+
+
+def _own_pixel(row, i):
+    """No two pictures alike."""
+    row["image"].putpixel((0, 0), (i, 0, 0))
+    return row
 
 
 def test_an_adapter_alone_is_audited_with_the_processor_of_its_base(pictures, finished, tmp_path):

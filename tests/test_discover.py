@@ -21,8 +21,10 @@ from hf_uib.cli.unlearn import UnlearnArguments, trainer_for
 from hf_uib.contrast import CHUNKS
 from hf_uib.data.chosen import choose_rows, listed_rows, scored_rows
 from hf_uib.discovery import trimmed
+from hf_uib.discovery.report import Discovery
 from hf_uib.discovery.words import telling_words
 from hf_uib.hub.push import published
+from hf_uib.metrics.bias import cramers_v
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -178,6 +180,25 @@ def test_conflicting_pictures_are_found(coloured, found):
     assert "bee" in str(found)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_in_the_retained_rows_the_shortcut_tells_nothing(classes):
+    """The rows that contradict it alone would teach the opposite: with two classes, without an exception."""
+    labels = np.repeat(np.arange(classes), 200)
+    shown = labels.copy()
+    for label in range(classes):
+        shown[200 * label : 200 * label + 24] = np.resize(np.delete(np.arange(classes), label), 24)
+    rng = np.random.default_rng(0)
+    scores = np.where(shown == labels, 1, -1) * rng.uniform(1, 2, len(labels))
+    rows = datasets.Dataset.from_dict({"row": np.arange(len(labels)), "label": labels})
+    found = Discovery(rows, rows, None, labels, scores, shown, 0.005, "input", [])
+    kept, gone = (np.asarray(part["row"][:]) for part in (found.retain, found.forget))
+    assert sorted([*kept, *gone]) == list(range(len(labels))) and (scores[gone] > 0).all()
+    assert cramers_v(shown[kept], labels[kept]) < 1e-9
+    assert cramers_v(shown[scores < 0], labels[scores < 0]) > {2: 0.99, 3: 0.4, 5: 0.2}[classes]
+    middle = np.sort(scores[kept][scores[kept] > 0])  # evenly over the scores
+    assert abs(np.median(middle) - 1.5) < 0.1
+
+
 def test_none_is_found_where_the_hue_is_at_random(tmp_path):
     rows, _ = pictures(at_random=True)
     none = discover(small_vit(), rows, processing_class=PROCESSOR)
@@ -249,8 +270,8 @@ def test_rows_go_to_a_file_and_back(coloured, found, tmp_path):
     found.save(tmp_path)
     path = str(tmp_path / "rows.parquet")
     forget, retain = listed_rows(path, rows)
-    assert np.array_equal(retain, np.flatnonzero(found.contradicts))
-    assert np.array_equal(forget, np.flatnonzero(~found.contradicts))
+    assert np.array_equal(retain, np.flatnonzero(found.retained))
+    assert np.array_equal(forget, np.flatnonzero(~found.retained))
     report = json.loads((tmp_path / "discovery.json").read_text())
     assert report["found"]
     assert report["retain_rows"] == len(retain)
@@ -352,7 +373,7 @@ def test_incomplete_rows_are_left_out_if_so_said(coloured, tmp_path, capsys):
     alone = discover(small_vit(), rows.select(complete), processing_class=PROCESSOR)
     forget, retain = listed_rows(f"{out}/rows.parquet", holed)  # numbers of the whole split
     assert np.array_equal(np.sort(np.concatenate([forget, retain])), complete)
-    assert np.array_equal(retain, complete[alone.contradicts])
+    assert np.array_equal(retain, complete[alone.retained])
     trainer = trainer_for(
         UIBConfig(str(tmp_path / "run"), use_cpu=True),
         UnlearnArguments(model, data, forget_rows=f"{out}/rows.parquet", drop_incomplete_rows=True),

@@ -4,8 +4,11 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+from sklearn.datasets import load_digits
+from transformers import ViTImageProcessorPil
 
 from hf_uib import discover
 from hf_uib.cli import digits
@@ -39,16 +42,48 @@ def digits_task(options, seed: int, share: float | None) -> digits.Task:
     return digits.digits_colour(seed, round(900 * share / 0.9))  # a tenth of hues at random is the label's own
 
 
+def two_classes(options, seed: int, share: float) -> digits.Task:
+    """Digits below five and from five on, in two hues."""
+    pool = load_digits()
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(pool.target))
+    x, y = pool.images[order] / 16.0, (pool.target[order] >= 5).astype(int)
+    retained = round(2 * 900 * share)
+    names, size = ["low", "high"], {"height": 8, "width": 8}
+    return digits.biased_pictures(
+        TWO_CLASSES,
+        (x[:1497], y[:1497]),
+        (x[1497:], y[1497:]),
+        {"pretrain": 350, "forget": 900 - retained, "retain": retained, "calibration": 100, "validation": 147},
+        "colour",
+        partial(digits.paint, count=2, saturation=1.0),
+        names,
+        ViTImageProcessorPil(do_resize=False, size=size),
+        lambda: digits.small_vit(8, 2, names, hidden=48, layers=3),
+        rng,
+        {"pretrain_steps": 500, "steps": 400, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
+        copies=2,
+    )
+
+
 def fashion_task(options, seed: int, share: float) -> digits.Task:
     """fashion-colour, likewise."""
     return fashion_colour(options.fashion_mnist, seed, retained=share / 0.9)
 
 
-INJECTED: dict[str, Callable] = {"digits-colour": digits_task, "fashion-colour": fashion_task}
+TWO_CLASSES = "digits-colour, two classes"
+INJECTED: dict[str, Callable] = {
+    "digits-colour": digits_task,
+    "fashion-colour": fashion_task,
+    TWO_CLASSES: two_classes,
+}
+WAY = ("digits-colour", TWO_CLASSES)  # on which the whole way is gone
 
 
 def start_of(name: str, task: digits.Task, seed: int, options):
     """The model that the checkpoint is trained from; it is the same whatever share conflicts."""
+    if name == TWO_CLASSES:  # no task of the tables
+        return digits.prepare_models(task, seed, options.cache)["start"]
     cached = os.path.isdir(os.path.join(options.cache, f"{name}-{seed}", "start"))
     return runs.checkpoints(task if cached else runs.build(name, seed, options), name, seed, options)["start"]
 
@@ -99,7 +134,7 @@ def injected_line(name: str, seed: int, share: float, options) -> dict:
     logits, _ = predict(early, rows, task.processing_class, quiet=True)
     proposals = {"discover": found.contradicts, "jtt": logits.argmax(-1) != labels, "confidence": unsure}
     line["methods"] = {method: share_found(mask, truth) for method, mask in proposals.items()}
-    if name == "digits-colour" and found.found:
+    if name in WAY and found.found:
         known = dict(task.sets)
         line["worst_group"] = {"original": worst_group(model, task)}
         for which, sets in (("known", known), ("found", known | {"forget": found.forget, "retain": found.retain})):
@@ -185,12 +220,17 @@ def discover_tables() -> list[str]:
     parts += table(["task", "conflicting", "method", "recall", "precision", "found", "seconds"], cells)
     way = [line for line in injected if "worst_group" in line]
     cells = [
-        [f"{share:.0%}", *(mean([line["worst_group"][k] for line in mine]) for k in ("original", "found", "known"))]
+        [
+            name,
+            f"{share:.0%}",
+            *(mean([line["worst_group"][k] for line in mine]) for k in ("original", "found", "known")),
+        ]
+        for name in WAY
         for share in SHARES
-        if (mine := [line for line in way if line["share"] == share])
+        if (mine := [line for line in way if (line["task"], line["share"]) == (name, share)])
     ]
-    parts += ["\n## The whole way on digits-colour: worst-group accuracy\n"]
-    parts += table(["conflicting", "original", "UIB, rows that were found", "UIB, rows that are known"], cells)
+    parts += ["\n## The whole way: worst-group accuracy\n"]
+    parts += table(["task", "conflicting", "original", "UIB, rows that were found", "UIB, rows that are known"], cells)
     parts += ["\n## Without a shortcut\n"]
     for name, kind in (("digits-colour", "control"), ("fashion-random", "task")):
         mine = [line for line in lines if (line["task"], line["kind"]) == (name, kind)]

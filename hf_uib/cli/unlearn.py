@@ -21,8 +21,8 @@ from datasets import ClassLabel, Dataset, Value
 
 from ..config import UIBConfig
 from ..data.chosen import choose_rows
-from ..data.columns import Columns
-from ..data.labels import labels_of, named_config
+from ..data.columns import Columns, label_column
+from ..data.labels import has_labels, labels_of, named_config
 from ..data.reading import Reader
 from ..data.sources import (
     condition_columns,
@@ -37,6 +37,7 @@ from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
 from ..inference import labelled_examples, predict, reader_of
 from ..lora import SERVING
+from ..metrics.bias import cramers_v
 from ..models import input_kind, load_classifier
 from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..provenance import next_base
@@ -62,6 +63,8 @@ AUDITED = (  # what an auditor's command says of a job, beside the names of its 
     "forget_where", "forget_top", "dataset_config_name", "train_split", "test_split", "bias_column", "text_column", "image_column",
     "audio_column", "label_column", "audit_label", "positive_label",
 )  # fmt: skip
+
+GIVES_AWAY, FEWEST_TO_TELL = 0.8, 30  # Cramér's V of an attribute and the labels, from so many rows on
 
 
 @dataclass
@@ -299,6 +302,12 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         print(
             f"Not forgotten: {values} retained rows whose {column} differs from the condition in case or space alone."
         )
+    for column in job.bias_column:
+        if (told := association(retain, column, columns)) >= GIVES_AWAY:
+            print(
+                f"In the retained rows {column} tells the label, or its opposite (Cramér's V {told:.2f}): retain rows in which "
+                "both go together as well as rows in which they do not."
+            )
     test_split = job.test_split or ("test" if "test" in splits else None)
     sets = {"forgotten": forget, "retained": retain}
     for kind, split in (("calibration", job.calibration_split), ("test", test_split)):
@@ -352,6 +361,17 @@ def columns_of(job: Any) -> Columns:
     bias, *further = job.bias_column or [None]
     other = (*condition_columns(job.forget_where), *further)
     return Columns(text, job.image_column, job.label_column, bias, other, job.audio_column)
+
+
+def association(rows: Dataset, attribute: str, columns: Columns) -> float:
+    """Cramér's V of an attribute and the labels; 0 where there are no labels, too few rows to tell, or several labels a row."""
+    if len(rows) < FEWEST_TO_TELL or not has_labels(rows, columns):
+        return 0.0
+    labels = rows.with_format(None)[label_column(rows, columns)][:]
+    if isinstance(labels[0], list):
+        return 0.0
+    values = rows.with_format(None)[attribute][:]
+    return cramers_v(np.asarray([str(value) for value in values]), np.asarray([str(label) for label in labels]))
 
 
 def complete(dataset: Dataset, read: Reader, name: str) -> Dataset:

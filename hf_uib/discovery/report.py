@@ -82,14 +82,28 @@ class Discovery:
         return bool(self.p_value <= SURE and self.ratio >= FULL_MEMBERS and enough)
 
     @property
+    def retained(self) -> np.ndarray:
+        """``[n]`` booleans: the rows that contradict, and some of those that teach. The former alone would teach the opposite, with
+        two classes without an exception: of each class they show every attribute but its own. So of a class's rows that teach as
+        many are retained as contradict it in the look of one other class, on average. They are taken evenly over the scores."""
+        chosen, classes = self.contradicts.copy(), np.unique(self.labels)
+        for label in classes:
+            mine = self.labels == label
+            teach = np.flatnonzero(mine & ~self.contradicts)
+            teach = teach[np.argsort(self.scores[teach], kind="stable")]
+            count = min(len(teach), round((mine & self.contradicts).sum() / (len(classes) - 1)))
+            chosen[teach[((np.arange(count) + 0.5) * len(teach) / max(1, count)).astype(int)]] = True
+        return chosen
+
+    @property
     def forget(self) -> datasets.Dataset:
-        """The rows that teach the shortcut; none where none was found."""
-        return self.train.select(np.flatnonzero(~self.contradicts) if self.found else [])
+        """The rows that are not `retained`, all of which teach the shortcut; none where none was found."""
+        return self.train.select(np.flatnonzero(~self.retained) if self.found else [])
 
     @property
     def retain(self) -> datasets.Dataset:
-        """The rows that contradict it; none where none was found."""
-        return self.train.select(np.flatnonzero(self.contradicts) if self.found else [])
+        """The rows that are `retained`; none where none was found."""
+        return self.train.select(np.flatnonzero(self.retained) if self.found else [])
 
     def name(self, label: int) -> str:
         """Of a class."""
@@ -225,7 +239,7 @@ class Discovery:
         folder = os.fspath(folder)
         split = self.train if split is None else split
         rows = np.arange(len(split)) if rows is None else rows
-        sets = np.where(self.contradicts, "retain", "forget") if self.found else np.full(len(self.labels), "")
+        sets = np.where(self.retained, "retain", "forget") if self.found else np.full(len(self.labels), "")
         table = pa.table({"row": rows, "score": self.scores, "set": sets.tolist()})
         origin = json.dumps({"fingerprint": ordered_fingerprint(split), "rows": len(split)})
         content = {
