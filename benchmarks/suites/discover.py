@@ -192,7 +192,7 @@ def run_discover(options) -> None:
     names = {name.partition(",")[0] for name in options.tasks}
     for key, make in wanted:
         there = [{k: line[k] for k in key} for line in results.read(DISCOVER)]
-        if key["task"] in names and key not in there:
+        if key["task"].partition(",")[0] in names and key not in there:
             results.append(DISCOVER, key | make())
 
 
