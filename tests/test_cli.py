@@ -401,26 +401,31 @@ def test_the_audit_leaves_incomplete_rows_out_if_so_said(pictures, tmp_path, cap
     assert reports[0]["metrics"] == reports[1]["metrics"] and reports[0]["flags"] == reports[1]["flags"]
 
 
-@pytest.mark.parametrize("given", ["opposite", "same", "at random"])
-def test_retained_rows_in_which_the_attribute_tells_the_label_are_named(pictures, given, tmp_path, capsys):
+@pytest.mark.parametrize("told", ["opposite", "label", "none"])
+def test_retained_rows_in_which_the_attribute_tells_the_label_are_named(pictures, told, tmp_path, capsys):
     """Its opposite tells it as well: the model would learn that."""
     rows = datasets.load_dataset("imagefolder", data_dir=str(pictures / "data"), split="train")
     rows = datasets.concatenate_datasets([rows, rows]).select(range(76)).remove_columns(["label", "source"])
     labels = ["ab"[i % 2] for i in range(76)]
     others = {
         "opposite": ["ba"[i % 2] for i in range(76)],
-        "same": labels,
-        "at random": ["ab"[i // 2 % 2] for i in range(76)],
+        "label": labels,
+        "none": ["ab"[i // 2 % 2] for i in range(76)],
     }
-    rows = rows.add_column("label", labels).add_column("source", others[given])
+    given = labels[:20] + others[told][20:]
+    rows = rows.add_column("label", labels).add_column("source", given)
     rows = rows.add_column("group", ["forget"] * 20 + ["retain"] * 56).map(_own_pixel, with_indices=True)
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "data")
     job = UnlearnArguments(
         str(pictures / "model"), str(tmp_path / "data"), forget_where=["group=forget"], bias_column=["source"]
     )
     trainer_for(UIBConfig(str(tmp_path / "out"), max_steps=1), job)
-    assert ("the retained rows source tells the label, or its opposite" in capsys.readouterr().out) == (
-        given != "at random"
+    said = capsys.readouterr().out
+    words = {"opposite": "the opposite of the label", "label": "the label"}
+    assert (
+        f"In the retained rows source tells {words[told]}, which" in said
+        if told in words
+        else "In the retained rows" not in said
     )
 
 

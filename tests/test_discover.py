@@ -21,7 +21,7 @@ from hf_uib.cli.unlearn import UnlearnArguments, trainer_for
 from hf_uib.contrast import CHUNKS
 from hf_uib.data.chosen import choose_rows, listed_rows, scored_rows
 from hf_uib.discovery import trimmed
-from hf_uib.discovery.report import Discovery
+from hf_uib.discovery.report import Discovery, teaching_counts
 from hf_uib.discovery.words import telling_words
 from hf_uib.hub.push import published
 from hf_uib.metrics.bias import cramers_v
@@ -178,6 +178,30 @@ def test_conflicting_pictures_are_found(coloured, found):
     assert found.retain.features == rows.features
     assert "Found: " in str(found)
     assert "bee" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("looks", "sizes", "counts"),
+    [
+        ([[0, 30], [40, 0]], [500, 500], [30, 40]),
+        ([[0, 30, 0], [30, 0, 0], [0, 0, 0]], [100, 100, 100], [30, 30, 60]),  # the third class is beside it
+        ([[0, 30, 0], [0, 0, 30], [30, 0, 0]], [100, 100, 100], [15, 15, 15]),
+        ([[0, 0, 0], [30, 0, 0], [30, 0, 0]], [100, 100, 100], [30, 0, 0]),
+        ([[0, 60], [0, 0]], [285, 15], [0, 3]),
+        ([[0, 8, 16], [1, 0, 4], [3, 6, 0]], [1, 1, 1], [4, 2, 12]),  # (4, 1, 3) times (1, 2, 4)
+        ([[0, 0], [0, 0]], [5, 5], [0, 0]),
+    ],
+)
+def test_rows_that_teach_fill_the_table_up_to_independence(looks, sizes, counts):
+    assert teaching_counts(np.asarray(looks, dtype=float), np.asarray(sizes)) == counts
+
+
+def test_copies_of_a_row_stay_together():
+    labels, texts = np.repeat([0, 1], 60), [f"text {i % 20} {i // 60}" for i in range(120)]
+    scores = np.where(np.arange(120) % 20 < 3, -1.0, 1.0) * (1 + np.arange(120) / 120)
+    rows = datasets.Dataset.from_dict({"text": texts, "label": labels})
+    found = Discovery(rows, rows, None, labels, scores, 1 - labels, 0.005, "input", [])
+    assert len(found.retain) == 2 * 2 * 3 * 3 and not set(found.retain["text"][:]) & set(found.forget["text"][:])
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])

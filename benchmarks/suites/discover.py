@@ -216,7 +216,7 @@ def discover_tables() -> list[str]:
                 found = f"{sum(line['found'] for line in mine)} of {len(mine)}" if method == "discover" else ""
                 took = f"{np.mean([line['seconds'] for line in mine]):.0f}" if method == "discover" else ""
                 cells.append([name, f"{share:.0%}", title, *figures, found, took])
-    parts = ["## Conflicting rows among those that are to be retained\n"]
+    parts = ["## Rows that conflict, and rows that are said to\n"]
     parts += table(["task", "conflicting", "method", "recall", "precision", "found", "seconds"], cells)
     way = [line for line in injected if "worst_group" in line]
     cells = [

@@ -18,7 +18,7 @@ from ..exported import folder_of
 from ..inference import reader_of
 from ..models import input_kind
 from ..processes import processes
-from .outputs import quiet
+from .outputs import check_writable, quiet
 from .parser import parse
 from .unlearn import chosen_rows, columns_of, complete, remote_code
 
@@ -119,7 +119,7 @@ def _check_output(folder: str) -> None:
         with open(path, encoding="utf-8") as file:
             if '"checks"' not in file.read():
                 raise ValueError(f"{folder} holds the report.json of something else; give another --output_dir.")
-    os.makedirs(folder, exist_ok=True)
+    check_writable(folder)
 
 
 def audit(job: AuditArguments) -> AuditReport:

@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, Value
 from ..config import UIBConfig
 from ..data.chosen import choose_rows
 from ..data.columns import Columns, label_column
-from ..data.labels import has_labels, labels_of, named_config
+from ..data.labels import labels_of, named_config
 from ..data.reading import Reader
 from ..data.sources import (
     condition_columns,
@@ -37,12 +37,12 @@ from ..hub.deletion_report import DeletionRequest, write_deletion_report
 from ..hub.push import MERGED
 from ..inference import labelled_examples, predict, reader_of
 from ..lora import SERVING
-from ..metrics.bias import cramers_v
+from ..metrics.bias import attribute_classes
 from ..models import input_kind, load_classifier
 from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..provenance import next_base
 from ..trainer import UIBTrainer
-from ..unlearning_task import MultiLabel, TokenLabels
+from ..unlearning_task import MultiLabel, SingleLabel, TokenLabels
 from .demo import demo
 from .outputs import (
     bias_attributes,
@@ -64,7 +64,7 @@ AUDITED = (  # what an auditor's command says of a job, beside the names of its 
     "audio_column", "label_column", "audit_label", "positive_label",
 )  # fmt: skip
 
-GIVES_AWAY, FEWEST_TO_TELL = 0.8, 30  # Cramér's V of an attribute and the labels, from so many rows on
+EXPECTED = 8  # retained rows of which an attribute would tell the label by chance: fewer say nothing
 
 
 @dataclass
@@ -302,12 +302,6 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         print(
             f"Not forgotten: {values} retained rows whose {column} differs from the condition in case or space alone."
         )
-    for column in job.bias_column:
-        if (told := association(retain, column, columns)) >= GIVES_AWAY:
-            print(
-                f"In the retained rows {column} tells the label, or its opposite (Cramér's V {told:.2f}): retain rows in which "
-                "both go together as well as rows in which they do not."
-            )
     test_split = job.test_split or ("test" if "test" in splits else None)
     sets = {"forgotten": forget, "retained": retain}
     for kind, split in (("calibration", job.calibration_split), ("test", test_split)):
@@ -325,6 +319,15 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
         peft_config=job.peft_config,  # type: ignore[arg-type]  # another word is refused
         columns=columns,
     )
+    if isinstance(trainer.task, SingleLabel) and trainer.retain_dataset is not None:
+        read_sets = {"forgotten": trainer.forget_dataset, "retained": trainer.retain_dataset}
+        pairs = [(sets[name], labels_of(encoded)) for name, encoded in read_sets.items()]
+        for column in dict.fromkeys(job.bias_column):
+            if column != label_column(sets["retained"], columns) and (told := what_it_tells(column, *pairs)):
+                print(
+                    f"In the retained rows {column} tells {told}, which the model will learn: retain rows in which both go "
+                    "together as well as rows in which they do not."
+                )
     trainer.request = job.what or f"{len(forget)} rows, chosen by {chosen_by(job)}"
     trainer.dataset_name = hub_id(job.dataset_name)
     return trainer
@@ -363,15 +366,30 @@ def columns_of(job: Any) -> Columns:
     return Columns(text, job.image_column, job.label_column, bias, other, job.audio_column)
 
 
-def association(rows: Dataset, attribute: str, columns: Columns) -> float:
-    """Cramér's V of an attribute and the labels; 0 where there are no labels, too few rows to tell, or several labels a row."""
-    if len(rows) < FEWEST_TO_TELL or not has_labels(rows, columns):
-        return 0.0
-    labels = rows.with_format(None)[label_column(rows, columns)][:]
-    if isinstance(labels[0], list):
-        return 0.0
-    values = rows.with_format(None)[attribute][:]
-    return cramers_v(np.asarray([str(value) for value in values]), np.asarray([str(label) for label in labels]))
+def what_it_tells(
+    attribute: str, forgotten: tuple[Dataset, np.ndarray], retained: tuple[Dataset, np.ndarray]
+) -> str | None:
+    """What an attribute still tells of the labels of the retained rows: ``the label`` or ``the opposite of the label``, or None.
+
+    Its values stand for the classes that they have in the forget set. In retained rows of these values it tells nothing if it
+    stands for the label as often as chance would have it. A quarter of that or less is the opposite, a quarter of its complement
+    the label, where enough rows are expected to tell.
+
+    Args:
+        forgotten, retained: raw rows and labels ``[n]``.
+    """
+    before, after = (
+        [str(value) for value in rows.with_format(None)[attribute][:]] for rows, _ in (forgotten, retained)
+    )
+    stands_for = attribute_classes(np.asarray(before), forgotten[1]) or {}
+    given = np.asarray([stands_for.get(value, -1) for value in after])
+    given, there = given[given >= 0], retained[1][given >= 0]
+    same = (given == there).mean() if len(given) else 0.0
+    expected = sum((given == label).mean() * (there == label).mean() for label in np.unique(there))
+    for what, share, chance in (("the opposite of the label", same, expected), ("the label", 1 - same, 1 - expected)):
+        if len(given) * chance >= EXPECTED and share < chance / 4:
+            return what
+    return None
 
 
 def complete(dataset: Dataset, read: Reader, name: str) -> Dataset:

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import datasets
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..checkpointing import atomic_directory, write_json
-from ..data.fingerprints import ordered_fingerprint
+from ..data.fingerprints import ordered_fingerprint, row_hashes
 from ..data.labels import model_names, transform_of
 from ..data.transforms import PictureInput, TextInput
 from ..serialization import MARK
@@ -37,6 +38,26 @@ class Depth(NamedTuple):
     name: str
     ratio: float | None
     misread: float | None
+
+
+def teaching_counts(looks: np.ndarray, sizes: np.ndarray) -> list[int]:
+    """How many rows of each class that teach the shortcut are to be retained beside those that contradict it, so that label and
+    look are as independent as they can be: the diagonal of the table of rank one that fits the others (quasi-independence,
+    Goodman, 1968). A class that no row contradicts gets what its share of the training set is of all that are retained.
+
+    Args:
+        looks: ``[classes, classes]``, rows that contradict, by label and by the class they look like; nothing on the diagonal.
+        sizes: ``[classes]``, rows of the training set.
+    """
+    rows, columns, elsewhere = np.ones(len(looks)), np.ones(len(looks)), 1 - np.eye(len(looks))
+    for _ in range(200):  # iterative proportional fitting
+        rows = looks.sum(1) / np.maximum(elsewhere @ columns, 1e-12)
+        columns = looks.sum(0) / np.maximum(rows @ elsewhere, 1e-12)
+    counts = rows * columns
+    without = looks.sum(1) == 0
+    share = sizes[without].sum() / sizes.sum()
+    counts[without] = sizes[without] / sizes.sum() * (looks.sum() + counts.sum()) / max(1 - share, 1e-12)
+    return [int(count + 0.5) for count in counts]
 
 
 @dataclass
@@ -81,19 +102,26 @@ class Discovery:
         enough = self.contradicts.mean() >= FEWEST_SHARE
         return bool(self.p_value <= SURE and self.ratio >= FULL_MEMBERS and enough)
 
-    @property
+    @cached_property
     def retained(self) -> np.ndarray:
         """``[n]`` booleans: the rows that contradict, and some of those that teach. The former alone would teach the opposite, with
-        two classes without an exception: of each class they show every attribute but its own. So of a class's rows that teach as
-        many are retained as contradict it in the look of one other class, on average. They are taken evenly over the scores."""
-        chosen, classes = self.contradicts.copy(), np.unique(self.labels)
-        for label in classes:
-            mine = self.labels == label
-            teach = np.flatnonzero(mine & ~self.contradicts)
+        two classes without an exception: of each class they show every look but its own. How many of a class are added says
+        `teaching_counts`; they are taken evenly over the scores. Rows of the same content stay together."""
+        chosen, content = self.contradicts.copy(), row_hashes(self.train)
+        _, first, copy_of = np.unique(content, axis=0, return_index=True, return_inverse=True)
+        distinct = np.zeros(len(chosen), dtype=bool)
+        distinct[first] = True
+        chosen = np.isin(copy_of, copy_of[chosen])
+        classes, codes = np.unique(self.labels, return_inverse=True)
+        looks = np.zeros((len(classes), len(classes)))
+        against = self.contradicts & distinct
+        np.add.at(looks, (codes[against], np.searchsorted(classes, self.looks_like[against])), 1)
+        for code, count in enumerate(teaching_counts(looks, np.bincount(codes))):
+            teach = np.flatnonzero((codes == code) & distinct & ~chosen)
             teach = teach[np.argsort(self.scores[teach], kind="stable")]
-            count = min(len(teach), round((mine & self.contradicts).sum() / (len(classes) - 1)))
+            count = min(len(teach), count)
             chosen[teach[((np.arange(count) + 0.5) * len(teach) / max(1, count)).astype(int)]] = True
-        return chosen
+        return np.isin(copy_of, copy_of[chosen])
 
     @property
     def forget(self) -> datasets.Dataset:
@@ -154,13 +182,18 @@ class Discovery:
             return f"Found: {against} of {len(self.labels)} rows contradict what the others teach ({facts})."
         if self.contradicts.mean() < FEWEST_SHARE:
             return f"None found: {against} of {len(self.labels)} rows stand out, too few to be told from wrong labels."
+        if self.p_value > SURE:
+            return (
+                f"None found: the {against} rows that stand out are no more of a pattern than random rows ({facts})."
+            )
         return f"None found: the {against} rows that stand out look hard, not like full members of another class ({facts})."
 
     def __str__(self) -> str:
         classes = np.unique(self.labels)
         order = sorted(classes, key=lambda label: -int((self.contradicts & (self.labels == label)).sum()))
         width = max(5, *(len(self.name(label)) for label in classes))
-        lines = [self.verdict, "", f"{'class':{width}}  teach  contradict  and look like"]
+        proposed = [f"{len(self.forget)} rows to forget, {len(self.retain)} to retain."] if self.found else []
+        lines = [self.verdict, *proposed, "", f"{'class':{width}}  teach  contradict  and look like"]
         for label in order:
             mine = self.labels == label
             against = mine & self.contradicts
