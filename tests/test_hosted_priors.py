@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -289,6 +290,20 @@ def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
         *trainer.inference.forward(trainer.forget_dataset, list(range(len(trainer.forget_dataset))))
     )
     assert forgotten.median() < margins.median() + 0.5
+
+
+def test_a_class_that_only_the_forget_set_has_beside_shared_ones_is_named(tmp_path):
+    def rows(n, seed, classes):
+        made = make_rows(n=3 * n, seed=seed)
+        return made.select([i for i, y in enumerate(made["labels"]) if int(y) in classes])
+
+    held = make_rows(n=20, seed=3)
+    with pytest.warns(UserWarning, match="Forget rows have the label LABEL_2, and no retained row has"):
+        UIBTrainer(make_model(), config(tmp_path), rows(8, 1, {1, 2}), rows(16, 2, {0, 1}), held)
+    for forgotten, retained in (({1, 2}, {0, 1, 2}), ({2}, {0, 1})):  # the second is a class that is to go
+        with warnings.catch_warnings(record=True) as seen:
+            UIBTrainer(make_model(), config(tmp_path), rows(8, 1, forgotten), rows(16, 2, retained), held)
+        assert not [w for w in seen if "no retained row has" in str(w.message)]
 
 
 @pytest.mark.parametrize("prior", ["influence", "none"])

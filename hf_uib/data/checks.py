@@ -32,6 +32,12 @@ def removed_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None)
     return [] if forgotten is None or kept is None or forgotten & kept else sorted(forgotten)
 
 
+def unretained_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:
+    """The classes of the forget set that no retained row has, though others of its classes are there."""
+    forgotten, kept = classes_of(forget_labels), None if retain_labels is None else classes_of(retain_labels)
+    return sorted(forgotten - kept) if forgotten and kept and forgotten & kept else []
+
+
 def compared_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:
     """Where tokens are labelled: the classes of the forget set's tokens that retained tokens have too. Tokens are compared with
     those of the same classes, for a forget set may name some words of a row alone. Empty: no token is left out."""

@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .checks import check_overlap, comparable, compared_classes, one_label, removed_classes
+from .checks import check_overlap, comparable, compared_classes, one_label, removed_classes, unretained_classes
 from .columns import label_column
 from .fingerprints import fingerprint_of, row_hashes
-from .labels import transform_of
+from .labels import model_names, transform_of
 from .pairing import sample_indices
 from .reading import Reader, check_inputs
 from .streams import StreamFolder
@@ -89,6 +89,15 @@ class UnlearningSets:
         evaluation = prepare_evaluation(eval_dataset, read, check_labels)
         for name, dataset in encoded.items():
             check_inputs(f"{name}_dataset", dataset, read.main_input)
+        if gone := unretained_classes(labels["forget"], labels.get("retain")):
+            names = model_names(read.config)
+            listed = ", ".join(names.get(label, str(label)) for label in gone[:10])
+            more = f" (or of {len(gone) - 10} more)" if len(gone) > 10 else ""
+            warnings.warn(
+                f"Forget rows have the label {listed}{more}, and no retained row has: the model may give it up like a class that is "
+                "to go. Retain some of its rows.",
+                stacklevel=3,
+            )
         return cls(
             **encoded,
             evaluation=evaluation,
