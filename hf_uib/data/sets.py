@@ -94,8 +94,8 @@ class UnlearningSets:
             listed = ", ".join(names.get(label, str(label)) for label in gone[:10])
             more = f" (or of {len(gone) - 10} more)" if len(gone) > 10 else ""
             warnings.warn(
-                f"Forget rows have the label {listed}{more}, and no retained row has: the model may give it up like a class that is "
-                "to go. Retain some of its rows.",
+                f"Forget rows have the label {listed}{more}, and no retained row has: the model may give it up like a class that "
+                "is to go. Retain some of its rows.",
                 stacklevel=3,
             )
         return cls(
