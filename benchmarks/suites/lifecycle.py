@@ -157,7 +157,6 @@ def lifecycle_table() -> list[str]:
         rows.append([name, *(f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" for v in values), "; ".join(audits)])
     seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
     return [
-        results.FIRST_EDITION,
         f"Seeds {seeds}; mean ± standard deviation. Audits: requests so far, each against the model retrained without all of "
         "them.\n",
         *table(["", *COLUMNS.values(), "checks that fired, by request"], rows),

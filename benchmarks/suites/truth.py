@@ -102,6 +102,5 @@ def truth_table(task: str) -> list[str]:
         f"(chance {chance:.2f}); the rest are shortcut rates on the test set. A few forget rows are 2%, at least 50, for the new "
         "head and 1%, at least 16, for the steps. Whoever holds the model can do all this; the retrained model's row is the "
         "target.\n",
-        results.FIRST_EDITION,
         *table(["", *COLUMNS.values()], rows),
     ]
