@@ -36,8 +36,8 @@ def discover(
     A shortcut is what a simple head finds first. The head is a Gaussian for each class on the mean over the tokens of what enters
     the encoder, or of what one of the first half of its blocks gives. It is fitted across folds, again and again without the rows
     that it misreads (`trimmed.trimmed_margins`). The rows that it still misreads contradict the shortcut, the others teach it. The
-    former are retained, with so many of the latter that the shortcut tells nothing there. Of the depths the one is taken whose
-    misread rows are furthest in another class (`trimmed.distance_ratio`); no attribute and no test row has a say.
+    former are retained, with so many of the latter that the shortcut tells as little there as can be. Of the depths the one is
+    taken whose misread rows are furthest in another class (`trimmed.distance_ratio`); no attribute and no test row has a say.
 
     Args:
         model: checkpoint that was trained on the rows: model, folder or Hub id.

@@ -109,12 +109,13 @@ class Discovery:
         `teaching_counts`; they are taken evenly over the scores. Rows of the same content stay together."""
         chosen, content = self.contradicts.copy(), row_hashes(self.train)
         _, first, copy_of = np.unique(content, axis=0, return_index=True, return_inverse=True)
+        copy_of = copy_of.reshape(-1)  # numpy 2.0 gives a column
         distinct = np.zeros(len(chosen), dtype=bool)
         distinct[first] = True
         chosen = np.isin(copy_of, copy_of[chosen])
         classes, codes = np.unique(self.labels, return_inverse=True)
         looks = np.zeros((len(classes), len(classes)))
-        against = self.contradicts & distinct
+        against = chosen & distinct
         np.add.at(looks, (codes[against], np.searchsorted(classes, self.looks_like[against])), 1)
         for code, count in enumerate(teaching_counts(looks, np.bincount(codes))):
             teach = np.flatnonzero((codes == code) & distinct & ~chosen)
