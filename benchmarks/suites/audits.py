@@ -106,7 +106,7 @@ def audit_tables() -> list[str]:
         parts.append(f"One default audit took {sum(seconds) / len(seconds):.1f} s{beside}.\n")
         for line in (x for x in lines if (x["task"], x["subject"]) == (task, DEEP)):
             parts += deep_table(line)
-    return [results.FIRST_EDITION, *parts] if parts else []
+    return parts
 
 
 def fired_table(lines: list[dict]) -> list[str]:
