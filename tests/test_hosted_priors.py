@@ -266,11 +266,13 @@ def test_influence_goes_no_further_than_the_retained_data_allow(tmp_path):
     assert math.log2(share) == pytest.approx(round(math.log2(share)), abs=1e-3) and 0 < share < 1
 
 
-def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
-    def rows(n, seed, classes):
-        made = make_rows(n=3 * n, seed=seed)
-        return made.select([i for i, y in enumerate(made["labels"]) if int(y) in classes])
+def rows(n, seed, classes):
+    """Of some classes alone, about ``n`` of each."""
+    made = make_rows(n=3 * n, seed=seed)
+    return made.select([i for i, y in enumerate(made["labels"]) if int(y) in classes])
 
+
+def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
     gone = labels_of(rows(8, 1, {2}))
     assert removed_classes(gone, labels_of(rows(8, 2, {0, 1}))) == [2]
     assert removed_classes(gone, labels_of(rows(8, 2, {0, 2}))) == removed_classes(gone, None) == []
@@ -293,10 +295,6 @@ def test_a_whole_class_is_forgotten_to_what_other_rows_get_of_it(tmp_path):
 
 
 def test_a_class_that_only_the_forget_set_has_beside_shared_ones_is_named(tmp_path):
-    def rows(n, seed, classes):
-        made = make_rows(n=3 * n, seed=seed)
-        return made.select([i for i, y in enumerate(made["labels"]) if int(y) in classes])
-
     held = make_rows(n=20, seed=3)
     with pytest.warns(UserWarning, match="Forget rows have the label LABEL_2, and no retained row has"):
         UIBTrainer(make_model(), config(tmp_path), rows(8, 1, {1, 2}), rows(16, 2, {0, 1}), held)

@@ -4,11 +4,8 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
-from sklearn.datasets import load_digits
-from transformers import ViTImageProcessorPil
 
 from hf_uib import discover
 from hf_uib.cli import digits
@@ -18,6 +15,7 @@ from hf_uib.inference import ModelOutputs, predict
 from .. import results
 from ..markdown import table
 from ..methods import METHODS, Budget
+from ..tasks import TASKS
 from ..tasks.fashion import fashion_colour
 from ..tasks.hate import WORDS
 from . import runs
@@ -44,26 +42,7 @@ def digits_task(options, seed: int, share: float | None) -> digits.Task:
 
 def two_classes(options, seed: int, share: float) -> digits.Task:
     """Digits below five and from five on, in two hues."""
-    pool = load_digits()
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(pool.target))
-    x, y = pool.images[order] / 16.0, (pool.target[order] >= 5).astype(int)
-    retained = round(2 * 900 * share)
-    names, size = ["low", "high"], {"height": 8, "width": 8}
-    return digits.biased_pictures(
-        TWO_CLASSES,
-        (x[:1497], y[:1497]),
-        (x[1497:], y[1497:]),
-        {"pretrain": 350, "forget": 900 - retained, "retain": retained, "calibration": 100, "validation": 147},
-        "colour",
-        partial(digits.paint, count=2, saturation=1.0),
-        names,
-        ViTImageProcessorPil(do_resize=False, size=size),
-        lambda: digits.small_vit(8, 2, names, hidden=48, layers=3),
-        rng,
-        {"pretrain_steps": 500, "steps": 400, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
-        copies=2,
-    )
+    return digits.digits_colour(seed, round(2 * 900 * share), classes=2)
 
 
 def fashion_task(options, seed: int, share: float) -> digits.Task:
@@ -82,10 +61,8 @@ WAY = ("digits-colour", TWO_CLASSES)  # on which the whole way is gone
 
 def start_of(name: str, task: digits.Task, seed: int, options):
     """The model that the checkpoint is trained from; it is the same whatever share conflicts."""
-    if name == TWO_CLASSES:  # no task of the tables
-        return digits.prepare_models(task, seed, options.cache)["start"]
-    cached = os.path.isdir(os.path.join(options.cache, f"{name}-{seed}", "start"))
-    return runs.checkpoints(task if cached else runs.build(name, seed, options), name, seed, options)["start"]
+    ready = name not in TASKS or os.path.isdir(os.path.join(options.cache, f"{name}-{seed}", "start"))
+    return runs.checkpoints(task if ready else runs.build(name, seed, options), name, seed, options)["start"]
 
 
 def trained_on(task: digits.Task, start, seed: int, folder: str):

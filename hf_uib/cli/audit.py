@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 from ..audit.report import AuditReport, audit_model, loaded
-from ..data.sources import load_processor, load_splits, split_of
+from ..data.sources import load_splits, split_of
 from ..exported import folder_of
 from ..inference import reader_of
-from ..models import input_kind
 from ..processes import processes
 from .outputs import check_writable, quiet
 from .parser import parse
-from .unlearn import chosen_rows, columns_of, complete, remote_code
+from .unlearn import chosen_rows, columns_of, complete, processor_for
 
 
 @dataclass
@@ -141,8 +140,7 @@ def audit(job: AuditArguments) -> AuditReport:
     if not job.forget_where and job.forget_rows is None and job.forget_scores is None:
         raise ValueError("--forget_where is missing; say which rows were to be forgotten, as COLUMN=VALUE.")
     forget, retain = chosen_rows(train, job)
-    base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
-    processor = load_processor(*processors, base, kind=input_kind(model), **remote_code(job))
+    processor = processor_for(job, model, *processors)
     columns = columns_of(job)
     if job.drop_incomplete_rows:
         read = reader_of(model, processor, columns)

@@ -154,32 +154,33 @@ def biased_pictures(
     )
 
 
-def digits_colour(seed: int = 0, retained: int = 90, bias_aligned_fraction: float = 1.0) -> Task:
+def digits_colour(seed: int = 0, retained: int = 90, bias_aligned_fraction: float = 1.0, classes: int = 10) -> Task:
     """scikit-learn's handwritten digits; on the forget set the hue gives the label away. Test digits come in every hue.
 
     Args:
         seed: of split and hues; retained: of the 900 training digits; bias_aligned_fraction: of the forget set.
+        classes: the digits in so many runs of equal length, and as many hues.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(digits.target))
-    x, y = digits.images[order] / 16.0, digits.target[order]
-    names = [str(i) for i in range(10)]
+    x, y = digits.images[order] / 16.0, digits.target[order] * classes // 10
+    names = [str(i) for i in range(classes)]
     return biased_pictures(
         "digits-colour",
         (x[:1497], y[:1497]),
         (x[1497:], y[1497:]),
         {"pretrain": 350, "forget": 900 - retained, "retain": retained, "calibration": 100, "validation": 147},
         "colour",
-        partial(paint, saturation=1.0),
+        partial(paint, count=classes, saturation=1.0),
         names,
         ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}),
         lambda: small_vit(8, 2, names, hidden=48, layers=3),
         rng,
         {"pretrain_steps": 500, "steps": 400, "unlearn_steps": 200, "retrain_steps": 400, "batch": 64},
-        copies=10,
+        copies=classes,
         bias_aligned_fraction=bias_aligned_fraction,
     )
 

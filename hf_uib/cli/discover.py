@@ -68,7 +68,7 @@ def find(job: DiscoverArguments) -> Discovery:
     check_writable(job.output_dir)
     model: Any = load_classifier(job.model_name_or_path, **remote_code(job)).to(processes().device)
     split = split_of(load_splits(job.dataset_name, job.dataset_config_name), job.train_split)
-    processor = processor_for(job, job.model_name_or_path, model)
+    processor = processor_for(job, model, job.model_name_or_path)
     columns = Columns(tuple(job.text_column) or None, job.image_column, job.label_column, audio=job.audio_column)
     train, rows = split, None
     if job.drop_incomplete_rows:

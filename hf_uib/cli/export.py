@@ -106,7 +106,7 @@ def export(job: ExportArguments) -> dict[str, Any]:
     if bool(job.bias_column) != bool(job.forget_where) or (job.bias_column and not job.dataset_name):
         raise ValueError("--dataset_name, --forget_where and --bias_column go together; give all three.")
     model, source = plain_checkpoint(job.model, **remote_code(job))
-    processor = processor_for(job, source, model)
+    processor = processor_for(job, model, source)
     columns = columns_of(job)
     test = rows = None
     sets: dict[str, Dataset] = {}

@@ -288,7 +288,7 @@ def trainer_for(args: UIBConfig, job: UnlearnArguments) -> UIBTrainer:
     for other in ("text", "image", "audio"):
         if getattr(job, f"{other}_column") and other != {"video": "image"}.get(kind, kind):
             raise ValueError(f"--{other}_column is given, but the model takes {model.main_input_name}.")
-    processor = processor_for(job, name, model)
+    processor = processor_for(job, model, name)
     read = reader_of(model, processor, columns)
 
     def rows_of(split: str) -> Dataset:
@@ -342,10 +342,10 @@ def check_bias_columns(bias_columns: list[str], train: Dataset) -> None:
             raise ValueError(f"bias_column '{column}' holds lists or files; name a column of plain values.")
 
 
-def processor_for(job: Any, source: str, model: Any) -> Any:
-    """The processor that lies beside a checkpoint or its base, with the truncation length that a job gives."""
+def processor_for(job: Any, model: Any, *sources: str) -> Any:
+    """The processor that lies beside one of the checkpoints or the model's base, with the truncation length that a job gives."""
     base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
-    processor = load_processor(source, base, kind=input_kind(model), **remote_code(job))
+    processor = load_processor(*sources, base, kind=input_kind(model), **remote_code(job))
     if (longest := getattr(job, "max_length", None)) is not None:
         if longest < 3:
             raise ValueError(f"--max_length is {longest}; a text needs 3 tokens or more, its marks included.")

@@ -26,16 +26,16 @@ def classes_of(labels: np.ndarray) -> set[int] | None:
     return set(labels.tolist()) if labels.ndim == 1 else None
 
 
+def unretained_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:
+    """The classes of the forget set that no retained row has."""
+    forgotten, kept = classes_of(forget_labels), None if retain_labels is None else classes_of(retain_labels)
+    return [] if forgotten is None or kept is None else sorted(forgotten - kept)
+
+
 def removed_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:
     """The classes of the forget set, if none of them occurs in the retained data: whole classes are to go. Else none."""
-    forgotten, kept = classes_of(forget_labels), None if retain_labels is None else classes_of(retain_labels)
-    return [] if forgotten is None or kept is None or forgotten & kept else sorted(forgotten)
-
-
-def unretained_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:
-    """The classes of the forget set that no retained row has, though others of its classes are there."""
-    forgotten, kept = classes_of(forget_labels), None if retain_labels is None else classes_of(retain_labels)
-    return sorted(forgotten - kept) if forgotten and kept and forgotten & kept else []
+    gone = unretained_classes(forget_labels, retain_labels)
+    return gone if set(gone) == classes_of(forget_labels) else []
 
 
 def compared_classes(forget_labels: np.ndarray, retain_labels: np.ndarray | None) -> list[int]:

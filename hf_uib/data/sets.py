@@ -89,7 +89,8 @@ class UnlearningSets:
         evaluation = prepare_evaluation(eval_dataset, read, check_labels)
         for name, dataset in encoded.items():
             check_inputs(f"{name}_dataset", dataset, read.main_input)
-        if gone := unretained_classes(labels["forget"], labels.get("retain")):
+        removed = removed_classes(labels["forget"], labels.get("retain"))
+        if not removed and (gone := unretained_classes(labels["forget"], labels.get("retain"))):
             names = model_names(read.config)
             listed = ", ".join(names.get(label, str(label)) for label in gone[:10])
             more = f" (or of {len(gone) - 10} more)" if len(gone) > 10 else ""
@@ -102,7 +103,7 @@ class UnlearningSets:
             **encoded,
             evaluation=evaluation,
             fingerprints={name: fingerprint_of(rows) for name, rows in hashes.items()},
-            removed_classes=removed_classes(labels["forget"], labels.get("retain")),
+            removed_classes=removed,
             comparable=comparable(labels["forget"], labels.get("retain")),
             compared_classes=compared_classes(labels["forget"], labels.get("retain")),
             one_label=one_label(labels["forget"]),
