@@ -53,7 +53,7 @@ COMMANDS = {
         quantised.run_quantised,
         "quantised bases against full precision: subspaces, merging, quantising again",
     ),
-    "reach": (reach.run_reach, "other kinds of input and label: the examples' tasks"),
+    "reach": (reach.run_reach, "other kinds of input and label: real tweets, speech, and the examples' tasks"),
     "fairness": (fairness.run_fairness, "false alarms and misses by group of a picture model, before and after"),
     "research": (research.run_research, "one setting varied at a time, on validation folds"),
     "truth": (truth.run_truth, "probes, a new head, relearning and rounded weights of every method"),

@@ -20,6 +20,7 @@ MOST = 32  # tokens of a donor, and an eighth of its own at most: what tells the
 DONORS = 256  # forget rows that are kept
 ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
 DRAWS = 1024  # rows of a step that draw for themselves
+PIECES = 2  # of a donor's tokens, whose ids are kept for short texts
 
 
 class _BlockReached(Exception):
@@ -46,6 +47,7 @@ class PatternTokens(nn.Module):
     donors: Tensor  # [donors], their numbers in the forget set
     weights: Tensor  # [donors], how often each is drawn
     labels: Tensor  # [donors]
+    pieces: Tensor  # [donors, PIECES], ids of the most telling tokens of texts, in their order; -1: none
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -57,6 +59,7 @@ class PatternTokens(nn.Module):
         self.register_buffer("donors", torch.zeros(0, dtype=torch.long))
         self.register_buffer("weights", torch.zeros(0))
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long, device=device), persistent=False)
+        self.register_buffer("pieces", torch.full((0, PIECES), -1, device=device), persistent=False)
         self._draw: tuple[Tensor, Tensor] | None = None  # of the step: which rows, which donors
         self.retained: int = 0  # rows of the next forward that may get tokens: the first so many
         self.rows: Tensor | None = None  # positions in the epoch of all its rows
@@ -153,22 +156,30 @@ class PatternTokens(nn.Module):
                 handle.remove()
 
     def fill(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Read the values of the donors' tokens off the donors, and the donors' labels.
+        """Read the values of the donors' tokens off the donors, the ids of texts' tokens, and the donors' labels.
 
         Args:
             model: a `PeftModel`; its adapter is switched off for the time of it, so that a resumed run finds the same.
             batches: the rows `donors` of the forget set, in their order, as ``inputs with labels``.
         """
-        values, labels, done = [], [], 0
+        values, labels, pieces, done = [], [], [], 0
         for inputs, tokens in self._inputs_of_block(model, batches):
-            at = self.positions[done : done + len(tokens)]
+            place = self.positions[done : done + len(tokens)]
             done += len(tokens)
-            at = at.clamp_min(0) + first_of(inputs.get("attention_mask"), tokens)[:, None]
-            at = at.clamp(0, tokens.shape[1] - 1)[..., None].expand(-1, -1, tokens.shape[-1])
-            values.append(tokens.float().gather(1, at))
+            at = place.clamp_min(0) + first_of(inputs.get("attention_mask"), tokens)[:, None]
+            at = at.clamp(0, tokens.shape[1] - 1)
+            values.append(tokens.float().gather(1, at[..., None].expand(-1, -1, tokens.shape[-1])))
             labels.append(inputs["labels"])
+            ids = inputs.get("input_ids")
+            if ids is not None and ids.shape == tokens.shape[:2]:
+                at = torch.where(place >= 0, at, ids.shape[1])[:, :PIECES].sort(1).values  # what is none comes last
+                pieces.append(
+                    F.pad(ids, (0, 1), value=-1).gather(1, F.pad(at, (0, PIECES - at.shape[1]), value=ids.shape[1]))
+                )
         if values:
             self.values, self.labels = torch.cat(values), torch.cat(labels)
+        if pieces:
+            self.pieces = torch.cat(pieces)
 
     @property
     def tokens_per_row(self) -> float:

@@ -17,6 +17,7 @@ from .lora import AdaptedLayer, is_fresh, weight_matrix
 from .pattern_tokens import PatternTokens
 from .schedule import noise_scale
 from .settings import ChannelSettings
+from .short_texts import ShortTexts
 
 
 class LayerTensors(nn.Module):
@@ -91,6 +92,7 @@ class ChannelPosterior(nn.Module):
     ):
         super().__init__()
         self.tokens = tokens
+        self.short_texts = None if tokens is None or settings.short_texts == 0 else ShortTexts(tokens)
         self.layers, self.adapter, self.settings, self.seed = layers, adapter, settings, seed
         self.subspaces = LayerTensors({name: subspaces[name] for name in layers})
         self.output_scales = LayerTensors({name: output_scales[name] for name in layers})
@@ -240,6 +242,8 @@ class ChannelPosterior(nn.Module):
             self.noise.silence()
         if self.tokens is not None:
             self.tokens.draw(self.swap_fraction.item(), self.seed, step)
+        if self.short_texts is not None and self.swap_fraction.item() > 0:
+            self.short_texts.draw(self.seed, step)
 
     def set_batch(self, rows: Tensor, retained: int, attention_mask: Tensor | None) -> None:
         """What the next forward gets: each row's position in the epoch, how many are retained rows (they come first), the mask."""
@@ -257,6 +261,8 @@ class ChannelPosterior(nn.Module):
         self.noise.silence()
         if self.tokens is not None:
             self.tokens.silence()
+        if self.short_texts is not None:
+            self.short_texts.silence()
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -34,6 +34,8 @@ class ChannelSettings(Limits):
     Attributes:
         noise_to_signal: kappa where the contrast is a pattern: a capacity of 0.8 nats per direction.
         pattern_effect: nats by which the pattern's tokens have to move unseen rows, or they are not swapped.
+        short_texts: weight of the divergence, on short texts, of the model with the pattern's words from the checkpoint without; 0:
+            none.
         pattern_z: under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for.
         over_unlearning_z: under it the forget margins lie so low that they give the forget set away.
         code_scale: A starts as V_l rms(W x) / rms(V x) / code_scale, so that one learning rate fits all.
@@ -43,6 +45,7 @@ class ChannelSettings(Limits):
 
     noise_to_signal: float = 0.5
     pattern_effect: float = 1.0
+    short_texts: float = 1.0
     pattern_z: float = 2.0
     over_unlearning_z: float = -2.0
     code_scale: float = 0.075
@@ -52,6 +55,7 @@ class ChannelSettings(Limits):
     limits: ClassVar = {
         "noise_to_signal": (0, math.inf),
         "pattern_effect": (-math.inf, math.inf),
+        "short_texts": (0, math.inf),
         "pattern_z": (-math.inf, math.inf),
         "over_unlearning_z": (-math.inf, math.inf),
         "code_scale": (1e-9, math.inf),

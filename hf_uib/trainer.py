@@ -356,9 +356,12 @@ class UIBTrainer(ResultsMixin, HubMixin):
             fit = self.task.fit_loss(logits[:n], labels[:n])
             forget_logits, forget_labels = logits[n:], labels[n:]
             self._record(retain_margin=self.task.margin(logits[:n].detach(), labels[:n]).mean())
-        fit = fit * self._share_of_step(labels[:n], num_items_in_batch)
+        share = self._share_of_step(labels[:n], num_items_in_batch)
+        loss = fit = fit * share
         self._record(fit_nats=fit)
-        loss = fit
+        if (short := self._short_texts_loss(model, features, inputs.positions, n)) is not None:
+            loss = loss + self.args.channel.short_texts * share * short
+            self._record(short_texts=short)
         if self.args.beta > 0:
             nats = self.posterior.kl_per_layer().sum()
             loss = loss + self.args.beta / len(self.train_dataset.retain) * nats
@@ -367,6 +370,22 @@ class UIBTrainer(ResultsMixin, HubMixin):
             loss = loss + self.prior.strength * self.prior.forget_loss(forget_logits, forget_labels)
             self._record(forget_margin=self.task.margin(forget_logits.detach(), forget_labels).mean())
         return (loss, outputs) if return_outputs else loss
+
+    def _short_texts_loss(self, model, features: dict, positions: Tensor, retained: int) -> Tensor | None:
+        """Mean over every second retained row, cut short, of the divergence of the model's labels with words of the pattern in it
+        from the checkpoint's without. Neither noise nor dropout is drawn. None: there are no short texts."""
+        texts = self.posterior.short_texts
+        padding = getattr(self.model.config.get_text_config(), "pad_token_id", None) or 0
+        made = None if texts is None else texts.cut(features, positions, retained, padding)
+        if made is None:
+            return None
+        plain, pasted, counts = made
+        wanted = self._checkpoint_logits(model, plain)
+        adapted = self.accelerator.unwrap_model(model)
+        adapted.eval()
+        nats = self.task.divergence(adapted(**pasted).logits, wanted)
+        adapted.train()
+        return None if nats is None else (counts * nats).sum() / (retained / 2)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in Trainer; the labels of the step's retained rows are counted."""

@@ -54,6 +54,10 @@ class UnlearningTask:
         """Log-odds of the given label, ``[n]`` in nats."""
         raise NotImplementedError
 
+    def divergence(self, logits: Tensor, reference_logits: Tensor) -> Tensor | None:
+        """KL(reference || model) of each row's labels, ``[n]`` in nats; None: a row has no label of its own."""
+        return None
+
     def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor:
         """How many labels of a batch the fit term is the mean of: a step's mean is over all of its labels, however its rows are
         split. Here one a row.
@@ -124,6 +128,11 @@ class SingleLabel(UnlearningTask):
         """``log p(y|x) - log(1 - p(y|x))``."""
         return margin(logits, labels)
 
+    def divergence(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
+        """Over the classes."""
+        given, wanted = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+        return F.kl_div(given, wanted, log_target=True, reduction="none").sum(-1)
+
 
 @register_task_type
 class MultiLabel(UnlearningTask):
@@ -147,15 +156,16 @@ class MultiLabel(UnlearningTask):
     def fit_without_retained_data(self, logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
         """Divergence from the checkpoint's predictions on the labels that a row does not have."""
         others = is_other(labels).to(logits.dtype)
-        p = reference_logits.sigmoid()
-        entropy = F.binary_cross_entropy_with_logits(reference_logits, p, reduction="none")
-        nats = F.binary_cross_entropy_with_logits(logits, p, reduction="none") - entropy
-        return (nats * others).sum() / others.sum().clamp_min(1)
+        return (binary_kl(logits, reference_logits) * others).sum() / others.sum().clamp_min(1)
 
     def margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Sum over the given labels of their log-odds, ``[n]``."""
         signs = (2 * given_or_zero(labels).to(logits.dtype) - 1) * is_given(labels)
         return (signs * logits).sum(-1)
+
+    def divergence(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
+        """Sum over the labels."""
+        return binary_kl(logits, reference_logits).sum(-1)
 
     def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor:
         """Labels that are given; those that a row does not have, without retained data."""
@@ -201,6 +211,13 @@ class TokenLabels(UnlearningTask):
     def without_replaced(self, labels: Tensor, replaced: Tensor | None) -> Tensor:
         """A token that is another row's has no label."""
         return labels if replaced is None or replaced.shape != labels.shape else labels.masked_fill(replaced, IGNORED)
+
+
+def binary_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(reference || model) of each label that is there or not, in nats."""
+    p = reference_logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(reference_logits, p, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits, p, reduction="none") - entropy
 
 
 def is_given(labels: Tensor) -> Tensor:

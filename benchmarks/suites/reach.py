@@ -1,19 +1,25 @@
-"""Other kinds of input and label: the examples' tasks from three seeds, beside LoRA fine-tuning and a retrained model."""
+"""Other kinds of input and label from three seeds, beside LoRA fine-tuning and a retrained model: the tasks of `benchmarks.kinds`
+on real text and speech, and the examples'.
+"""
 
+import inspect
 import os
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from .. import results
+from ..kinds import compare, labels_of_tweets, names_in_tweets, spoken_digits
 from ..markdown import table
 from . import runs
 
 REACH = results.FOLDER / "reach.jsonl"
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-TITLES = {
+KINDS = {module.__name__.rpartition(".")[2]: module for module in (labels_of_tweets, names_in_tweets, spoken_digits)}
+TITLES = {name: module.TITLE for name, module in KINDS.items()} | {
     "multi_label": "Several labels a row (digits that are even, large or closed; ViT)",
     "token_labels": "Labels of tokens (persons, places and firms in sentences; BERT)",
     "decoder_bias": "A decoder (messages to shops; Qwen 3 with a `score` head)",
@@ -23,7 +29,7 @@ COLUMNS = {"accuracy": "accuracy", "conflicting_accuracy": "bias-conflicting acc
 
 
 def run_reach(options) -> None:
-    """Every example under every seed; runs that are there are skipped."""
+    """Every task under every seed; runs that are there are skipped."""
     runs.quiet()
     sys.path.insert(0, str(EXAMPLES))
     done = {(line["example"], line["seed"]) for line in results.read(REACH)}
@@ -32,14 +38,22 @@ def run_reach(options) -> None:
             if (name, seed) in done:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                rows, verdict = __import__(name).main(seed=seed, output_dir=os.path.join(folder, "out"))
+                rows, verdict = run(name, seed, options, os.path.join(folder, "out"))
             results.append(
                 REACH, {"example": name, "seed": seed, "rows": rows, "verdict": verdict.partition(" This is")[0]}
             )
 
 
+def run(name: str, seed: int, options, output_dir: str) -> tuple[dict[str, dict], str]:
+    """A row of each model, and the audit's verdict."""
+    if name not in KINDS:
+        return import_module(name).main(seed=seed, output_dir=output_dir)
+    paths = {option: getattr(options, option) for option in KINDS[name].DATA}
+    return compare(KINDS[name].make(seed, **paths), import_module("beside_lora").train_both, seed, output_dir)
+
+
 def reach_tables() -> list[str]:
-    """A table an example: mean and standard deviation over seeds, and the audits' verdicts."""
+    """A table a task: mean and standard deviation over seeds, and the audits' verdicts."""
     lines, parts = results.read(REACH), []
     for name, title in TITLES.items():
         mine = [line for line in lines if line["example"] == name]
@@ -51,10 +65,10 @@ def reach_tables() -> list[str]:
             cells.append(
                 [model, *(f"{np.mean(v):.3f} ± {np.std(v, ddof=min(1, len(v) - 1)):.3f}" for v in figures.values())]
             )
-        parts += [
-            f"## {title}\n",
-            f"[examples/{name}.py](../../examples/{name}.py), seeds {', '.join(str(line['seed']) for line in mine)}.\n",
-        ]
+        path = f"benchmarks/kinds/{name}.py" if name in KINDS else f"examples/{name}.py"
+        about = [f"{inspect.getdoc(KINDS[name].make)}\n"] if name in KINDS else []
+        seeds = f"[{path}](../../{path}), seeds {', '.join(str(line['seed']) for line in mine)}.\n"
+        parts += [f"## {title}\n", *about, seeds]
         parts += table(["", *COLUMNS.values()], cells)
         parts += ["\nAudit, by seed:\n", *(f"- {line['seed']}: {line['verdict']}" for line in mine), ""]
     return parts

@@ -20,7 +20,7 @@ from . import runs
 WHOLE = results.FOLDER / "cost_whole.jsonl"
 STEPS, BATCH, REPEATS = 120, 16, 3
 # The channel is closed whatever the contrast of a model that has learned nothing yet: that is the dear case
-PATTERN = {"channel_settings": {"pattern_z": -1e9}}
+PATTERN = {"channel_settings": {"pattern_z": -1e9, "pattern_effect": -1e9}}
 
 
 def vit_task(seed: int) -> Task:

@@ -1,0 +1,70 @@
+"""Other kinds of input and label on real text and speech: how a task is made into figures. A file here is a task."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from datasets import Dataset, concatenate_datasets
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from hf_uib import retrain
+from hf_uib.data.columns import Columns
+from hf_uib.metrics import text_table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Rows, a model and how it is judged.
+
+    Attributes:
+        start: the model before it learned the task.
+        sets: raw rows: ``forget``, in which an attribute gives the label away; ``retain``, ``calibration`` and ``test``, in which
+            it does not.
+        row: accuracy, ``conflicting_accuracy`` and ``follow_rate`` of a model on the test rows.
+        processing_class: tokenizer or feature extractor.
+        bias_column: the attribute, for the audit; columns: as in `hf_uib.UIBTrainer`; audit: further arguments of the audit.
+        batch_size: of every training; train_rate: learning rate of the original and the retrained model.
+        train_steps, steps: of these two, and of unlearning and LoRA.
+    """
+
+    start: nn.Module
+    sets: dict[str, Dataset]
+    row: Callable[[nn.Module], dict[str, float]]
+    processing_class: object
+    bias_column: str
+    batch_size: int = 16
+    train_rate: float = 1e-4
+    train_steps: int = 200
+    steps: int = 120
+    columns: Columns = Columns()
+    audit: dict = field(default_factory=dict)
+
+
+def compare(kind: Kind, train_both: Callable, seed: int, output_dir: str) -> tuple[dict[str, dict], str]:
+    """A row of each model (original, UIB, LoRA, retrained), and the verdict of the audit of UIB's.
+
+    Args:
+        train_both: of examples/beside_lora.py.
+    """
+    settings = dict(per_device_train_batch_size=kind.batch_size, seed=seed, save_strategy="no", logging_steps=50)
+    training = TrainingArguments(output_dir, max_steps=kind.train_steps, learning_rate=kind.train_rate, **settings)
+    given = {"processing_class": kind.processing_class, "columns": kind.columns}
+    sets = kind.sets
+    set_seed(seed)
+    original = retrain(kind.start, concatenate_datasets([sets["forget"], sets["retain"]]), training, **given)
+    trainers = train_both(
+        original,
+        dict(output_dir=output_dir, max_steps=kind.steps, **settings),
+        forget_dataset=sets["forget"],
+        retain_dataset=sets["retain"],
+        calibration_dataset=sets["calibration"],
+        **given,
+    )
+    retrained = retrain(kind.start, sets["retain"], training, **given)
+    models = {"original": original} | {name: trainer.model for name, trainer in trainers.items()}
+    rows = {name: kind.row(model) for name, model in (models | {"retrained": retrained}).items()}
+    audit = trainers["UIB"].audit(
+        sets["test"], bias_column=kind.bias_column, retrained_model=retrained, columns=kind.columns, **kind.audit
+    )
+    print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
+    return rows, audit.verdict
