@@ -16,7 +16,7 @@ from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
 from .inference import SharedInference, batches_of
 from .lora import AdaptedLayer
-from .models import blocks_of
+from .models import blocks_of, input_kind
 from .objective import margin
 from .pattern_tokens import CERTAIN_Z, PATTERN_Z, PatternTokens
 from .unlearning_task import UnlearningTask
@@ -67,8 +67,10 @@ class Measurements:
         )
         self.statistics["pattern_z"] = found.pattern_z
         if tokens is not None and self.compared and not self.sets.removed_classes:
-            forget, kept = self._compared_rows
             classifier = self.inference.accelerator.unwrap_model(model)
+            forget, kept = self._compared_rows
+            if input_kind(classifier) == "text":  # whose word pieces are counted, which takes hardly any time
+                forget, kept = self._rows_to_compare(self.args.contrast_samples)
             rows = self._told_apart(self.sets.forget, forget), self._told_apart(self.sets.retain, kept)
             least = PATTERN_Z if self.contrast_found else CERTAIN_Z
             self.statistics["token_z"] = tokens.find(classifier, *rows, forget, least)
@@ -148,8 +150,12 @@ class Measurements:
     @cached_property
     def _compared_rows(self) -> tuple[list[int], list[int]]:
         """Numbers of the forget and of the retained rows whose margin gradients are compared."""
-        kept = self._sample(self.sets.comparable) if self.compared else []
-        return self._sample(self.sets.forget), self.sets.comparable[kept].tolist()
+        return self._rows_to_compare(self.samples)
+
+    def _rows_to_compare(self, most: int) -> tuple[list[int], list[int]]:
+        sample = lambda rows: sample_indices(len(rows), most, self.args.seed)
+        kept = sample(self.sets.comparable) if self.compared else []
+        return sample(self.sets.forget), self.sets.comparable[kept].tolist()
 
     def _contrast_batches(self, chunk: int) -> Iterator[tuple[dict[str, Tensor], float]]:
         forget, kept = self._compared_rows

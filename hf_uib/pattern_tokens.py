@@ -15,7 +15,7 @@ from .models import blocks_of
 from .sharding import is_sharded
 
 PATTERN_Z = 3.0  # from which on a kind of token belongs to the pattern
-CERTAIN_Z = 4.0  # from which on a kind shows a pattern by itself: of two draws from one set the largest is about 3
+CERTAIN_Z = 4.0  # from which on a kind shows a pattern by itself: of two draws from one set the largest is 3 to 3.9
 MOST = 32  # tokens of a donor, and an eighth of its own at most: what tells the other row's label has to stay
 DONORS = 256  # forget rows that are kept
 ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
@@ -96,7 +96,7 @@ class PatternTokens(nn.Module):
             both, count = torch.cat([labels, others[2]]).float().nan_to_num(-1), len(labels)
             ids = both.unique(dim=0, return_inverse=True)[1]
             labels, others = ids[:count], (*others[:2], ids[count:])
-        z = token_z((x, present, labels), others)
+        z = (piece_z if x.ndim == 2 else token_z)((x, present, labels), others)
         largest = z.masked_fill(~present, 0).max().item()
         if largest < least:
             return largest
@@ -109,11 +109,12 @@ class PatternTokens(nn.Module):
         first = present[rows].int().argmax(1, keepdim=True)
         self.positions = torch.where(chosen[rows].gather(1, order), order - first, -1).to(self.positions.device)
         self.donors = torch.tensor(numbers)[rows.cpu()]
-        self.weights = rarity(x[rows], chosen[rows]).cpu()
+        self.weights = (piece_rarity if x.ndim == 2 else rarity)(x[rows], chosen[rows]).cpu()
         return largest
 
     def _read(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens ``[n, t, d]`` of all rows, where there is one ``[n, t]``, and the labels; no row where a token is none."""
+        """Tokens of all rows, ``[n, t, d]``, or the ids ``[n, t]`` of a text's word pieces, each of which is a kind; where there is
+        one ``[n, t]``; and the labels. No row where a token is none."""
         tokens: list[Tensor] = []
         present: list[Tensor] = []
         labels: list[Tensor] = []
@@ -121,10 +122,13 @@ class PatternTokens(nn.Module):
             if seen is None:
                 tokens.clear()
                 break
+            ids = inputs.get("input_ids")
+            # Some models pad to a multiple of a window's length, after the text
+            kinds = ids if ids is not None and ids.shape[1] <= seen.shape[1] else seen.float()
             mask = inputs.get("attention_mask")
-            fits = mask is not None and mask.shape == seen.shape[:2]
-            tokens.append(seen.float())
-            present.append(mask > 0 if fits else torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device))
+            fits = mask is not None and mask.shape == kinds.shape[:2]
+            tokens.append(kinds)
+            present.append(mask > 0 if fits else torch.ones(kinds.shape[:2], dtype=torch.bool, device=seen.device))
             labels.append(inputs["labels"])
         if not tokens:
             return torch.zeros(0, 1, 1), torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
@@ -275,23 +279,56 @@ def token_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
     mean = y[there].mean(0)
     x, y = F.normalize(x - mean, dim=-1), F.normalize(y - mean, dim=-1)
     z = torch.full(x.shape[:2], -torch.inf, device=x.device)
-    if labels.dtype == torch.bool:
-        groups = list(zip(labels.T, other_labels.T, strict=True))
-    else:
-        groups = [(labels == label, other_labels == label) for label in labels.unique()]
-    for mine, theirs in groups:
-        if not theirs.any():  # a class that only the forget set has
-            continue
-        ratio = mine.sum() / theirs.sum()
+    for mine, theirs in groups_of(labels, other_labels):
         for row in mine.nonzero()[:, 0]:
             tokens = x[row, present[row]]
             here = rows_with(tokens, x[mine], present[mine]).sum(1)
             elsewhere = rows_with(tokens, y[theirs], there[theirs]).sum(1)
-            both = here + elsewhere
-            variance = ratio * both * (1 - both / (mine.sum() + theirs.sum())) + ratio.square().clamp_min(1)
-            found = (here - ratio * elsewhere) / variance.sqrt()
+            found = z_of_counts(here, elsewhere, mine.sum(), theirs.sum())
             z[row, present[row]] = z[row, present[row]].maximum(found)
     return z.masked_fill(z == -torch.inf, 0)
+
+
+def piece_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """`token_z` of texts, ``[n, t]``: each word piece is a kind, and its rows are counted.
+
+    Args:
+        forget, retained: ids ``[n, t]``, where there is one ``[n, t]``, and labels as in `token_z`.
+    """
+    (ids, present, labels), (others, there, other_labels) = forget, retained
+    z = torch.full(ids.shape, -torch.inf, device=ids.device)
+    for mine, theirs in groups_of(labels, other_labels):
+        kinds = ids[mine][present[mine]].unique()
+        here = rows_with_piece(kinds, ids[mine], present[mine])
+        elsewhere = rows_with_piece(kinds, others[theirs], there[theirs])
+        found = z_of_counts(here, elsewhere, mine.sum(), theirs.sum())
+        found = found[torch.searchsorted(kinds, ids[mine]).clamp(max=len(kinds) - 1)]
+        z[mine] = z[mine].maximum(found.masked_fill(~present[mine], -torch.inf))
+    return z.masked_fill(z == -torch.inf, 0)
+
+
+def groups_of(labels: Tensor, other_labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Which forget and which retained rows are compared, label by label; a label that only the forget set has is left out."""
+    if labels.dtype == torch.bool:
+        groups = list(zip(labels.T, other_labels.T, strict=True))
+    else:
+        groups = [(labels == label, other_labels == label) for label in labels.unique()]
+    return [(mine, theirs) for mine, theirs in groups if mine.any() and theirs.any()]
+
+
+def z_of_counts(here: Tensor, elsewhere: Tensor, mine: Tensor, theirs: Tensor) -> Tensor:
+    """z-value of two proportions: ``here`` of ``mine`` forget rows against ``elsewhere`` of ``theirs`` retained ones."""
+    ratio, both = mine / theirs, here + elsewhere
+    variance = ratio * both * (1 - both / (mine + theirs)) + ratio.square().clamp_min(1)
+    return (here - ratio * elsewhere) / variance.sqrt()
+
+
+def rows_with_piece(kinds: Tensor, ids: Tensor, present: Tensor) -> Tensor:
+    """How many rows ``ids [n, t]`` have each of the sorted ``kinds``, ``[kinds]``."""
+    place = torch.searchsorted(kinds, ids).clamp(max=len(kinds) - 1)
+    has = torch.zeros(len(ids), len(kinds) + 1, dtype=torch.bool, device=ids.device)
+    place = torch.where((kinds[place] == ids) & present, place, len(kinds))  # any other goes to one more kind
+    return has.scatter_(1, place, True)[:, :-1].sum(0)
 
 
 def rows_with(tokens: Tensor, rows: Tensor, present: Tensor) -> Tensor:
@@ -314,6 +351,15 @@ def rarity(tokens: Tensor, chosen: Tensor) -> Tensor:
     weights = torch.stack(
         [(1 / rows_with(row[c], unit, chosen).sum(1).clamp_min(1)).sum() for row, c in zip(unit, chosen, strict=True)]
     )
+    return weights / weights.sum()
+
+
+def piece_rarity(ids: Tensor, chosen: Tensor) -> Tensor:
+    """`rarity` of texts: ids ``[n, t]``, each a kind."""
+    kinds = ids[chosen].unique()
+    counts = rows_with_piece(kinds, ids, chosen)
+    place = torch.searchsorted(kinds, ids).clamp(max=len(kinds) - 1)
+    weights = (chosen / counts[place].clamp_min(1)).sum(1)
     return weights / weights.sum()
 
 

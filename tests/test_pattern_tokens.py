@@ -9,7 +9,7 @@ import torch
 from conftest import ARCHITECTURES, make_model, make_rows
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.pattern_tokens import DONORS, PatternTokens, rarity, token_z, tokens_of
+from hf_uib.pattern_tokens import DONORS, PatternTokens, piece_rarity, piece_z, rarity, token_z, tokens_of
 
 WORD = 7  # the pattern of a text
 
@@ -322,3 +322,44 @@ def test_two_draws_from_one_set_have_no_pattern_whatever_their_sizes(forget, ret
     assert token_z(mine, theirs).max() < 3
     mine[0][: forget // 2, 3] = torch.randn(64, generator=generator)
     assert retained < 20 or token_z(mine, theirs)[0, 3] > 3
+
+
+def test_word_pieces_are_counted_row_by_row_and_label_by_label():
+    """The formula on counts by hand; what is padding does not count, nor a class that only the forget set has."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: (
+        torch.randint(5, 12, (n, 6), generator=generator),
+        torch.rand(n, 6, generator=generator) < 0.8,
+        torch.randint(0, 2, (n,), generator=generator),
+    )
+    (ids, present, labels), (others, there, other_labels) = draw(40), draw(25)
+    labels[0] = 2
+    z = piece_z((ids, present, labels), (others, there, other_labels))
+    rows = lambda ids, there, which, kind: sum(
+        kind in i[t].tolist() for i, t, w in zip(ids, there, which, strict=True) if w
+    )
+    for row, place in ((1, 0), (7, 3), (20, 5), (39, 2)):
+        mine, theirs, kind = labels == labels[row], other_labels == labels[row], int(ids[row, place])
+        here, elsewhere = rows(ids, present, mine, kind), rows(others, there, theirs, kind)
+        ratio, both = mine.sum() / theirs.sum(), here + elsewhere
+        variance = ratio * both * (1 - both / (mine.sum() + theirs.sum())) + max(1, ratio**2)
+        expected = (here - ratio * elsewhere) / variance**0.5 if present[row, place] else 0.0
+        assert z[row, place].item() == pytest.approx(float(expected), abs=1e-5)
+    assert z[0].abs().max() == 0
+    classes = torch.nn.functional.one_hot(labels, 3).bool()
+    theirs = torch.nn.functional.one_hot(other_labels, 3).bool()
+    assert torch.equal(
+        piece_z((ids, present, classes), (others, there, theirs)), z
+    )  # a class a row, as tokens have them
+
+
+def test_rare_word_pieces_are_drawn_as_often_as_common_ones():
+    ids = torch.tensor([[7]] * 30 + [[8]] * 10)
+    weights = piece_rarity(ids, torch.ones(40, 1, dtype=torch.bool))
+    torch.testing.assert_close(weights, torch.tensor([1 / 60] * 30 + [1 / 20] * 10))
+
+
+def test_a_word_of_few_rows_is_found_in_all_of_them(text_run):
+    """A text's word pieces are counted on more rows than the contrast is measured on."""
+    seen = text_run.measurements
+    assert len(seen._rows_to_compare(text_run.args.contrast_samples)[0]) == 96 >= len(seen._compared_rows[0])
