@@ -51,7 +51,8 @@ class ShortTexts:
 
         Returns:
             Features ``[m, LONGEST + 2]`` of the texts as they are, the same with the pattern's words, and how much each counts
-            ``[m]``: 1, or 0 where the row's position is odd. None: nothing was drawn, or there is more than texts.
+            ``[m]``: 1, or 0 where the row's position is odd or where it has words of the pattern as it is, which the checkpoint's
+            answer then shows. None: nothing was drawn, or there is more than texts.
         """
         ids = features.get("input_ids")
         if self._draw is None or ids is None or any(value.shape != ids.shape for value in features.values()):
@@ -82,4 +83,5 @@ class ShortTexts:
         at = torch.where(torch.arange(pieces.shape[1], device=ids.device) < count[:, None], at, LONGEST + 2)
         longer = torch.cat([plain["input_ids"], plain["input_ids"][:, :1]], 1)  # what is not put in goes to the end
         pasted = plain | {"input_ids": longer.scatter(1, at, pieces.clamp_min(0))[:, :-1]}
-        return plain, pasted, 1 - odd[rows]
+        shown = torch.isin(plain["input_ids"], self.tokens.pieces).any(1)
+        return plain, pasted, (1 - odd[rows]) * ~shown

@@ -74,6 +74,14 @@ def test_every_second_position_counts_however_the_rows_are_split():
     assert rows == whole[1]["input_ids"].tolist() and len(rows) == 4
 
 
+def test_a_stretch_that_shows_the_pattern_does_not_count():
+    """What the checkpoint says of it is what is to go. The piece -1 stands for none."""
+    features = texts([5, 5, 5])
+    features["input_ids"][1, 2] = 8
+    _, _, counts = cutter().cut(features, torch.tensor([0, 2, 4]), 3, PADDING)
+    assert counts.tolist() == [1, 0]
+
+
 def test_there_are_none_without_a_draw_or_beside_other_inputs():
     made, features = cutter(), texts([12, 12])
     assert made.cut(features | {"pixel_values": torch.zeros(2, 3, 4, 4)}, torch.arange(2), 2, PADDING) is None
