@@ -9,7 +9,7 @@ SHORTEST, LONGEST = 3, 9  # word pieces of a short text, beside the first and th
 
 
 class ShortTexts:
-    """Cuts every second retained row of a step short, and puts a donor's word pieces into it.
+    """Cuts every second retained row of a step short, and puts a donor's word pieces into every second of these.
 
     A word weighs more in a short text than in a long one, so a pattern that is gone in texts as long as the retained ones can still
     decide short ones. Which row is cut, where, and what is put in is a function of (seed, step, position in the epoch), so a step
@@ -50,8 +50,8 @@ class ShortTexts:
             padding: id of the padding token.
 
         Returns:
-            Features ``[m, LONGEST + 2]`` of the texts as they are, the same with the pattern's words, and how much each counts
-            ``[m]``: 1, or 0 where the row's position is odd or where it has words of the pattern as it is, which the checkpoint's
+            Features ``[m, LONGEST + 2]`` of the texts as they are, the same with the pattern's words in every second, and how much each
+            counts ``[m]``: 1, or 0 where the row's position is odd or where it has words of the pattern as it is, which the checkpoint's
             answer then shows. None: nothing was drawn, or there is more than texts.
         """
         ids = features.get("input_ids")
@@ -76,7 +76,8 @@ class ShortTexts:
         plain["attention_mask"] = there.to(mask.dtype)
 
         pieces = self.tokens.pieces[donors]
-        count = (pieces >= 0).sum(1).minimum(width)
+        # Every second one stays as it is: what the checkpoint says of short texts is kept
+        count = (pieces >= 0).sum(1).minimum(width) * (1 - positions[rows] // 2 % 2)
         at = (
             1 + (places[:, 1] * (width - count + 1)).long()[:, None] + torch.arange(pieces.shape[1], device=ids.device)
         )

@@ -372,8 +372,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _short_texts_loss(self, model, features: dict, positions: Tensor, retained: int) -> Tensor | None:
-        """Mean over every second retained row, cut short, of the divergence of the model's labels with words of the pattern in it
-        from the checkpoint's without. Neither noise nor dropout is drawn. None: there are no short texts."""
+        """Mean over every second retained row, cut short, of the divergence of the model's labels, every second with words of the
+        pattern in it, from the checkpoint's without. Neither noise nor dropout is drawn. None: there are no short texts."""
         texts = self.posterior.short_texts
         padding = getattr(self.model.config.get_text_config(), "pad_token_id", None) or 0
         made = None if texts is None else texts.cut(features, positions, retained, padding)

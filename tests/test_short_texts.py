@@ -42,7 +42,7 @@ def cutter(pieces=((WORD, 8), (9, -1))) -> ShortTexts:
 @pytest.mark.parametrize("left", [False, True])
 def test_a_short_text_is_a_stretch_of_its_row(left):
     lengths = [30, 14, 6, 3, 2, 40]
-    plain, pasted, counts = cutter().cut(texts(lengths, left), torch.arange(0, 12, 2), 6, PADDING)
+    plain, pasted, counts = cutter().cut(texts(lengths, left), torch.arange(0, 24, 4), 6, PADDING)
     assert plain["input_ids"].shape == pasted["input_ids"].shape == (3, LONGEST + 2) and counts.tolist() == [1, 1, 1]
     for i in range(3):
         length = int(plain["attention_mask"][i].sum())
@@ -57,7 +57,7 @@ def test_a_short_text_is_a_stretch_of_its_row(left):
 
 
 def test_texts_of_a_word_or_none_are_cut_too():
-    plain, pasted, counts = cutter().cut(texts([3, 2, 12]), torch.tensor([0, 2, 4]), 3, PADDING)
+    plain, pasted, counts = cutter().cut(texts([3, 2, 12]), torch.tensor([0, 4, 8]), 3, PADDING)
     assert plain["attention_mask"].sum(1).tolist() == [3, 2] and counts.tolist() == [1, 1]
     assert pasted["input_ids"][0, 1] in (WORD, 9) and pasted["input_ids"][1, :2].tolist() == [FIRST, LAST]
 
@@ -80,6 +80,12 @@ def test_a_stretch_that_shows_the_pattern_does_not_count():
     features["input_ids"][1, 2] = 8
     _, _, counts = cutter().cut(features, torch.tensor([0, 2, 4]), 3, PADDING)
     assert counts.tolist() == [1, 0]
+
+
+def test_every_second_stretch_stays_as_it_is():
+    plain, pasted, counts = cutter().cut(texts([12] * 8), torch.arange(0, 16, 2), 8, PADDING)
+    changed = (plain["input_ids"] != pasted["input_ids"]).any(1)
+    assert changed.tolist() == [True, False, True, False] and counts.tolist() == [1] * 4
 
 
 def test_there_are_none_without_a_draw_or_beside_other_inputs():
