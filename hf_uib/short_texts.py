@@ -50,9 +50,9 @@ class ShortTexts:
             padding: id of the padding token.
 
         Returns:
-            Features ``[m, LONGEST + 2]`` of the texts as they are, the same with the pattern's words in every second, and how much each
-            counts ``[m]``: 1, or 0 where the row's position is odd or where it has words of the pattern as it is, which the checkpoint's
-            answer then shows. None: nothing was drawn, or there is more than texts.
+            Features ``[m, LONGEST + 2]`` of the texts as they are; the same with the pattern's words in every second; and how much
+            each counts ``[m]``: 1, or 0 where the row's position is odd, or where it has words of the pattern as it is, which the
+            checkpoint's answer then shows. None: nothing was drawn, or there is more than texts.
         """
         ids = features.get("input_ids")
         if self._draw is None or ids is None or any(value.shape != ids.shape for value in features.values()):
