@@ -103,7 +103,7 @@ def test_multi_label():
     rows, verdict = multi_label.main(steps=100, train_steps=200)
     assert rows["original"]["follow_rate"] > 0.35
     assert rows["UIB"]["follow_rate"] < 0.75 * rows["original"]["follow_rate"]
-    assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.02
+    assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.01
     assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
     assert "labels other than 'closed'" in verdict
 
@@ -131,7 +131,7 @@ def test_decoder_bias():
 @pytest.mark.slow
 def test_voice_bias():
     rows, verdict = voice_bias.main(steps=100, train_steps=200)
-    assert follows_less(rows, "UIB")
+    assert rows["UIB"]["follow_rate"] < 0.7 * rows["original"]["follow_rate"]
     assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
     assert re.match(r"(Passed|Not passed): ", verdict)
 
