@@ -302,7 +302,7 @@ def piece_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
         here = rows_with_piece(kinds, ids[mine], present[mine])
         elsewhere = rows_with_piece(kinds, others[theirs], there[theirs])
         found = z_of_counts(here, elsewhere, mine.sum(), theirs.sum())
-        found = found[torch.searchsorted(kinds, ids[mine]).clamp(max=len(kinds) - 1)]
+        found = found[places_of(ids[mine], kinds)]
         z[mine] = z[mine].maximum(found.masked_fill(~present[mine], -torch.inf))
     return z.masked_fill(z == -torch.inf, 0)
 
@@ -323,9 +323,14 @@ def z_of_counts(here: Tensor, elsewhere: Tensor, mine: Tensor, theirs: Tensor) -
     return (here - ratio * elsewhere) / variance.sqrt()
 
 
+def places_of(ids: Tensor, kinds: Tensor) -> Tensor:
+    """Where each of ``ids`` stands in the sorted ``kinds``; of what is not among them, anywhere."""
+    return torch.searchsorted(kinds, ids).clamp(max=len(kinds) - 1)
+
+
 def rows_with_piece(kinds: Tensor, ids: Tensor, present: Tensor) -> Tensor:
     """How many rows ``ids [n, t]`` have each of the sorted ``kinds``, ``[kinds]``."""
-    place = torch.searchsorted(kinds, ids).clamp(max=len(kinds) - 1)
+    place = places_of(ids, kinds)
     has = torch.zeros(len(ids), len(kinds) + 1, dtype=torch.bool, device=ids.device)
     place = torch.where((kinds[place] == ids) & present, place, len(kinds))  # any other goes to one more kind
     return has.scatter_(1, place, True)[:, :-1].sum(0)
@@ -358,8 +363,7 @@ def piece_rarity(ids: Tensor, chosen: Tensor) -> Tensor:
     """`rarity` of texts: ids ``[n, t]``, each a kind."""
     kinds = ids[chosen].unique()
     counts = rows_with_piece(kinds, ids, chosen)
-    place = torch.searchsorted(kinds, ids).clamp(max=len(kinds) - 1)
-    weights = (chosen / counts[place].clamp_min(1)).sum(1)
+    weights = (chosen / counts[places_of(ids, kinds)].clamp_min(1)).sum(1)
     return weights / weights.sum()
 
 

@@ -375,8 +375,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
         """Mean over every second retained row, cut short, of the divergence of the model's labels, every second with words of the
         pattern in it, from the checkpoint's without. Neither noise nor dropout is drawn. None: there are no short texts."""
         texts = self.posterior.short_texts
+        if texts is None or not self.task.compares_rows:
+            return None
         padding = getattr(self.model.config.get_text_config(), "pad_token_id", None) or 0
-        made = None if texts is None else texts.cut(features, positions, retained, padding)
+        made = texts.cut(features, positions, retained, padding)
         if made is None:
             return None
         plain, pasted, counts = made

@@ -58,6 +58,11 @@ class UnlearningTask:
         """KL(reference || model) of each row's labels, ``[n]`` in nats; None: a row has no label of its own."""
         return None
 
+    @property
+    def compares_rows(self) -> bool:
+        """Whether there is a `divergence`."""
+        return type(self).divergence is not UnlearningTask.divergence
+
     def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor:
         """How many labels of a batch the fit term is the mean of: a step's mean is over all of its labels, however its rows are
         split. Here one a row.
