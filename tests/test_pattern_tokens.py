@@ -1,6 +1,7 @@
 """The tokens that carry the pattern: whether they are found, and that they alone are swapped, in training forwards."""
 
 import copy
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -363,3 +364,7 @@ def test_a_word_of_few_rows_is_found_in_all_of_them(text_run):
     """A text's word pieces are counted on more rows than the contrast is measured on."""
     seen = text_run.measurements
     assert len(seen._rows_to_compare(text_run.args.contrast_samples)[0]) == 96 >= len(seen._compared_rows[0])
+    short = replace(seen, samples=32, statistics={})
+    tokens = PatternTokens(text_run.adapted_model)
+    short.contrast(text_run.model, text_run.layers, tokens)
+    assert len(short._compared_rows[0]) == 32 and len(tokens.donors) > 80
