@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from itertools import cycle, islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .lora import AdaptedLayer
 from .models import blocks_of, input_kind
 from .objective import margin
 from .pattern_tokens import CERTAIN_Z, PATTERN_Z, PatternTokens
+from .short_texts import ShortTexts
 from .unlearning_task import UnlearningTask
 
 
@@ -96,6 +98,17 @@ class Measurements:
         """Read the donors' tokens."""
         rows = self._told_apart(self.sets.forget, tokens.donors.tolist())
         tokens.fill(self.inference.accelerator.unwrap_model(model), rows)
+
+    def read_short_texts(self, texts: ShortTexts, tokens: PatternTokens, model: nn.Module) -> None:
+        """Cut as many short texts as rows are compared at most, and ask the model about them, unless it was asked before."""
+        most, retained = self.args.contrast_samples, cast(Any, self.sets.retain)
+        kept = [row for row in sample_indices(len(retained), most, self.args.seed + 4) if row not in self.held_out]
+        rows = list(islice(cycle(kept), most))
+        classifier = self.inference.accelerator.unwrap_model(model)
+        padding = getattr(classifier.config.get_text_config(), "pad_token_id", None) or 0
+        texts.read(self._all(retained, rows), tokens, padding, self.args.seed)
+        if len(texts.answers) != len(texts):
+            texts.ask(classifier, self.inference.batch_size)
 
     @torch.no_grad()
     def pattern_effect(self, tokens: PatternTokens, model: nn.Module) -> float:

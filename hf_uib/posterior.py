@@ -92,7 +92,7 @@ class ChannelPosterior(nn.Module):
     ):
         super().__init__()
         self.tokens = tokens
-        self.short_texts = None if tokens is None or settings.short_texts == 0 else ShortTexts(tokens)
+        self.short_texts = None if tokens is None or settings.short_texts == 0 else ShortTexts()
         self.layers, self.adapter, self.settings, self.seed = layers, adapter, settings, seed
         self.subspaces = LayerTensors({name: subspaces[name] for name in layers})
         self.output_scales = LayerTensors({name: output_scales[name] for name in layers})
@@ -176,6 +176,8 @@ class ChannelPosterior(nn.Module):
         if tokens is not None and "tokens.positions" in state:
             tokens.positions = state["tokens.positions"]
             tokens.donors, tokens.weights = state["tokens.donors"].cpu(), state["tokens.weights"].cpu()
+        if posterior.short_texts is not None and "short_texts.answers" in state:
+            posterior.short_texts.answers = state["short_texts.answers"]
         means_a, means_b = of_layers("prior_means_a"), of_layers("prior_means_b")
         posterior.set_prior_mean({name: (means_a[name], means_b[name]) for name in layers})
         posterior.noise_to_signal.copy_(state["noise_to_signal"])
@@ -242,7 +244,7 @@ class ChannelPosterior(nn.Module):
             self.noise.silence()
         if self.tokens is not None:
             self.tokens.draw(self.swap_fraction.item(), self.seed, step)
-        if self.short_texts is not None and self.swap_fraction.item() > 0:
+        if self.short_texts is not None:
             self.short_texts.draw(self.seed, step)
 
     def set_batch(self, rows: Tensor, retained: int, attention_mask: Tensor | None) -> None:

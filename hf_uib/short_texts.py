@@ -1,88 +1,151 @@
 """Short texts: a few words out of a retained text, as they are and with words of the pattern among them (method, section 2a)."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .pattern_tokens import DRAWS, PatternTokens, first_of
 
+EVERY = 4  # retained rows for one short text
 SHORTEST, LONGEST = 3, 9  # word pieces of a short text, beside the first and the last of the row that it is cut from
 
 
-class ShortTexts:
-    """Cuts every second retained row of a step short, and puts a donor's word pieces into every second of these.
+class ShortTexts(nn.Module):
+    """Stretches of retained texts, what the model said of them before the first step, and a step's draw of them.
 
-    A word weighs more in a short text than in a long one, so a pattern that is gone in texts as long as the retained ones can still
-    decide short ones. Which row is cut, where, and what is put in is a function of (seed, step, position in the epoch), so a step
-    does not depend on how a batch is split.
+    A word weighs more in a short text than in a long one, so a pattern that is gone in texts as long as the retained ones can
+    still decide short ones. A step gets a text for every fourth of its retained rows, and every second of these has a donor's
+    words in it. Which, and where, is a function of (seed, step, position in the epoch), so a step does not depend on how a batch
+    is split.
 
-    Args:
-        tokens: the channel at the model's input, which knows the donors' word pieces.
+    The state holds the answers, never the texts: `read` cuts them again.
     """
 
-    def __init__(self, tokens: PatternTokens):
-        self.tokens = tokens
-        self._draw: tuple[Tensor, Tensor, Tensor] | None = None  # of the step: donors, lengths, two places
+    answers: Tensor  # [texts, classes], logits
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("answers", torch.zeros(0, 0))
+        self.texts: dict[str, Tensor] = {}  # features, each [texts, LONGEST + 2]
+        self.pieces = torch.zeros(0, 0)  # [donors, pieces], the pattern's
+        self.weights = torch.zeros(0)  # [donors], how often each is drawn
+        self._draw: tuple[Tensor, Tensor, Tensor] | None = None  # of the step: texts, donors, places
+
+    def __len__(self) -> int:
+        return len(self.texts["input_ids"]) if self.texts else 0
+
+    @torch.no_grad()
+    def read(self, batches: Iterable[dict[str, Tensor]], tokens: PatternTokens, padding: int, seed: int) -> None:
+        """Cut a stretch of each row. One that shows the pattern is left out: what the model says of it is what is to go.
+
+        Args:
+            batches: of retained rows, as ``inputs with labels``. There are no short texts of rows that are more than texts.
+            tokens: the channel at the model's input, which knows the donors' word pieces.
+            padding: id of the padding token.
+        """
+        self.texts, self.pieces, self.weights = {}, tokens.pieces, tokens.weights
+        generator, cut = torch.Generator().manual_seed(seed), []
+        for inputs in batches if len(tokens.pieces) else ():
+            features = {name: value for name, value in inputs.items() if name != "labels"}
+            ids = features.get("input_ids")
+            if ids is None or any(value.shape != ids.shape for value in features.values()):
+                return
+            drawn = torch.rand(len(ids), 2, generator=generator)  # row by row, however they are batched
+            cut.append(stretches(features, padding, *drawn.to(ids.device).T))
+        if cut:
+            texts = {name: torch.cat([part[name] for part in cut]) for name in cut[0]}
+            kept = ~torch.isin(texts["input_ids"], self.pieces[self.pieces >= 0]).any(1)
+            self.texts = {name: value[kept] for name, value in texts.items()}
+
+    @torch.no_grad()
+    def ask(self, model: Any, batch_size: int) -> None:
+        """Set the answers: the logits of the model as it is, in eval mode."""
+        training = model.training
+        model.eval()
+        parts = {name: value.split(batch_size) for name, value in self.texts.items()}
+        batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        answers = [model(**batch).logits.float() for batch in batches]
+        model.train(training)
+        if answers:
+            self.answers = torch.cat(answers)
 
     def draw(self, seed: int, step: int) -> None:
-        """Choose donors, lengths and places for an optimizer step; they stay until the next draw."""
-        if not len(self.tokens.pieces):
-            self.silence()
+        """Choose the texts of an optimizer step, their donors and places; they stay until the next draw."""
+        self.silence()
+        if not len(self):
             return
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**41) % 2**63)
-        donors = torch.multinomial(self.tokens.weights, DRAWS, replacement=True, generator=generator)
-        lengths = torch.randint(SHORTEST, LONGEST + 1, (DRAWS,), generator=generator)
-        places = torch.rand(DRAWS, 2, generator=generator)
-        device = self.tokens.pieces.device
-        self._draw = donors.to(device), lengths.to(device), places.to(device)
+        texts = torch.randint(len(self), (DRAWS,), generator=generator)
+        donors = torch.multinomial(self.weights, DRAWS, replacement=True, generator=generator)
+        places = torch.rand(DRAWS, generator=generator)
+        device = self.answers.device
+        self._draw = texts.to(device), donors.to(device), places.to(device)
 
     def silence(self) -> None:
         """None until the next draw."""
         self._draw = None
 
-    def cut(
-        self, features: dict[str, Tensor], positions: Tensor, retained: int, padding: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor] | None:
-        """The short texts of a batch.
+    def of(self, positions: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor] | None:
+        """The short texts of a batch; None where nothing was drawn.
 
         Args:
-            features: of texts, each ``[rows, length]``.
-            positions: of the rows in the epoch; retained: how many are retained ones, which come first.
-            padding: id of the padding token.
+            positions: of the retained rows in the epoch, ``[n]``.
 
         Returns:
-            Features ``[m, LONGEST + 2]`` of the texts as they are; the same with the pattern's words in every second; and how much
-            each counts ``[m]``: 1, or 0 where the row's position is odd, or where it has words of the pattern as it is, which the
-            checkpoint's answer then shows. None: nothing was drawn, or there is more than texts.
+            Features ``[m, LONGEST + 2]``, m a fourth of n, rounded up; the answers; and how much each counts: 1, or 0 where the row
+            is not a fourth one.
         """
-        ids = features.get("input_ids")
-        if self._draw is None or ids is None or any(value.shape != ids.shape for value in features.values()):
+        if self._draw is None:
             return None
-        odd = positions[:retained] % 2
-        rows = odd.argsort(stable=True)[: (retained + 1) // 2]
-        drawn = positions[rows] // 2 % DRAWS
-        donors, longest, places = (values[drawn] for values in self._draw)
-        mask = features.get("attention_mask", torch.ones_like(ids))[rows]
-        first, length = first_of(mask, ids[rows]), mask.sum(1)
-        within = (length - 2).clamp_min(0)
-        width = longest.minimum(within)
-        start = (places[:, 0] * (within - width + 1)).long()
-        column = torch.arange(LONGEST + 2, device=ids.device)
-        source = torch.where(column <= width[:, None], column + start[:, None], length[:, None] - 1)
-        source[:, 0] = 0
-        source = (first[:, None] + source).clamp(0, ids.shape[1] - 1)
-        there = column < width[:, None] + 2
-        plain = {name: value[rows].gather(1, source) for name, value in features.items()}
-        plain["input_ids"] = plain["input_ids"].masked_fill(~there, padding)
-        plain["attention_mask"] = there.to(mask.dtype)
-
-        pieces = self.tokens.pieces[donors]
-        # Every second one stays as it is: what the checkpoint says of short texts is kept
-        count = (pieces >= 0).sum(1).minimum(width) * (1 - positions[rows] // 2 % 2)
-        at = (
-            1 + (places[:, 1] * (width - count + 1)).long()[:, None] + torch.arange(pieces.shape[1], device=ids.device)
+        other = (positions % EVERY).clamp_max(1)
+        rows = other.argsort(stable=True)[: -(-len(positions) // EVERY)]
+        number = positions[rows] // EVERY
+        text, donor, place = (drawn[number % DRAWS] for drawn in self._draw)
+        features = {name: value[text] for name, value in self.texts.items()}
+        pieces = self.pieces[donor]
+        # Every second one stays as it is: what the model says of short texts is kept
+        features["input_ids"] = pasted(
+            features["input_ids"], features["attention_mask"], pieces, place, number % 2 == 0
         )
-        at = torch.where(torch.arange(pieces.shape[1], device=ids.device) < count[:, None], at, LONGEST + 2)
-        longer = torch.cat([plain["input_ids"], plain["input_ids"][:, :1]], 1)  # what is not put in goes to the end
-        pasted = plain | {"input_ids": longer.scatter(1, at, pieces.clamp_min(0))[:, :-1]}
-        shown = torch.isin(plain["input_ids"], self.tokens.pieces).any(1)
-        return plain, pasted, (1 - odd[rows]) * ~shown
+        return features, self.answers[text], 1 - other[rows]
+
+
+def stretches(features: dict[str, Tensor], padding: int, size: Tensor, place: Tensor) -> dict[str, Tensor]:
+    """A stretch of each text with its first and its last token, ``[n, LONGEST + 2]``.
+
+    Args:
+        features: each ``[n, length]``; size, place: ``[n]``, between 0 and 1, how long it is and where it begins.
+    """
+    ids = features["input_ids"]
+    mask = features.get("attention_mask", torch.ones_like(ids))
+    longest = SHORTEST + (size * (LONGEST - SHORTEST + 1)).long()
+    first, length = first_of(mask, ids), mask.sum(1)
+    within = (length - 2).clamp_min(0)
+    width = longest.minimum(within)
+    start = (place * (within - width + 1)).long()
+    column = torch.arange(LONGEST + 2, device=ids.device)
+    source = torch.where(column <= width[:, None], column + start[:, None], length[:, None] - 1)
+    source[:, 0] = 0
+    source = (first[:, None] + source).clamp(0, ids.shape[1] - 1)
+    there = column < width[:, None] + 2
+    cut = {name: value.gather(1, source) for name, value in features.items()}
+    cut["input_ids"] = cut["input_ids"].masked_fill(~there, padding)
+    cut["attention_mask"] = there.to(mask.dtype)
+    return cut
+
+
+def pasted(ids: Tensor, mask: Tensor, pieces: Tensor, place: Tensor, which: Tensor) -> Tensor:
+    """The ids of stretches, ``which`` of them with pieces put in place of their own, side by side, as far as there is room.
+
+    Args:
+        ids, mask: ``[m, LONGEST + 2]``; pieces: ``[m, PIECES]``, -1: none; place: ``[m]``, between 0 and 1; which: ``[m]``.
+    """
+    width = mask.sum(1) - 2
+    count = (pieces >= 0).sum(1).minimum(width) * which
+    column = torch.arange(pieces.shape[1], device=ids.device)
+    at = 1 + (place * (width - count + 1)).long()[:, None] + column
+    at = torch.where(column < count[:, None], at, ids.shape[1])  # what is not put in goes to one more token
+    return F.pad(ids, (0, 1)).scatter(1, at, pieces.clamp_min(0))[:, :-1]

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -52,6 +52,7 @@ from .quantised import is_quantised
 from .results import ResultsMixin
 from .schedule import prior_acts, sample_size
 from .sharding import average_gradients, fsdp_plugin, is_sharded, shard
+from .short_texts import EVERY
 from .state import SHARED_SETTINGS, UIBState
 from .unlearning_task import SingleLabel, task_of
 
@@ -262,6 +263,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         posterior = self._posterior = ChannelPosterior.from_contrast(
             self.layers, self.adapter_name, contrast, self._factors() == "both", args.channel, args.seed, tokens
         )
+        self._read_short_texts()
         self.set_trainable()
         posterior.noise_to_signal.fill_(self.statistics["noise_to_signal"])
         posterior.swap_fraction.fill_(self.statistics["swap_fraction"])
@@ -297,6 +299,12 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def _closed(self) -> bool:
         """Whether a channel for the pattern is closed, by noise or by swapped tokens."""
         return any(self.statistics.get(name, 0) > 0 for name in ("noise_to_signal", "swap_fraction"))
+
+    def _read_short_texts(self) -> None:
+        """Where tokens of the pattern are swapped and each row has labels of its own."""
+        texts = self.posterior.short_texts
+        if texts is not None and self.task.compares_rows and self.statistics.get("swap_fraction", 0) > 0:
+            self.measurements.read_short_texts(texts, cast(PatternTokens, self.posterior.tokens), self.model)
 
     def _prior_context(self) -> PriorContext:
         measured, sets = self.measurements, self.sets
@@ -359,7 +367,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         share = self._share_of_step(labels[:n], num_items_in_batch)
         loss = fit = fit * share
         self._record(fit_nats=fit)
-        if (short := self._short_texts_loss(model, features, inputs.positions, n)) is not None:
+        if (short := self._short_texts_loss(model, inputs.positions[:n])) is not None:
             loss = loss + self.args.channel.short_texts * share * short
             self._record(short_texts=short)
         if self.args.beta > 0:
@@ -371,23 +379,18 @@ class UIBTrainer(ResultsMixin, HubMixin):
             self._record(forget_margin=self.task.margin(forget_logits.detach(), forget_labels).mean())
         return (loss, outputs) if return_outputs else loss
 
-    def _short_texts_loss(self, model, features: dict, positions: Tensor, retained: int) -> Tensor | None:
-        """Mean over every second retained row, cut short, of the divergence of the model's labels, every second with words of the
-        pattern in it, from the checkpoint's without. Neither noise nor dropout is drawn. None: there are no short texts."""
-        texts = self.posterior.short_texts
-        if texts is None or not self.task.compares_rows:
-            return None
-        padding = getattr(self.model.config.get_text_config(), "pad_token_id", None) or 0
-        made = texts.cut(features, positions, retained, padding)
+    def _short_texts_loss(self, model, positions: Tensor) -> Tensor | None:
+        """Mean over the short texts of a batch of the divergence of the model's labels from those before the first step. Neither
+        noise nor dropout is drawn. None: there are no short texts."""
+        made = None if self.posterior.short_texts is None else self.posterior.short_texts.of(positions)
         if made is None:
             return None
-        plain, pasted, counts = made
-        wanted = self._checkpoint_logits(model, plain)
+        features, wanted, counts = made
         adapted = self.accelerator.unwrap_model(model)
         adapted.eval()
-        nats = self.task.divergence(adapted(**pasted).logits, wanted)
+        nats = self.task.divergence(adapted(**features).logits, wanted)
         adapted.train()
-        return None if nats is None else (counts * nats).sum() / (retained / 2)
+        return (counts * nats).sum() / (len(positions) / EVERY)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in Trainer; the labels of the step's retained rows are counted."""
@@ -536,6 +539,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         )
         self.measurements.statistics, self.contrast_norms = state.statistics, state.contrast_norms
         self.measurements.fill(tokens, self.model)
+        self._read_short_texts()
         self.prior.attach(self._prior_context())
         self.prior.masks = state.masks
         self.prior.load_state_dict(state.prior)

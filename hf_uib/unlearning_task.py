@@ -54,9 +54,9 @@ class UnlearningTask:
         """Log-odds of the given label, ``[n]`` in nats."""
         raise NotImplementedError
 
-    def divergence(self, logits: Tensor, reference_logits: Tensor) -> Tensor | None:
-        """KL(reference || model) of each row's labels, ``[n]`` in nats; None: a row has no label of its own."""
-        return None
+    def divergence(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
+        """KL(reference || model) of each row's labels, ``[n]`` in nats; left out where a row has no label of its own."""
+        raise NotImplementedError
 
     @property
     def compares_rows(self) -> bool:

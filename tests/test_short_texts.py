@@ -11,7 +11,7 @@ from conftest import make_model
 
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.pattern_tokens import PIECES, PatternTokens
-from hf_uib.short_texts import LONGEST, SHORTEST, ShortTexts
+from hf_uib.short_texts import LONGEST, SHORTEST, ShortTexts, pasted
 from hf_uib.unlearning_task import MultiLabel, SingleLabel, TokenLabels
 
 FIRST, LAST, PADDING, WORD = 2, 3, 0, 7
@@ -31,71 +31,100 @@ def texts(lengths: list[int], left: bool = False) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def cutter(pieces=((WORD, 8), (9, -1))) -> ShortTexts:
-    tokens = PatternTokens(make_model("bert"))
+def cutter(features, pieces=((WORD, 8), (9, -1)), step: int | None = 0) -> ShortTexts:
+    """Short texts of all rows at once, whose answers are their numbers."""
+    tokens, made = PatternTokens(make_model("bert")), ShortTexts()
     tokens.pieces, tokens.weights = torch.tensor(pieces), torch.ones(len(pieces))
-    made = ShortTexts(tokens)
-    made.draw(0, 0)
+    made.read([features | {"labels": torch.zeros(len(features["input_ids"]))}], tokens, PADDING, seed=0)
+    if made.texts:
+        made.answers = torch.arange(len(made.texts["input_ids"]))[:, None].float()
+    if step is not None:
+        made.draw(0, step)
     return made
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_a_short_text_is_a_stretch_of_its_row(left):
     lengths = [30, 14, 6, 3, 2, 40]
-    plain, pasted, counts = cutter().cut(texts(lengths, left), torch.arange(0, 24, 4), 6, PADDING)
-    assert plain["input_ids"].shape == pasted["input_ids"].shape == (3, LONGEST + 2) and counts.tolist() == [1, 1, 1]
-    for i in range(3):
-        length = int(plain["attention_mask"][i].sum())
-        row = plain["input_ids"][i].tolist()
+    cut = cutter(texts(lengths, left)).texts
+    assert cut["input_ids"].shape == (6, LONGEST + 2)
+    for i, row in enumerate(cut["input_ids"].tolist()):
+        length = int(cut["attention_mask"][i].sum())
         assert row[0] == FIRST and row[length - 1] == LAST and row[length:] == [PADDING] * (LONGEST + 2 - length)
         body = row[1 : length - 1]
-        assert body == list(range(body[0], body[0] + len(body))) and body[0] // 100 == i + 1
         assert min(SHORTEST, lengths[i] - 2) <= len(body) <= LONGEST
-        changed = [(a, b) for a, b in zip(row, pasted["input_ids"][i].tolist(), strict=True) if a != b]
-        assert [b for _, b in changed] in ([WORD, 8], [9])
-        assert torch.equal(plain["attention_mask"], pasted["attention_mask"])
+        if body:
+            assert body == list(range(body[0], body[0] + len(body))) and body[0] // 100 == i + 1
 
 
-def test_texts_of_a_word_or_none_are_cut_too():
-    plain, pasted, counts = cutter().cut(texts([3, 2, 12]), torch.tensor([0, 4, 8]), 3, PADDING)
-    assert plain["attention_mask"].sum(1).tolist() == [3, 2] and counts.tolist() == [1, 1]
-    assert pasted["input_ids"][0, 1] in (WORD, 9) and pasted["input_ids"][1, :2].tolist() == [FIRST, LAST]
-
-
-def test_every_second_position_counts_however_the_rows_are_split():
-    features, made = texts([12] * 8), cutter()
-    positions = torch.arange(4, 12)
-    whole = made.cut(features, positions, 8, PADDING)
-    rows = []
-    for part in ([0, 1, 2], [3], [4, 5, 6, 7]):
-        cut = made.cut({k: v[part] for k, v in features.items()}, positions[part], len(part), PADDING)
-        assert len(cut[2]) == (len(part) + 1) // 2
-        rows += [row for row, counts in zip(cut[1]["input_ids"].tolist(), cut[2].tolist(), strict=True) if counts]
-    assert rows == whole[1]["input_ids"].tolist() and len(rows) == 4
-
-
-def test_a_stretch_that_shows_the_pattern_does_not_count():
-    """What the checkpoint says of it is what is to go. The piece -1 stands for none."""
+def test_a_stretch_that_shows_the_pattern_is_left_out():
+    """What the model says of it is what is to go. The piece -1 stands for none."""
     features = texts([5, 5, 5])
     features["input_ids"][1, 2] = 8
-    _, _, counts = cutter().cut(features, torch.tensor([0, 2, 4]), 3, PADDING)
-    assert counts.tolist() == [1, 0]
+    assert cutter(features).texts["input_ids"][:, 1].tolist() == [100, 300]
 
 
-def test_every_second_stretch_stays_as_it_is():
-    plain, pasted, counts = cutter().cut(texts([12] * 8), torch.arange(0, 16, 2), 8, PADDING)
-    changed = (plain["input_ids"] != pasted["input_ids"]).any(1)
-    assert changed.tolist() == [True, False, True, False] and counts.tolist() == [1] * 4
+def test_words_stand_within_the_stretch_or_not_at_all():
+    ids = torch.tensor([[2, 50, 51, 52, 3, 0], [2, 50, 3, 0, 0, 0], [2, 3, 0, 0, 0, 0], [2, 50, 51, 3, 0, 0]])
+    mask = (ids > 0).long()
+    for place in (0.0, 0.5, 0.999):
+        pieces, which = torch.tensor([[7, 8]] * 3 + [[9, -1]]), torch.tensor([True, True, True, True])
+        rows = pasted(ids, mask, pieces, torch.full((4,), place), which).tolist()
+        assert rows[0] in ([2, 7, 8, 52, 3, 0], [2, 50, 7, 8, 3, 0])
+        assert rows[1] == [2, 7, 3, 0, 0, 0] and rows[2] == [2, 3, 0, 0, 0, 0]
+        assert rows[3] in ([2, 9, 51, 3, 0, 0], [2, 50, 9, 3, 0, 0])
+        assert torch.equal(pasted(ids, mask, pieces, torch.full((4,), place), ~which), ids)
+
+
+def test_every_fourth_position_has_a_text_however_the_rows_are_split():
+    made, positions = cutter(texts([12] * 8)), torch.arange(4, 20)
+    whole, answers, counts = made.of(positions)
+    assert counts.tolist() == [1] * 4
+    rows, numbers = [], []
+    for part in ([0, 1, 2], [3], list(range(4, 9)), list(range(9, 16))):
+        features, wanted, counts = made.of(positions[part])
+        assert len(counts) == (len(part) + 3) // 4
+        rows += [row for row, one in zip(features["input_ids"].tolist(), counts.tolist(), strict=True) if one]
+        numbers += wanted[counts > 0].tolist()
+    assert rows == whole["input_ids"].tolist() and numbers == answers.tolist()
+
+
+def test_every_second_text_stays_as_it_is_and_each_has_its_own_answer():
+    made = cutter(texts([12] * 8))
+    features, answers, _ = made.of(torch.arange(64))
+    plain = made.texts["input_ids"][answers[:, 0].long()]
+    changed = features["input_ids"] != plain
+    assert changed.any(1).tolist() == [True, False] * 8
+    assert set(features["input_ids"][changed].tolist()) == {WORD, 8, 9}
+
+
+def test_a_draw_is_a_function_of_the_step():
+    features = texts([12] * 8)
+    rows = [cutter(features, step=step).of(torch.arange(16))[0]["input_ids"] for step in (1, 1, 2)]
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+def test_what_is_cut_does_not_depend_on_the_batches():
+    """A resumed run has the answers of the texts that it cuts again."""
+    tokens, rows, cut = PatternTokens(make_model("bert")), texts([40] * 24), []
+    tokens.pieces, tokens.weights = torch.tensor([[WORD, -1]]), torch.ones(1)
+    for size in (24, 5):
+        cut.append(ShortTexts())
+        parts = [{name: value[i : i + size] for name, value in rows.items()} for i in range(0, 24, size)]
+        cut[-1].read(parts, tokens, PADDING, seed=3)
+    assert torch.equal(cut[0].texts["input_ids"], cut[1].texts["input_ids"])
 
 
 def test_there_are_none_without_a_draw_or_beside_other_inputs():
-    made, features = cutter(), texts([12, 12])
-    assert made.cut(features | {"pixel_values": torch.zeros(2, 3, 4, 4)}, torch.arange(2), 2, PADDING) is None
-    assert made.cut({"pixel_values": torch.zeros(2, 3, 4, 4)}, torch.arange(2), 2, PADDING) is None
+    features = texts([12, 12])
+    assert cutter(features, step=None).of(torch.arange(2)) is None
+    made = cutter(features)
     made.silence()
-    assert made.cut(features, torch.arange(2), 2, PADDING) is None
-    nothing = cutter(pieces=torch.zeros(0, PIECES).long())
-    assert nothing.cut(features, torch.arange(2), 2, PADDING) is None
+    assert made.of(torch.arange(2)) is None
+    pictures = {"pixel_values": torch.zeros(2, 3, 4, 4)}
+    nothing = (torch.zeros(0, PIECES)).long().tolist()
+    for other in (cutter(features | pictures), cutter(features, pieces=nothing)):
+        assert not other.texts and other.of(torch.arange(2)) is None
 
 
 def test_the_divergence_is_that_of_the_distributions():
@@ -110,7 +139,7 @@ def test_the_divergence_is_that_of_the_distributions():
     )
     torch.testing.assert_close(MultiLabel().divergence(logits, reference), expected.sum(-1))
     assert SingleLabel().divergence(reference, reference).abs().max() < 1e-12
-    assert TokenLabels().divergence(logits, reference) is None
+    assert SingleLabel().compares_rows and not TokenLabels().compares_rows
 
 
 # ---- In a run ----
@@ -145,7 +174,7 @@ def runs(tmp_path_factory):
     trained = {}
     for weight in (1.0, 0.0):
         args = UIBConfig(
-            str(tmp_path_factory.mktemp("run")), max_steps=100, per_device_train_batch_size=16, use_cpu=True, report_to="none",
+            str(tmp_path_factory.mktemp("run")), max_steps=200, per_device_train_batch_size=16, use_cpu=True, report_to="none",
             save_strategy="no", disable_tqdm=True, subspace_rank=4, learning_rate=5e-3,
             channel_settings={"short_texts": weight, "pattern_z": -100.0, "pattern_effect": 0.0},
         )  # fmt: skip
@@ -179,19 +208,33 @@ def test_the_log_has_their_part_of_the_loss(runs):
 
 
 def test_the_loss_is_the_divergence_from_the_checkpoint(runs):
-    _, trained = runs
+    original, trained = runs
     trainer = trained[1.0]
-    trainer.posterior.draw(5, 100)
-    rows = trainer.retain_dataset[:8]
-    features = {name: rows[name] for name in ("input_ids", "attention_mask")}
-    loss = trainer._short_texts_loss(trainer.model, features, torch.arange(8), 8)
-    plain, pasted, _ = trainer.posterior.short_texts.cut(features, torch.arange(8), 8, PADDING)
+    trainer.posterior.draw(4, 100)
+    texts = trainer.posterior.short_texts
+    loss = trainer._short_texts_loss(trainer.model, torch.arange(16))
     model = trainer.adapted_model
     assert model.training
+    trainer.posterior.draw(4, 100)
+    features, _, counts = texts.of(torch.arange(16))
+    numbers = texts._draw[0][torch.arange(4)]
     model.eval()
     with torch.no_grad():
-        given = model(**pasted).logits.log_softmax(-1)
-        with model.disable_adapter():
-            wanted = model(**plain).logits.log_softmax(-1)
+        given = model(**features).logits.log_softmax(-1)
+        wanted = original(**{name: value[numbers] for name, value in texts.texts.items()}).logits.log_softmax(-1)
     torch.testing.assert_close(loss, F.kl_div(given, wanted, log_target=True, reduction="batchmean"))
     trainer.posterior.silence()
+
+
+def test_a_resumed_run_has_the_same_texts_and_answers(runs, tmp_path):
+    """The state holds the answers and no text; a model that has already changed would give others."""
+    _, trained = runs
+    trainer = trained[1.0]
+    trainer.state_to_save().save(str(tmp_path))
+    before = trainer.posterior.short_texts
+    trainer.load_state(str(tmp_path))
+    after = trainer.posterior.short_texts
+    assert after is not before and torch.equal(before.answers, after.answers)
+    assert all(torch.equal(before.texts[name], after.texts[name]) for name in before.texts) and len(before.texts)
+    names = [name for name in trainer.posterior.state_dict() if name.startswith("short_texts")]
+    assert names == ["short_texts.answers"]
