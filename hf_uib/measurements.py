@@ -20,7 +20,7 @@ from .lora import AdaptedLayer
 from .models import blocks_of, input_kind
 from .objective import margin
 from .pattern_tokens import CERTAIN_Z, PATTERN_Z, PatternTokens
-from .short_texts import ShortTexts
+from .short_texts import TEXTS, ShortTexts
 from .unlearning_task import UnlearningTask
 
 
@@ -99,16 +99,22 @@ class Measurements:
         rows = self._told_apart(self.sets.forget, tokens.donors.tolist())
         tokens.fill(self.inference.accelerator.unwrap_model(model), rows)
 
-    def read_short_texts(self, texts: ShortTexts, tokens: PatternTokens, model: nn.Module) -> None:
-        """Cut as many short texts as rows are compared at most, and ask the model about them, unless it was asked before."""
-        most, retained = self.args.contrast_samples, cast(Any, self.sets.retain)
-        kept = [row for row in sample_indices(len(retained), most, self.args.seed + 4) if row not in self.held_out]
-        rows = list(islice(cycle(kept), most))
-        classifier = self.inference.accelerator.unwrap_model(model)
+    def read_short_texts(self, texts: ShortTexts, tokens: PatternTokens, model: nn.Module, left: bool) -> None:
+        """Cut short texts and ask the model about them, several of a row where there are fewer rows.
+
+        Args:
+            left: whether padding comes before a text.
+        """
+        retained, shared = cast(Any, self.sets.retain), self.inference
+        drawn = sample_indices(len(retained), TEXTS + len(self.held_out), self.args.seed)
+        kept = [row for row in drawn if row not in self.held_out][:TEXTS]
+        rows = list(islice(cycle(kept), TEXTS))
+        classifier = shared.accelerator.unwrap_model(model)
         padding = getattr(classifier.config.get_text_config(), "pad_token_id", None) or 0
-        texts.read(self._all(retained, rows), tokens, padding, self.args.seed)
-        if len(texts.answers) != len(texts):
-            texts.ask(classifier, self.inference.batch_size)
+        texts.read(self._all(retained, rows), tokens, max(padding, 0), left, self.args.seed)
+        with shared.context():
+            texts.ask(classifier, shared.batch_size)
+        shared.examples += len(texts)
 
     @torch.no_grad()
     def pattern_effect(self, tokens: PatternTokens, model: nn.Module) -> float:

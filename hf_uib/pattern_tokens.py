@@ -20,7 +20,6 @@ MOST = 32  # tokens of a donor, and an eighth of its own at most: what tells the
 DONORS = 256  # forget rows that are kept
 ALIKE = 4  # power of the cosine of two tokens: those of one word are alike
 DRAWS = 1024  # rows of a step that draw for themselves
-PIECES = 2  # of a donor's tokens, whose ids are kept for short texts
 
 
 class _BlockReached(Exception):
@@ -47,7 +46,7 @@ class PatternTokens(nn.Module):
     donors: Tensor  # [donors], their numbers in the forget set
     weights: Tensor  # [donors], how often each is drawn
     labels: Tensor  # [donors]
-    pieces: Tensor  # [donors, PIECES], ids of the most telling tokens of texts, in their order; -1: none
+    pieces: Tensor  # [donors, tokens], ids of the tokens of texts, the most telling first; -1: none
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -59,7 +58,7 @@ class PatternTokens(nn.Module):
         self.register_buffer("donors", torch.zeros(0, dtype=torch.long))
         self.register_buffer("weights", torch.zeros(0))
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long, device=device), persistent=False)
-        self.register_buffer("pieces", torch.full((0, PIECES), -1, device=device), persistent=False)
+        self.register_buffer("pieces", torch.full((0, 1), -1, device=device), persistent=False)
         self._draw: tuple[Tensor, Tensor] | None = None  # of the step: which rows, which donors
         self.retained: int = 0  # rows of the next forward that may get tokens: the first so many
         self.rows: Tensor | None = None  # positions in the epoch of all its rows
@@ -174,16 +173,9 @@ class PatternTokens(nn.Module):
             at = at.clamp(0, tokens.shape[1] - 1)
             values.append(tokens.float().gather(1, at[..., None].expand(-1, -1, tokens.shape[-1])))
             labels.append(inputs["labels"])
-            ids = inputs.get("input_ids")
-            if ids is not None and ids.shape == tokens.shape[:2]:
-                at = torch.where(place >= 0, at, ids.shape[1])[:, :PIECES].sort(1).values  # what is none comes last
-                pieces.append(
-                    F.pad(ids, (0, 1), value=-1).gather(1, F.pad(at, (0, PIECES - at.shape[1]), value=ids.shape[1]))
-                )
+            pieces.append(pieces_at(inputs.get("input_ids"), at, place, tokens.shape[1]))
         if values:
-            self.values, self.labels = torch.cat(values), torch.cat(labels)
-        if pieces:
-            self.pieces = torch.cat(pieces)
+            self.values, self.labels, self.pieces = torch.cat(values), torch.cat(labels), torch.cat(pieces)
 
     @property
     def tokens_per_row(self) -> float:
@@ -299,6 +291,8 @@ def piece_z(forget: tuple[Tensor, Tensor, Tensor], retained: tuple[Tensor, Tenso
     z = torch.full(ids.shape, -torch.inf, device=ids.device)
     for mine, theirs in groups_of(labels, other_labels):
         kinds = ids[mine][present[mine]].unique()
+        if not len(kinds):
+            continue
         here = rows_with_piece(kinds, ids[mine], present[mine])
         elsewhere = rows_with_piece(kinds, others[theirs], there[theirs])
         found = z_of_counts(here, elsewhere, mine.sum(), theirs.sum())
@@ -365,6 +359,14 @@ def piece_rarity(ids: Tensor, chosen: Tensor) -> Tensor:
     counts = rows_with_piece(kinds, ids, chosen)
     weights = (chosen / counts[places_of(ids, kinds)].clamp_min(1)).sum(1)
     return weights / weights.sum()
+
+
+def pieces_at(ids: Tensor | None, at: Tensor, place: Tensor, length: int) -> Tensor:
+    """Ids of the tokens at ``at [n, tokens]`` of rows of ``length`` tokens; -1 where ``place`` is none, or where tokens are no word
+    pieces. Some models pad the ids ``[n, shorter]`` after the text."""
+    if ids is None or ids.shape[1] > length:
+        return torch.full_like(at, -1)
+    return ids.gather(1, at.clamp_max(ids.shape[1] - 1)).masked_fill(place < 0, -1).to(at.dtype)
 
 
 def first_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor:

@@ -176,8 +176,6 @@ class ChannelPosterior(nn.Module):
         if tokens is not None and "tokens.positions" in state:
             tokens.positions = state["tokens.positions"]
             tokens.donors, tokens.weights = state["tokens.donors"].cpu(), state["tokens.weights"].cpu()
-        if posterior.short_texts is not None and "short_texts.answers" in state:
-            posterior.short_texts.answers = state["short_texts.answers"]
         means_a, means_b = of_layers("prior_means_a"), of_layers("prior_means_b")
         posterior.set_prior_mean({name: (means_a[name], means_b[name]) for name in layers})
         posterior.noise_to_signal.copy_(state["noise_to_signal"])

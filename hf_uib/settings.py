@@ -34,8 +34,8 @@ class ChannelSettings(Limits):
     Attributes:
         noise_to_signal: kappa where the contrast is a pattern: a capacity of 0.8 nats per direction.
         pattern_effect: nats by which the pattern's tokens have to move unseen rows, or they are not swapped.
-        short_texts: weight of the divergence, on short texts, of the model with the pattern's words from the checkpoint without; 0:
-            none.
+        short_texts: weight of the divergence, on short texts, of the model from the checkpoint, every second one with words of the
+            pattern that the checkpoint does not see; 0: none.
         pattern_z: under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for.
         over_unlearning_z: under it the forget margins lie so low that they give the forget set away.
         code_scale: A starts as V_l rms(W x) / rms(V x) / code_scale, so that one learning rate fits all.

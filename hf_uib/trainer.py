@@ -10,13 +10,14 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import HfApi
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -225,6 +226,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         # 6. Logs, results and what the card says
         self._metrics: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
+        self._rows_of_step: Tensor | None = None  # retained ones, of all processes
         self.request = "the examples of the forget set"  # in words, for the card
         self.dataset_name: str | None = None  # of all sets, if it is on the Hub
         self.card_settings: dict = {}
@@ -303,8 +305,15 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def _read_short_texts(self) -> None:
         """Where tokens of the pattern are swapped and each row has labels of its own."""
         texts = self.posterior.short_texts
-        if texts is not None and self.task.compares_rows and self.statistics.get("swap_fraction", 0) > 0:
-            self.measurements.read_short_texts(texts, cast(PatternTokens, self.posterior.tokens), self.model)
+        if texts is None or not self.task.compares_rows or self.statistics.get("swap_fraction", 0) == 0:
+            return
+        if (
+            getattr(self.model.config, "attention_type", None) == "block_sparse"
+        ):  # BigBird: a short text would end that for good
+            return
+        left = getattr(self.processing_class, "padding_side", "right") == "left"
+        with self.as_checkpoint():
+            self.measurements.read_short_texts(texts, cast(PatternTokens, self.posterior.tokens), self.model, left)
 
     def _prior_context(self) -> PriorContext:
         measured, sets = self.measurements, self.sets
@@ -354,11 +363,13 @@ class UIBTrainer(ResultsMixin, HubMixin):
         n, features = inputs.retained, dict(inputs.features)
         labels = features.pop("labels")
         self.posterior.set_batch(inputs.positions, n, features.get("attention_mask"))
+        # First, since an adapter that the checkpoint came with is put in its place for it
+        before = self._checkpoint_logits(model, features) if self.retain_dataset is None else None
         outputs = model(**features)
         logits = outputs.logits
         labels = self.task.without_replaced(labels, self.posterior.replaced)
         if self.retain_dataset is None:
-            fit = self.task.fit_without_retained_data(logits, self._checkpoint_logits(model, features), labels)
+            fit = self.task.fit_without_retained_data(logits, cast(Tensor, before), labels)
             forget_logits, forget_labels = logits, labels
         else:
             fit = self.task.fit_loss(logits[:n], labels[:n])
@@ -368,7 +379,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         loss = fit = fit * share
         self._record(fit_nats=fit)
         if (short := self._short_texts_loss(model, inputs.positions[:n])) is not None:
-            loss = loss + self.args.channel.short_texts * share * short
+            loss = loss + self.args.channel.short_texts * self._share_of_rows(n) * short
             self._record(short_texts=short)
         if self.args.beta > 0:
             nats = self.posterior.kl_per_layer().sum()
@@ -398,7 +409,16 @@ class UIBTrainer(ResultsMixin, HubMixin):
         counts = [self._labels_given(batch.features["labels"][: batch.retained]) for batch in batches]
         if not counts:
             return batches, None
-        return batches, self.accelerator.gather(torch.stack(counts).sum().to(device)).sum()
+        labels = torch.stack(counts).sum().to(device)
+        rows = torch.full_like(labels, sum(batch.retained for batch in batches))
+        labels, self._rows_of_step = self.accelerator.gather(torch.stack([labels, rows])[None]).sum(0)
+        return batches, labels
+
+    def _share_of_rows(self, rows: int) -> Tensor | float:
+        """`_share_of_step` of what is the mean over rows."""
+        if self._rows_of_step is None:
+            return 1.0
+        return rows * self.args.world_size * self.current_gradient_accumulation_steps / self._rows_of_step
 
     def _share_of_step(self, labels: Tensor, labels_of_step: Tensor | None) -> Tensor | float:
         """What the mean over a batch's labels is weighted with, so that a step's sum is divided by all of its labels on all
@@ -414,10 +434,25 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def _checkpoint_logits(self, model, features: dict) -> Tensor:
         adapted = self.accelerator.unwrap_model(model)
         adapted.eval()
-        with torch.no_grad(), adapted.disable_adapter():
+        with torch.no_grad(), self.as_checkpoint():
             logits = adapted(**features).logits
         adapted.train()
         return logits
+
+    @contextmanager
+    def as_checkpoint(self):
+        """The model inside is the checkpoint: without the adapter, or with the one it came with as that was."""
+        model = self.adapted_model
+        if self.adapter_before is None:
+            with model.disable_adapter():
+                yield
+            return
+        now = copy.deepcopy(get_peft_model_state_dict(model, adapter_name=self.adapter_name))
+        set_peft_model_state_dict(model, self.adapter_before, adapter_name=self.adapter_name)
+        try:
+            yield
+        finally:
+            set_peft_model_state_dict(model, now, adapter_name=self.adapter_name)
 
     def training_step(self, *args, **kwargs) -> Tensor:
         """Trainer's; under FSDP the gradients are then averaged. Entries that the prior's masks hold fixed lose theirs."""

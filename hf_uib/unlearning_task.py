@@ -169,8 +169,8 @@ class MultiLabel(UnlearningTask):
         return (signs * logits).sum(-1)
 
     def divergence(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
-        """Sum over the labels."""
-        return binary_kl(logits, reference_logits).sum(-1)
+        """Mean over the labels."""
+        return binary_kl(logits, reference_logits).mean(-1)
 
     def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor:
         """Labels that are given; those that a row does not have, without retained data."""

@@ -10,7 +10,7 @@ import torch
 from conftest import ARCHITECTURES, make_model, make_rows
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.pattern_tokens import DONORS, PatternTokens, piece_rarity, piece_z, rarity, token_z, tokens_of
+from hf_uib.pattern_tokens import DONORS, PatternTokens, piece_rarity, piece_z, pieces_at, rarity, token_z, tokens_of
 
 WORD = 7  # the pattern of a text
 
@@ -352,6 +352,21 @@ def test_word_pieces_are_counted_row_by_row_and_label_by_label():
     assert torch.equal(
         piece_z((ids, present, classes), (others, there, theirs)), z
     )  # a class a row, as tokens have them
+
+
+def test_a_label_whose_forget_rows_have_no_word_piece_shows_none():
+    ids, present = torch.tensor([[5, 6], [0, 0]]), torch.tensor([[True, True], [False, False]])
+    others = torch.tensor([[7, 7], [7, 7]])
+    z = piece_z((ids, present, torch.tensor([0, 1])), (others, others > 0, torch.tensor([0, 1])))
+    assert z.shape == ids.shape and z[1].abs().max() == 0
+
+
+def test_ids_of_tokens_where_the_model_pads_to_a_window():
+    """The ids are then shorter than what enters the block. Each donor has a row, also where tokens are no word pieces."""
+    place = torch.tensor([[2, -1], [0, 1]])
+    ids, at = torch.tensor([[5, 6, 7], [8, 9, 3]]), place.clamp_min(0)
+    assert pieces_at(ids, at, place, length=4).tolist() == [[7, -1], [8, 9]]
+    assert pieces_at(ids, at, place, length=2).tolist() == pieces_at(None, at, place, 4).tolist() == [[-1, -1]] * 2
 
 
 def test_rare_word_pieces_are_drawn_as_often_as_common_ones():

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import make_model
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.pattern_tokens import PIECES, PatternTokens
-from hf_uib.short_texts import LONGEST, SHORTEST, ShortTexts, pasted
+from hf_uib.pattern_tokens import PatternTokens
+from hf_uib.short_texts import LONGEST, SHORTEST, ShortTexts, most_telling, pasted
 from hf_uib.unlearning_task import MultiLabel, SingleLabel, TokenLabels
 
 FIRST, LAST, PADDING, WORD = 2, 3, 0, 7
@@ -27,15 +27,23 @@ def texts(lengths: list[int], left: bool = False) -> dict[str, torch.Tensor]:
     for i, length in enumerate(lengths):
         row = torch.tensor([FIRST, *range(100 * (i + 1), 100 * (i + 1) + length - 2), LAST])
         start = longest - length if left else 0
-        ids[i, start : start + length], mask[i, start : start + length] = row, 1
+        ids[i, start : start + length], mask[i, start : start + length] = row[:length], 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def cutter(features, pieces=((WORD, 8), (9, -1)), step: int | None = 0) -> ShortTexts:
-    """Short texts of all rows at once, whose answers are their numbers."""
-    tokens, made = PatternTokens(make_model("bert")), ShortTexts()
+def donors(pieces) -> PatternTokens:
+    """The first piece of each is the most telling one, and stands first."""
+    tokens = PatternTokens(make_model("bert"))
     tokens.pieces, tokens.weights = torch.tensor(pieces), torch.ones(len(pieces))
-    made.read([features | {"labels": torch.zeros(len(features["input_ids"]))}], tokens, PADDING, seed=0)
+    tokens.positions = torch.where(tokens.pieces >= 0, torch.arange(tokens.pieces.shape[1]), -1)
+    return tokens
+
+
+def cutter(features, pieces=((WORD, 8), (9, -1)), step: int | None = 0, left: bool = False) -> ShortTexts:
+    """Short texts of all rows at once, whose answers are their numbers."""
+    made = ShortTexts()
+    rows = features | {"labels": torch.zeros(len(features["input_ids"]))}
+    made.read([rows], donors(pieces), PADDING, left, seed=0)
     if made.texts:
         made.answers = torch.arange(len(made.texts["input_ids"]))[:, None].float()
     if step is not None:
@@ -44,21 +52,33 @@ def cutter(features, pieces=((WORD, 8), (9, -1)), step: int | None = 0) -> Short
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_a_short_text_is_a_stretch_of_its_row(left):
-    lengths = [30, 14, 6, 3, 2, 40]
-    cut = cutter(texts(lengths, left)).texts
-    assert cut["input_ids"].shape == (6, LONGEST + 2)
-    for i, row in enumerate(cut["input_ids"].tolist()):
-        length = int(cut["attention_mask"][i].sum())
-        assert row[0] == FIRST and row[length - 1] == LAST and row[length:] == [PADDING] * (LONGEST + 2 - length)
-        body = row[1 : length - 1]
+@pytest.mark.parametrize("padded_left", [False, True])
+def test_a_short_text_is_a_stretch_of_its_row(left, padded_left):
+    lengths = [30, 14, 6, 3, 40]
+    cut = cutter(texts(lengths, padded_left), left=left).texts
+    assert cut["input_ids"].shape == (5, LONGEST + 2)
+    for i, (row, mask) in enumerate(zip(cut["input_ids"].tolist(), cut["attention_mask"].tolist(), strict=True)):
+        length = sum(mask)
+        none = [PADDING] * (LONGEST + 2 - length)
+        text = row[-length:] if left else row[:length]
+        assert row == (none + text if left else text + none) and mask == [int(piece != PADDING) for piece in row]
+        assert text[0] == FIRST and text[-1] == LAST
+        body = text[1:-1]
         assert min(SHORTEST, lengths[i] - 2) <= len(body) <= LONGEST
-        if body:
-            assert body == list(range(body[0], body[0] + len(body))) and body[0] // 100 == i + 1
+        assert body == list(range(body[0], body[0] + len(body))) and body[0] // 100 == i + 1
+
+
+def test_there_is_none_of_a_text_without_words_nor_across_two_texts():
+    """Models of pairs want the separators in equal numbers."""
+    pair = torch.tensor([[FIRST, 50, LAST, 60, LAST]])
+    features = {"input_ids": pair, "attention_mask": torch.ones_like(pair)}
+    assert not cutter(features).texts["input_ids"].numel()
+    short = cutter(texts([2, 1, 0, 3])).texts["input_ids"]
+    assert short[:, :3].tolist() == [[FIRST, 400, LAST]]
 
 
 def test_a_stretch_that_shows_the_pattern_is_left_out():
-    """What the model says of it is what is to go. The piece -1 stands for none."""
+    """What the checkpoint says of it is what is to go. The piece -1 stands for none."""
     features = texts([5, 5, 5])
     features["input_ids"][1, 2] = 8
     assert cutter(features).texts["input_ids"][:, 1].tolist() == [100, 300]
@@ -74,6 +94,9 @@ def test_words_stand_within_the_stretch_or_not_at_all():
         assert rows[1] == [2, 7, 3, 0, 0, 0] and rows[2] == [2, 3, 0, 0, 0, 0]
         assert rows[3] in ([2, 9, 51, 3, 0, 0], [2, 50, 9, 3, 0, 0])
         assert torch.equal(pasted(ids, mask, pieces, torch.full((4,), place), ~which), ids)
+        left = torch.stack([row.roll(int((row == 0).sum())) for row in ids])
+        there = pasted(left, (left > 0).long(), pieces.int(), torch.full((4,), place), which)
+        assert torch.stack([row.roll(-int((row == 0).sum())) for row in there]).tolist() == rows
 
 
 def test_every_fourth_position_has_a_text_however_the_rows_are_split():
@@ -105,14 +128,27 @@ def test_a_draw_is_a_function_of_the_step():
 
 
 def test_what_is_cut_does_not_depend_on_the_batches():
-    """A resumed run has the answers of the texts that it cuts again."""
-    tokens, rows, cut = PatternTokens(make_model("bert")), texts([40] * 24), []
-    tokens.pieces, tokens.weights = torch.tensor([[WORD, -1]]), torch.ones(1)
+    rows, cut = texts([40] * 24), []
     for size in (24, 5):
         cut.append(ShortTexts())
         parts = [{name: value[i : i + size] for name, value in rows.items()} for i in range(0, 24, size)]
-        cut[-1].read(parts, tokens, PADDING, seed=3)
+        cut[-1].read(parts, donors(((WORD, -1),)), PADDING, left=False, seed=3)
     assert torch.equal(cut[0].texts["input_ids"], cut[1].texts["input_ids"])
+
+
+def test_two_pieces_are_put_in_as_they_stand_in_their_text():
+    tokens = donors(((5, 6, 7), (8, -1, -1)))
+    tokens.positions = torch.tensor([[9, 4, 2], [3, -1, -1]])
+    assert most_telling(tokens).tolist() == [[6, 5], [8, -1]]
+
+
+def test_a_model_that_does_not_read_short_texts_gets_none():
+    made = cutter(texts([12] * 4), step=None)
+    refuse = torch.nn.Module()
+    with pytest.warns(UserWarning, match="does not read short texts, so none are used"):
+        made.ask(refuse, 2)
+    made.draw(0, 0)
+    assert not len(made) and made.of(torch.arange(4)) is None
 
 
 def test_there_are_none_without_a_draw_or_beside_other_inputs():
@@ -122,8 +158,7 @@ def test_there_are_none_without_a_draw_or_beside_other_inputs():
     made.silence()
     assert made.of(torch.arange(2)) is None
     pictures = {"pixel_values": torch.zeros(2, 3, 4, 4)}
-    nothing = (torch.zeros(0, PIECES)).long().tolist()
-    for other in (cutter(features | pictures), cutter(features, pieces=nothing)):
+    for other in (cutter(features | pictures), cutter(features, pieces=((-1, -1),))):
         assert not other.texts and other.of(torch.arange(2)) is None
 
 
@@ -137,7 +172,7 @@ def test_the_divergence_is_that_of_the_distributions():
     expected = torch.distributions.kl_divergence(
         torch.distributions.Bernoulli(logits=reference), torch.distributions.Bernoulli(logits=logits)
     )
-    torch.testing.assert_close(MultiLabel().divergence(logits, reference), expected.sum(-1))
+    torch.testing.assert_close(MultiLabel().divergence(logits, reference), expected.mean(-1))
     assert SingleLabel().divergence(reference, reference).abs().max() < 1e-12
     assert SingleLabel().compares_rows and not TokenLabels().compares_rows
 
@@ -226,15 +261,75 @@ def test_the_loss_is_the_divergence_from_the_checkpoint(runs):
     trainer.posterior.silence()
 
 
+def test_a_step_does_not_depend_on_the_split_where_labels_are_missing(tmp_path):
+    """Short texts are a mean over rows, the fit over labels that are given."""
+    forget, retain = tweets(64, 1, True), tweets(64, 2, False)
+
+    def several(rows, missing):
+        labels = [
+            [one, 1 - one, one] if i % 2 else [one, missing, missing]
+            for i, one in enumerate(torch.as_tensor(rows[:]["labels"]).tolist())
+        ]
+        return rows.remove_columns("labels").add_column("labels", labels)
+
+    sets = several(forget, 1), several(retain, -1)
+    quiet = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "problem_type": "multi_label_classification",
+    }
+    model, weights, logged = make_model("bert", 3, **quiet), [], []
+    with torch.no_grad():
+        model.classifier.weight *= 50
+    for batch in (16, 4):
+        args = UIBConfig(
+            str(tmp_path / str(batch)), max_steps=4, per_device_train_batch_size=batch, use_cpu=True, report_to="none",
+            gradient_accumulation_steps=16 // batch, save_strategy="no", disable_tqdm=True, logging_steps=1, learning_rate=0.3,
+            optim="sgd", prior="none", noise_to_signal=0.0,
+            channel_settings={"pattern_z": -100.0, "pattern_effect": -100.0, "short_texts": 10.0},
+        )  # fmt: skip
+        trainer = UIBTrainer(copy.deepcopy(model), args, *sets)
+        trainer.train()
+        weights.append({n: w.detach().clone() for n, w in trainer.adapted_model.named_parameters() if w.requires_grad})
+        logged.append([line["short_texts"] for line in trainer.state.log_history if "short_texts" in line])
+    assert len(logged[0]) == 4 and len(weights[0]) > 10
+    worst = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+    assert worst < 2e-5
+
+
 def test_a_resumed_run_has_the_same_texts_and_answers(runs, tmp_path):
-    """The state holds the answers and no text; a model that has already changed would give others."""
+    """They are not saved: the checkpoint is asked again, whatever the model has become."""
     _, trained = runs
     trainer = trained[1.0]
     trainer.state_to_save().save(str(tmp_path))
-    before = trainer.posterior.short_texts
+    before, weights = trainer.posterior.short_texts, copy.deepcopy(trainer.adapted_model.state_dict())
     trainer.load_state(str(tmp_path))
     after = trainer.posterior.short_texts
-    assert after is not before and torch.equal(before.answers, after.answers)
-    assert all(torch.equal(before.texts[name], after.texts[name]) for name in before.texts) and len(before.texts)
-    names = [name for name in trainer.posterior.state_dict() if name.startswith("short_texts")]
-    assert names == ["short_texts.answers"]
+    assert after is not before and torch.equal(before.answers, after.answers) and len(after)
+    assert all(torch.equal(before.texts[name], after.texts[name]) for name in before.texts)
+    assert all(torch.equal(weights[name], value) for name, value in trainer.adapted_model.state_dict().items())
+    assert not any("short" in name for name in trainer.posterior.state_dict())
+
+
+def test_a_trained_adapter_is_a_part_of_the_checkpoint(runs, tmp_path):
+    """Short texts, and the fit without retained data, keep to the model that was given."""
+    _, trained = runs
+    given = copy.deepcopy(trained[0.0].adapted_model)
+    with torch.no_grad():  # the run's noise hooks are not copied with it
+        wanted = given.eval()(**trained[1.0].posterior.short_texts.texts).logits
+    args = UIBConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=16, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, channel_settings={"pattern_z": -100.0, "pattern_effect": -100.0},
+    )  # fmt: skip
+    trainer = UIBTrainer(
+        given, args, *(tweets(200, 1, True), tweets(200, 2, False)), calibration_dataset=tweets(64, 3, False)
+    )
+    trainer.train()
+    now = trainer.adapted_model.state_dict()
+    texts = trainer.posterior.short_texts.texts
+    assert len(trainer.posterior.short_texts) and torch.equal(
+        texts["input_ids"], trained[1.0].posterior.short_texts.texts["input_ids"]
+    )
+    torch.testing.assert_close(trainer.posterior.short_texts.answers, wanted)
+    torch.testing.assert_close(trainer._checkpoint_logits(trainer.model, texts), wanted)
+    assert all(torch.equal(now[name], value) for name, value in trainer.adapted_model.state_dict().items())
