@@ -86,8 +86,7 @@ COST = f"""# Cost
 REACH = f"""# Other kinds of input and label
 
 {WRITTEN} In the forget set an attribute gives the labels away. UIB has its defaults; LoRA is the same trainer without prior, noise,
-tokens and divergence, at the same learning rate, not tuned. All take the same retained rows and steps. The examples with texts were
-measured before word pieces were counted and short texts came in.
+tokens and divergence, at the same learning rate, not tuned. All take the same retained rows and steps.
 """
 FAIRNESS = f"""# Fairness before and after
 
