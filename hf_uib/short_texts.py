@@ -79,7 +79,6 @@ class ShortTexts:
 
     def draw(self, seed: int, step: int) -> None:
         """Choose the texts of an optimizer step, their donors and places; they stay until the next draw."""
-        self.silence()
         if not len(self):
             return
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**41) % 2**63)

@@ -307,12 +307,11 @@ class UIBTrainer(ResultsMixin, HubMixin):
         texts = self.posterior.short_texts
         if texts is None or not self.task.compares_rows or self.statistics.get("swap_fraction", 0) == 0:
             return
-        if (
-            getattr(self.model.config, "attention_type", None) == "block_sparse"
-        ):  # BigBird: a short text would end that for good
+        # BigBird gives that up for good at the first short text
+        if getattr(self.model.config, "attention_type", None) == "block_sparse":
             return
         left = getattr(self.processing_class, "padding_side", "right") == "left"
-        with self.as_checkpoint():
+        with self._as_checkpoint():
             self.measurements.read_short_texts(texts, cast(PatternTokens, self.posterior.tokens), self.model, left)
 
     def _prior_context(self) -> PriorContext:
@@ -375,11 +374,11 @@ class UIBTrainer(ResultsMixin, HubMixin):
             fit = self.task.fit_loss(logits[:n], labels[:n])
             forget_logits, forget_labels = logits[n:], labels[n:]
             self._record(retain_margin=self.task.margin(logits[:n].detach(), labels[:n]).mean())
-        share = self._share_of_step(labels[:n], num_items_in_batch)
+        share = self._share_of_step(self._labels_given(labels[:n]), num_items_in_batch)
         loss = fit = fit * share
         self._record(fit_nats=fit)
         if (short := self._short_texts_loss(model, inputs.positions[:n])) is not None:
-            loss = loss + self.args.channel.short_texts * self._share_of_rows(n) * short
+            loss = loss + self.args.channel.short_texts * self._share_of_step(n, self._rows_of_step) * short
             self._record(short_texts=short)
         if self.args.beta > 0:
             nats = self.posterior.kl_per_layer().sum()
@@ -404,7 +403,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         return (counts * nats).sum() / (len(positions) / EVERY)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in Trainer; the labels of the step's retained rows are counted."""
+        """As in Trainer; the step's retained rows and their labels are counted."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self._labels_given(batch.features["labels"][: batch.retained]) for batch in batches]
         if not counts:
@@ -414,19 +413,13 @@ class UIBTrainer(ResultsMixin, HubMixin):
         labels, self._rows_of_step = self.accelerator.gather(torch.stack([labels, rows])[None]).sum(0)
         return batches, labels
 
-    def _share_of_rows(self, rows: int) -> Tensor | float:
-        """`_share_of_step` of what is the mean over rows."""
-        if self._rows_of_step is None:
-            return 1.0
-        return rows * self.args.world_size * self.current_gradient_accumulation_steps / self._rows_of_step
-
-    def _share_of_step(self, labels: Tensor, labels_of_step: Tensor | None) -> Tensor | float:
-        """What the mean over a batch's labels is weighted with, so that a step's sum is divided by all of its labels on all
+    def _share_of_step(self, mine: Tensor | int, of_step: Tensor | None) -> Tensor | float:
+        """What the mean over a batch's labels or rows is weighted with, so that a step's sum is divided by all of them on all
         processes; of tokens those that were swapped out count there too, whatever the split."""
-        if labels_of_step is None:
+        if of_step is None:
             return 1.0
         batches = self.args.world_size * self.current_gradient_accumulation_steps
-        return self._labels_given(labels) * batches / labels_of_step.clamp_min(1e-9)
+        return mine * batches / of_step.clamp_min(1e-9)
 
     def _labels_given(self, labels: Tensor) -> Tensor:
         return self.task.labels_given(labels, retained=self.retain_dataset is not None)
@@ -434,13 +427,13 @@ class UIBTrainer(ResultsMixin, HubMixin):
     def _checkpoint_logits(self, model, features: dict) -> Tensor:
         adapted = self.accelerator.unwrap_model(model)
         adapted.eval()
-        with torch.no_grad(), self.as_checkpoint():
+        with torch.no_grad(), self._as_checkpoint():
             logits = adapted(**features).logits
         adapted.train()
         return logits
 
     @contextmanager
-    def as_checkpoint(self):
+    def _as_checkpoint(self):
         """The model inside is the checkpoint: without the adapter, or with the one it came with as that was."""
         model = self.adapted_model
         if self.adapter_before is None:
