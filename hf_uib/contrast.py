@@ -1,5 +1,6 @@
 """Where the change in the distribution lives: the contrast C_l and its subspace V_l (method, section 3a)."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class LayerStatistics:
         direction: the contrast of the chunks before, of length 1: what this chunk's scores are taken along.
         inputs: ``[d_in]``, sum of the layer's inputs; outputs: sum of squares of W x; tokens: how many inputs.
         reached: how many gradients came back to the layer.
+        reads_with: the first of the layers that read this one's input (queries, keys and values read one).
     """
 
     contrast: Tensor
@@ -44,6 +46,7 @@ class LayerStatistics:
     bias: Tensor | None = field(repr=False, default=None)
     sketch: Tensor | None = None
     direction: Tensor | None = None
+    reads_with: str | None = None
 
     def take_chunk(self) -> None:
         """Add the chunk to the contrast and aim the next one's scores along the result."""
@@ -131,11 +134,11 @@ class _Recording:
         self.modules, self.statistics, self.weight, self.scores = modules, statistics, weight, scores
         self.blocks, self.again = blocks, False
         self.leaf = torch.zeros((), requires_grad=True)
+        self.last: tuple[str, Tensor | None] = "", None  # a layer, and the input that it and those after it read
 
     def __enter__(self) -> None:
         self.handles = [
-            self.modules[name].register_forward_hook(partial(self._on_forward, stats))
-            for name, stats in self.statistics.items()
+            self.modules[name].register_forward_hook(partial(self._on_forward, name)) for name in self.statistics
         ]
         self.forwards = [(block, vars(block).get("forward")) for block in self.blocks]
         for block in self.blocks:
@@ -159,20 +162,28 @@ class _Recording:
         finally:
             self.again = False
 
-    def _on_forward(self, stats: LayerStatistics, module, inputs, output) -> None:
+    def _on_forward(self, name: str, module, inputs, output) -> Tensor | None:
+        begins = torch.is_grad_enabled() and not output.requires_grad
+        if begins:  # a layer before which nothing is trained: gradients go as far as here
+            output = output.detach().requires_grad_().clone()
         # As it came: in float32 it would be a copy
         kept = _Kept.apply(self.leaf, inputs[0].detach()) if output.requires_grad else None
-        if self.again:
-            return
-        x = input_rows(module, inputs[0].detach()).float()
-        signal = output_rows(module, output.detach()).float()
-        if stats.bias is not None:
-            signal = signal - stats.bias.detach().float()
-        stats.inputs += x.sum(0)
-        stats.outputs += signal.square().sum()
-        stats.tokens += len(x)
-        if kept is not None:
-            output.register_hook(partial(self._on_gradient, stats, module, kept))
+        if not self.again:
+            stats = self.statistics[name]
+            patches = isinstance(base_of(module), nn.Conv2d)
+            if patches or inputs[0] is not self.last[1]:
+                self.last = name, None if patches else inputs[0]
+            stats.reads_with = self.last[0]
+            x = input_rows(module, inputs[0].detach()).float()
+            signal = output_rows(module, output.detach()).float()
+            if stats.bias is not None:
+                signal = signal - stats.bias.detach().float()
+            stats.inputs += x.sum(0)
+            stats.outputs += torch.linalg.vector_norm(signal).square()
+            stats.tokens += len(x)
+            if kept is not None:
+                output.register_hook(partial(self._on_gradient, stats, module, kept))
+        return output if begins else None
 
     def _on_gradient(self, stats: LayerStatistics, module, kept, gradient: Tensor) -> None:
         given = kept.grad_fn.saved_tensors[0]
@@ -182,7 +193,7 @@ class _Recording:
         g = g if stats.sketch is None else g @ stats.sketch.T
         stats.chunk += self.weight * (g.T @ x)
         if stats.direction is not None and len(given) % len(self.scores) == 0:  # else what all examples share
-            self.scores.add_(((g @ stats.direction) * x).sum(1).view(len(self.scores), -1).sum(1))
+            self.scores.add_((g * (x @ stats.direction.T)).sum(1).view(len(self.scores), -1).sum(1))
 
 
 def accumulate(
@@ -197,7 +208,7 @@ def accumulate(
 
     Args:
         model: the classifier; call in eval mode.
-        modules: the adapted layers, whose outputs must require grad.
+        modules: the adapted layers.
         statistics: from `new_statistics`; changed in place.
         batches: ``(inputs with labels, weight)``; the weight is ``+1/n`` for a forget and ``-1/n`` for a retained example.
         margin: of logits and labels, ``[n]`` in nats.
@@ -212,7 +223,7 @@ def accumulate(
         scores = torch.zeros(len(labels), device=labels.device)
         with _Recording(modules, statistics, weight, scores, blocks):
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-            torch.autograd.backward(margin(logits, labels).sum(), inputs=_leaves(model))
+            margin(logits, labels).sum().backward()  # gradients of weights are cleared by the caller
         s = scores.cpu().double()
         moments[int(weight < 0)] += torch.stack(
             [torch.tensor(float(len(s)), dtype=torch.float64), s.sum(), s.square().sum()]
@@ -220,22 +231,20 @@ def accumulate(
     return moments
 
 
-def _leaves(model: nn.Module) -> list[nn.Parameter]:
-    # The gradient hooks fire on the way to the earliest trainable weight; gradients left there are cleared by the caller.
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def subspace(stats: LayerStatistics, rank: int) -> Tensor:
+def subspace(layers: list[LayerStatistics], rank: int) -> Tensor:
     """V_l: the top right singular vectors of C_l, made orthogonal to the layer's mean input.
 
     Noise along the mean input would only be a random bias, so that direction is projected out of ``C_l`` first.
 
+    Args:
+        layers: those that read one input, as one layer: their contrasts are rows of one matrix.
+
     Returns:
         ``[rank, d_in]`` with orthonormal rows; zero rows where ``d_in`` leaves no further direction.
     """
-    rows = stats.contrast
+    rows = torch.cat([layer.contrast for layer in layers])
     device, d_in = rows.device, rows.shape[1]
-    rows, mean = in_double(rows), in_double(stats.mean_input())
+    rows, mean = in_double(rows), in_double(layers[0].mean_input())
     if mean.norm() > 0:
         mean = mean / mean.norm()
         rows = rows - torch.outer(rows @ mean, mean)
@@ -306,7 +315,7 @@ class ContrastStatistics:
     """What the statistics pass says of every adapted layer, by name.
 
     Attributes:
-        subspaces: V_l, ``[k, d_in]``, orthonormal (or zero) rows.
+        subspaces: V_l, ``[k, d_in]``, orthonormal (or zero) rows; one tensor for layers that read one input.
         output_scales: what one unit of ``V_l x`` is multiplied with to be as large as the layer's output; scalars.
         mean_inputs: ``[d_in]``.
         norms: ``|C_l|``, the length of the contrast, in nats of margin per unit of weight.
@@ -372,11 +381,15 @@ def measure_contrast(
             "The contrast of forget and retained data is not finite; check the inputs for NaN or infinite values."
         )
     generator = torch.Generator().manual_seed(seed)
-    subspaces = {}
-    for name, layer in stats.items():
-        if random:
+    subspaces: dict[str, Tensor] = {}
+    if random:
+        for layer in stats.values():
             layer.contrast = torch.randn(layer.contrast.shape, generator=generator).to(layer.contrast)
-        subspaces[name] = subspace(layer, rank)
+    readers = defaultdict(list)
+    for name, layer in stats.items():
+        readers[layer.reads_with or name].append(name)
+    for names in readers.values():
+        subspaces |= dict.fromkeys(names, subspace([stats[name] for name in names], rank))
     code_rms = _code_rms(layers, subspaces, forward_forget_rows, sum_over_processes)
     model.train(training)
     return ContrastStatistics(

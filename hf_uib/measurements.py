@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import cycle, islice
@@ -16,7 +17,7 @@ from .data.labels import IGNORED
 from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
 from .inference import SharedInference, batches_of
-from .lora import AdaptedLayer
+from .lora import AdaptedLayer, adapter_name, is_fresh
 from .models import blocks_of, input_kind
 from .objective import margin
 from .pattern_tokens import CERTAIN_Z, PATTERN_Z, PatternTokens
@@ -53,23 +54,25 @@ class Measurements:
         self, model: nn.Module, layers: dict[str, AdaptedLayer], tokens: PatternTokens | None = None
     ) -> ContrastStatistics:
         """Subspaces and scales of the adapted layers (`measure_contrast`), and under a pattern the donors of ``tokens``."""
-        found = measure_contrast(
-            model,
-            layers,
-            self._contrast_batches,
-            partial(self.inference.forward, self.sets.forget, self.probe_rows()),
-            rank=self.args.subspace_rank,
-            compared=self.compared,
-            margin=self.task.margin,
-            random=self.args.prior_subspace == "random",
-            seed=self.args.seed,
-            min_relative_scale=self.args.channel.min_relative_scale,
-            blocks=blocks_of(model).values() if self.args.gradient_checkpointing else (),
-            sum_over_processes=self.inference.sum,
-        )
+        classifier = self.inference.accelerator.unwrap_model(model)
+        fresh = is_fresh(layers, adapter_name(classifier))  # B A = 0, and need not be computed
+        with classifier.disable_adapter() if fresh else nullcontext():
+            found = measure_contrast(
+                model,
+                layers,
+                self._contrast_batches,
+                partial(self.inference.forward, self.sets.forget, self.probe_rows()),
+                rank=self.args.subspace_rank,
+                compared=self.compared,
+                margin=self.task.margin,
+                random=self.args.prior_subspace == "random",
+                seed=self.args.seed,
+                min_relative_scale=self.args.channel.min_relative_scale,
+                blocks=blocks_of(model).values() if self.args.gradient_checkpointing else (),
+                sum_over_processes=self.inference.sum,
+            )
         self.statistics["pattern_z"] = found.pattern_z
         if tokens is not None and self.compared and not self.sets.removed_classes:
-            classifier = self.inference.accelerator.unwrap_model(model)
             forget, kept = self._compared_rows
             if input_kind(classifier) == "text":  # whose word pieces are counted, which takes hardly any time
                 forget, kept = self._rows_to_compare(self.args.contrast_samples)
@@ -113,7 +116,7 @@ class Measurements:
         padding = getattr(classifier.config.get_text_config(), "pad_token_id", None) or 0
         texts.read(self._all(retained, rows), tokens, max(padding, 0), left, self.args.seed)
         with shared.context():
-            texts.ask(classifier, shared.batch_size)
+            texts.ask(classifier, 8 * shared.batch_size)  # they are short
         shared.examples += len(texts)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ Docs: docs/method.md, sections 2 and 3a.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -304,13 +304,23 @@ def code_gain(output_scale: Tensor, settings: ChannelSettings) -> Tensor:
     return output_scale / settings.code_scale
 
 
+def first_with_same(subspaces: Mapping[str, Tensor]) -> dict[str, str]:
+    """The first layer with the same subspace, by name: that of the same input."""
+    first: dict[str, str] = {}
+    for name, subspace in subspaces.items():
+        same = (other for other in dict.fromkeys(first.values()) if torch.equal(subspaces[other], subspace))
+        first[name] = next(same, name)
+    return first
+
+
 class ChannelNoise:
     """The channel noise: what a layer gets of the pattern is mixed at random, ``x -> x + kappa V' G V x``.
 
     ``G [k, k]`` has independent entries of variance 1/k, so that kappa is the noise-to-signal ratio of the channel. In weights
     it is ``(W + dW) V' kappa G V``: noise as large as what the layer makes of the pattern, and none where it ignores it.
 
-    A step has `DRAWS` draws for each layer, a function of (seed, step, layer) alone, the same on every process; the row at
+    Layers that read one input have one subspace and one draw: what is disturbed is that input, once for all of them.
+    A step has `DRAWS` draws for each, a function of (seed, step, place in the model) alone, the same on every process; the row at
     position i of an epoch takes draw ``i mod DRAWS``. Only training forwards are disturbed: in eval mode, when saving and
     when merging, the mean is used.
 
@@ -334,10 +344,17 @@ class ChannelNoise:
     ):
         self.subspaces, self.projected_weight = subspaces, projected_weight
         self.device = next(iter(subspaces.values())).device
-        self.noise: Tensor | None = None  # of this step, [layers, draws, k, k]
+        self.first = first_with_same(subspaces)
+        self.drawn = list(dict.fromkeys(self.first.values()))  # one for each subspace
+        self.noise: Tensor | None = None  # of this step, [subspaces, draws, k, k]
         self.taken: dict[int, dict[str, Tensor]] = {}  # of the rows of this forward, by how many
         self.positions: Tensor | None = None  # of the rows of the next forward, [n]; None: one after the other
         self.mixed: dict[str, Tensor] = {}
+        self.disturbed: tuple[str, Any, Any] = (
+            "",
+            None,
+            None,
+        )  # whose input was disturbed last, that input, and what became of it
         self.on_patches = {name: isinstance(layer.get_base_layer(), nn.Conv2d) for name, layer in layers.items()}
         self.handles = []
         for name, layer in layers.items():
@@ -380,8 +397,11 @@ class ChannelNoise:
             (x, *rest), base = inputs, module.get_base_layer()
             subspace = self.subspaces[name].to(x.dtype)
             if not self.on_patches[name]:
-                mixed = self._mix(name, F.linear(x, subspace))
-                return torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), subspace).view(x.shape), *rest
+                if self.disturbed[0] != self.first[name] or self.disturbed[1] is not x:
+                    mixed = self._mix(name, F.linear(x, subspace))
+                    moved = torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), subspace).view(x.shape)
+                    self.disturbed = self.first[name], x, moved
+                return self.disturbed[2], *rest
             kernel = subspace.view(len(subspace), *base.weight.shape[1:])
             mixed = self._mix(name, F.conv2d(x, kernel, None, base.stride, 0, base.dilation))
             back = F.conv_transpose2d(mixed, kernel, None, base.stride, 0, 0, 1, base.dilation)
@@ -391,16 +411,16 @@ class ChannelNoise:
 
     def _mix(self, name: str, code: Tensor) -> Tensor:
         """``kappa G`` of each row's draw applied to its codes, ``[n, ..., k]`` or, on patches, ``[n, k, h, w]``."""
-        noise = self._noise_of(code)[name].to(code.dtype)
+        noise = self._noise_of(code)[self.first[name]].to(code.dtype)
         if self.on_patches[name]:
             return torch.bmm(code.flatten(2).mT, noise).mT.reshape(code.shape)
         return torch.bmm(code.reshape(len(code), -1, code.shape[-1]), noise).view(code.shape)
 
     def _noise_of(self, x: Tensor) -> dict[str, Tensor]:
-        """Each layer's ``kappa G`` of the rows of ``x``, ``[n, k, k]``; taken once for all layers that get the same rows."""
+        """``kappa G`` of the rows of ``x``, ``[n, k, k]``, for each subspace; taken once for all layers that get the same rows."""
         if len(x) not in self.taken:
             noise = cast(Tensor, self.noise)
-            self.taken[len(x)] = dict(zip(self.subspaces, noise[:, self._draws(x)].unbind(), strict=True))
+            self.taken[len(x)] = dict(zip(self.drawn, noise[:, self._draws(x)].unbind(), strict=True))
         return self.taken[len(x)]
 
     def _draws(self, x: Tensor) -> Tensor:
@@ -416,17 +436,18 @@ class ChannelNoise:
         device = self.device
         generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
         k = len(next(iter(self.subspaces.values())))
-        shape = (len(self.subspaces), self.DRAWS, k, k)
+        shape = (len(self.drawn), self.DRAWS, k, k)
         self.noise = torch.randn(shape, generator=generator, device=device) * (kappa / k**0.5)
         self.taken = {}
 
     def set_rows(self, positions: Tensor) -> None:
         """Positions in the epoch of the rows of the next forward, ``[n]``."""
-        self.positions, self.taken = positions, {}
+        self.positions, self.taken, self.disturbed = positions, {}, ("", None, None)
 
     def silence(self) -> None:
         """No noise until the next draw."""
         self.noise, self.taken, self.positions, self.mixed = None, {}, None, {}
+        self.disturbed = "", None, None
 
     def remove(self) -> None:
         """Take the hooks off the model."""

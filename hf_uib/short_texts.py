@@ -12,7 +12,8 @@ from .pattern_tokens import DRAWS, PatternTokens, first_of
 
 TEXTS = 512  # at most
 PIECES = 2  # of a donor's tokens, the most telling ones, that are put into a text
-EVERY = 4  # retained rows for one short text
+EVERY = 2  # retained rows for one short text, in
+STEPS = 2  # every second step: a pass of its own costs more than its few tokens
 SHORTEST, LONGEST = 3, 9  # word pieces of a short text, beside the first and the last of the row that it is cut from
 
 
@@ -20,9 +21,9 @@ class ShortTexts:
     """Stretches of retained texts, what the checkpoint says of them, and a step's draw of them.
 
     A word weighs more in a short text than in a long one, so a pattern that is gone in texts as long as the retained ones can
-    still decide short ones. A step gets a text for every fourth of its retained rows, and every second of these has a donor's
-    words in it. Which, and where, is a function of (seed, step, position in the epoch), so a step does not depend on how a batch
-    is split. Nothing of it is saved: a resumed run cuts and asks again.
+    still decide short ones. Every second step gets a text for every second of its retained rows, and every second of these has a
+    donor's words in it. Which, and where, is a function of (seed, step, position in the epoch), so a step does not depend on how
+    a batch is split. Nothing of it is saved: a resumed run cuts and asks again.
     """
 
     def __init__(self):
@@ -78,8 +79,9 @@ class ShortTexts:
         self.answers = torch.cat(answers) if answers else torch.zeros(0, 0)
 
     def draw(self, seed: int, step: int) -> None:
-        """Choose the texts of an optimizer step, their donors and places; they stay until the next draw."""
-        if not len(self):
+        """Choose the texts of an optimizer step, their donors and places; they stay until the next draw. None in a step without."""
+        if not len(self) or step % STEPS:
+            self.silence()
             return
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step + 2**41) % 2**63)
         texts = torch.randint(len(self), (DRAWS,), generator=generator)
@@ -99,8 +101,8 @@ class ShortTexts:
             positions: of the retained rows in the epoch, ``[n]``.
 
         Returns:
-            Features ``[m, LONGEST + 2]``, m a fourth of n, rounded up; the answers; and how much each counts: 1, or 0 where the row
-            is not a fourth one.
+            Features ``[m, LONGEST + 2]``, m the half of n, rounded up; the answers; and how much each counts: 1, or 0 where the row
+            is not a second one.
         """
         if self._draw is None:
             return None

@@ -53,7 +53,7 @@ from .quantised import is_quantised
 from .results import ResultsMixin
 from .schedule import prior_acts, sample_size
 from .sharding import average_gradients, fsdp_plugin, is_sharded, shard
-from .short_texts import EVERY
+from .short_texts import EVERY, STEPS
 from .state import SHARED_SETTINGS, UIBState
 from .unlearning_task import SingleLabel, task_of
 
@@ -378,7 +378,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         loss = fit = fit * share
         self._record(fit_nats=fit)
         if (short := self._short_texts_loss(model, inputs.positions[:n])) is not None:
-            loss = loss + self.args.channel.short_texts * self._share_of_step(n, self._rows_of_step) * short
+            loss = loss + self.args.channel.short_texts * STEPS * self._share_of_step(n, self._rows_of_step) * short
             self._record(short_texts=short)
         if self.args.beta > 0:
             nats = self.posterior.kl_per_layer().sum()

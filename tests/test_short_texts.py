@@ -99,14 +99,14 @@ def test_words_stand_within_the_stretch_or_not_at_all():
         assert torch.stack([row.roll(-int((row == 0).sum())) for row in there]).tolist() == rows
 
 
-def test_every_fourth_position_has_a_text_however_the_rows_are_split():
+def test_every_second_position_has_a_text_however_the_rows_are_split():
     made, positions = cutter(texts([12] * 8)), torch.arange(4, 20)
     whole, answers, counts = made.of(positions)
-    assert counts.tolist() == [1] * 4
+    assert counts.tolist() == [1] * 8
     rows, numbers = [], []
     for part in ([0, 1, 2], [3], list(range(4, 9)), list(range(9, 16))):
         features, wanted, counts = made.of(positions[part])
-        assert len(counts) == (len(part) + 3) // 4
+        assert len(counts) == (len(part) + 1) // 2
         rows += [row for row, one in zip(features["input_ids"].tolist(), counts.tolist(), strict=True) if one]
         numbers += wanted[counts > 0].tolist()
     assert rows == whole["input_ids"].tolist() and numbers == answers.tolist()
@@ -117,14 +117,17 @@ def test_every_second_text_stays_as_it_is_and_each_has_its_own_answer():
     features, answers, _ = made.of(torch.arange(64))
     plain = made.texts["input_ids"][answers[:, 0].long()]
     changed = features["input_ids"] != plain
-    assert changed.any(1).tolist() == [True, False] * 8
+    assert changed.any(1).tolist() == [True, False] * 16
     assert set(features["input_ids"][changed].tolist()) == {WORD, 8, 9}
 
 
 def test_a_draw_is_a_function_of_the_step():
     features = texts([12] * 8)
-    rows = [cutter(features, step=step).of(torch.arange(16))[0]["input_ids"] for step in (1, 1, 2)]
+    rows = [cutter(features, step=step).of(torch.arange(16))[0]["input_ids"] for step in (2, 2, 4)]
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+    made = cutter(features, step=2)
+    made.draw(0, 3)
+    assert made.of(torch.arange(16)) is None  # every second step has none
 
 
 def test_what_is_cut_does_not_depend_on_the_batches():
@@ -232,7 +235,7 @@ def test_the_word_no_longer_decides_short_texts(runs):
     """They are far shorter than any retained one. Without the short texts more of the word's effect is left."""
     original, trained = runs
     before, with_them, without = moved(original), moved(trained[1.0].model), moved(trained[0.0].model)
-    assert before > 3 and abs(with_them) < 0.5 * before and abs(with_them) < 0.6 * abs(without)
+    assert before > 3 and abs(with_them) < 0.6 * before and abs(with_them) < 0.7 * abs(without)
 
 
 def test_the_log_has_their_part_of_the_loss(runs):
@@ -252,7 +255,7 @@ def test_the_loss_is_the_divergence_from_the_checkpoint(runs):
     assert model.training
     trainer.posterior.draw(4, 100)
     features, _, counts = texts.of(torch.arange(16))
-    numbers = texts._draw[0][torch.arange(4)]
+    numbers = texts._draw[0][torch.arange(8)]
     model.eval()
     with torch.no_grad():
         given = model(**features).logits.log_softmax(-1)
@@ -292,7 +295,7 @@ def test_a_step_does_not_depend_on_the_split_where_labels_are_missing(tmp_path):
         trainer.train()
         weights.append({n: w.detach().clone() for n, w in trainer.adapted_model.named_parameters() if w.requires_grad})
         logged.append([line["short_texts"] for line in trainer.state.log_history if "short_texts" in line])
-    assert len(logged[0]) == 4 and len(weights[0]) > 10
+    assert len(logged[0]) == 2 and len(weights[0]) > 10  # of four steps
     worst = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
     assert worst < 2e-5
 

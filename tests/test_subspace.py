@@ -44,7 +44,12 @@ def test_subspace_is_that_of_the_dense_gradient(trainer, forget, retain, rank):
     subspaces = measured.subspaces
     dense = dense_contrast(make_model(), [(forget[:], 1.0), (retain[:], -1.0)])
     assert set(subspaces) == set(dense)
-    for name, c in dense.items():
+    for name in dense:
+        readers = (
+            [f"{name[:-6]}{part}_proj" for part in "qkv"] if name.endswith(("q_proj", "k_proj", "v_proj")) else [name]
+        )
+        c = torch.cat([dense[reader] for reader in readers])  # of layers that read one input
+        assert all(torch.equal(subspaces[reader], subspaces[name]) for reader in readers)
         v = subspaces[name].double()
         live = v.norm(dim=1) > 0
         torch.testing.assert_close(
@@ -110,7 +115,7 @@ def test_matches_dense_svd_off_the_mean_and_sketch_agrees():
     mean = mean / mean.norm()
     projected = c - torch.outer(c @ mean, mean)
     reference = torch.linalg.svd(projected, full_matrices=False).Vh[:2]
-    v = contrast.subspace(dense["layer"], 2).double()
+    v = contrast.subspace([dense["layer"]], 2).double()
     torch.testing.assert_close(v.T @ v, reference.T @ reference, rtol=0, atol=1e-4)
     assert (v @ mean).abs().max() < 1e-5
     signal = (x @ layer.weight.T).square().mean().sqrt()
@@ -119,7 +124,7 @@ def test_matches_dense_svd_off_the_mean_and_sketch_agrees():
     sketched = statistics(layer)
     assert sketched["layer"].sketch is not None
     run(layer, sketched, x, y)
-    w = contrast.subspace(sketched["layer"], 2).double()
+    w = contrast.subspace([sketched["layer"]], 2).double()
     kept = lambda rows: (projected @ rows.T).square().sum() / (projected @ reference.T).square().sum()
     chance = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q.T
     assert kept(w) > 0.95 > 0.9 > kept(chance)

@@ -123,7 +123,7 @@ def test_accumulation_gives_one_trajectory_with_noise(tmp_path):
 
 def noise_of(trainer, name):
     noise = trainer.posterior.noise
-    return noise.noise[list(noise.subspaces).index(name)]
+    return noise.noise[noise.drawn.index(noise.first[name])]
 
 
 def test_noise_has_the_stated_covariance_and_is_reproducible(tmp_path):
@@ -169,6 +169,31 @@ def test_noise_mixes_what_the_layer_reads_of_the_pattern(tmp_path, factors):
             assert moved.abs().max() > 0.01
         layer.eval()
         torch.testing.assert_close(layer(x), quiet, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_queries_keys_and_values_read_one_disturbed_input(tmp_path, again):
+    trainer = make_trainer(tmp_path, gradient_checkpointing=again)
+    trainer.run_statistics_pass()
+    if again:
+        trainer.model.gradient_checkpointing_enable()
+    attention = [f"vit.layers.1.attention.{part}_proj" for part in "qkv"]
+    noise, v = trainer.posterior.noise, trainer.posterior.subspaces
+    assert {noise.first[name] for name in attention} == {attention[0]}
+    other = "vit.layers.1.mlp.fc1"
+    assert noise.first[other] == other and len(noise.drawn) == len(noise.subspaces) - 4  # two of each of two layers
+    assert torch.equal(v[attention[0]], v[attention[2]]) and not torch.equal(v[attention[0]], v[other])
+    given = {name: [] for name in [*attention, other]}
+    for name, seen in given.items():
+        layer = trainer.layers[name].get_base_layer()
+        layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+    trainer.model.train()
+    noise.draw(0.5, 0, 3)
+    rows = torch.stack(list(make_rows(n=4)["pixel_values"]))
+    trainer.model(pixel_values=rows).logits.sum().backward()
+    for q, k, value in zip(*(given[name] for name in attention), strict=True):
+        assert q is k is value
+    assert len(given[other]) == 1 + again and not torch.equal(given[other][0], given[attention[0]][0])
 
 
 def test_evaluation_and_saving_use_the_mean(tmp_path):
