@@ -188,7 +188,7 @@ def test_the_evidence_is_divided_out(tmp_path, prior):
         prior_strength=1.0,
         beta=0.0,
         posterior="map",
-        max_steps=20,
+        max_steps=40,
         prior_fraction=1.0,
         learning_rate=0.06,
         trainable_factors="B",
