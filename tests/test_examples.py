@@ -100,10 +100,10 @@ def test_outdated_labels():
 
 @pytest.mark.slow
 def test_multi_label():
-    rows, verdict = multi_label.main(steps=100, train_steps=200)
+    rows, verdict = multi_label.main()
     assert rows["original"]["follow_rate"] > 0.35
     assert rows["UIB"]["follow_rate"] < 0.75 * rows["original"]["follow_rate"]
-    assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.01
+    assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.02
     assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
     assert "labels other than 'closed'" in verdict
 

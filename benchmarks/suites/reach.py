@@ -25,6 +25,8 @@ TITLES = {name: module.TITLE for name, module in KINDS.items()} | {
     "decoder_bias": "A decoder (messages to shops; Qwen 3 with a `score` head)",
     "voice_bias": "Sounds (synthetic vowels; audio spectrogram transformer)",
 }
+MEASURED_BEFORE = ("names_in_tweets", "spoken_digits")
+BEFORE = "Measured before layers that read one input shared a subspace (docs/method.md, section 2b).\n"
 COLUMNS = {"accuracy": "accuracy", "conflicting_accuracy": "bias-conflicting accuracy", "follow_rate": "shortcut rate"}
 
 
@@ -68,7 +70,8 @@ def reach_tables() -> list[str]:
         path = f"benchmarks/kinds/{name}.py" if name in KINDS else f"examples/{name}.py"
         about = [f"{inspect.getdoc(KINDS[name].make)}\n"] if name in KINDS else []
         seeds = f"[{path}](../../{path}), seeds {', '.join(str(line['seed']) for line in mine)}.\n"
-        parts += [f"## {title}\n", *about, seeds]
+        before = [BEFORE] if name in MEASURED_BEFORE else []
+        parts += [f"## {title}\n", *about, seeds, *before]
         parts += table(["", *COLUMNS.values()], cells)
         parts += ["\nAudit, by seed:\n", *(f"- {line['seed']}: {line['verdict']}" for line in mine), ""]
     return parts
