@@ -5,7 +5,7 @@ Docs: docs/method.md, sections 2 and 3a.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -350,11 +350,8 @@ class ChannelNoise:
         self.taken: dict[int, dict[str, Tensor]] = {}  # of the rows of this forward, by how many
         self.positions: Tensor | None = None  # of the rows of the next forward, [n]; None: one after the other
         self.mixed: dict[str, Tensor] = {}
-        self.disturbed: tuple[str, Any, Any] = (
-            "",
-            None,
-            None,
-        )  # whose input was disturbed last, that input, and what became of it
+        # Whose input was disturbed last, that input, and what became of it
+        self.disturbed: tuple[str, Tensor, Tensor] | None = None
         self.on_patches = {name: isinstance(layer.get_base_layer(), nn.Conv2d) for name, layer in layers.items()}
         self.handles = []
         for name, layer in layers.items():
@@ -397,11 +394,12 @@ class ChannelNoise:
             (x, *rest), base = inputs, module.get_base_layer()
             subspace = self.subspaces[name].to(x.dtype)
             if not self.on_patches[name]:
-                if self.disturbed[0] != self.first[name] or self.disturbed[1] is not x:
+                whose, given, moved = self.disturbed or ("", None, None)
+                if whose != self.first[name] or given is not x:
                     mixed = self._mix(name, F.linear(x, subspace))
                     moved = torch.addmm(x.flatten(0, -2), mixed.flatten(0, -2), subspace).view(x.shape)
                     self.disturbed = self.first[name], x, moved
-                return self.disturbed[2], *rest
+                return moved, *rest
             kernel = subspace.view(len(subspace), *base.weight.shape[1:])
             mixed = self._mix(name, F.conv2d(x, kernel, None, base.stride, 0, base.dilation))
             back = F.conv_transpose2d(mixed, kernel, None, base.stride, 0, 0, 1, base.dilation)
@@ -438,16 +436,16 @@ class ChannelNoise:
         k = len(next(iter(self.subspaces.values())))
         shape = (len(self.drawn), self.DRAWS, k, k)
         self.noise = torch.randn(shape, generator=generator, device=device) * (kappa / k**0.5)
-        self.taken = {}
+        self.taken, self.disturbed = {}, None
 
     def set_rows(self, positions: Tensor) -> None:
         """Positions in the epoch of the rows of the next forward, ``[n]``."""
-        self.positions, self.taken, self.disturbed = positions, {}, ("", None, None)
+        self.positions, self.taken, self.disturbed = positions, {}, None
 
     def silence(self) -> None:
         """No noise until the next draw."""
         self.noise, self.taken, self.positions, self.mixed = None, {}, None, {}
-        self.disturbed = "", None, None
+        self.disturbed = None
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -212,7 +212,7 @@ def runs(tmp_path_factory):
     trained = {}
     for weight in (1.0, 0.0):
         args = UIBConfig(
-            str(tmp_path_factory.mktemp("run")), max_steps=200, per_device_train_batch_size=16, use_cpu=True, report_to="none",
+            str(tmp_path_factory.mktemp("run")), max_steps=400, per_device_train_batch_size=16, use_cpu=True, report_to="none",
             save_strategy="no", disable_tqdm=True, subspace_rank=4, learning_rate=5e-3,
             channel_settings={"short_texts": weight, "pattern_z": -100.0, "pattern_effect": 0.0},
         )  # fmt: skip
@@ -235,7 +235,7 @@ def test_the_word_no_longer_decides_short_texts(runs):
     """They are far shorter than any retained one. Without the short texts more of the word's effect is left."""
     original, trained = runs
     before, with_them, without = moved(original), moved(trained[1.0].model), moved(trained[0.0].model)
-    assert before > 3 and abs(with_them) < 0.6 * before and abs(with_them) < 0.7 * abs(without)
+    assert before > 3 and abs(with_them) < 0.5 * before and abs(with_them) < 0.6 * abs(without)
 
 
 def test_the_log_has_their_part_of_the_loss(runs):
