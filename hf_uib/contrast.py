@@ -16,7 +16,7 @@ from .lora import base_of, matrix_shape
 from .objective import margin, wide_dtype
 from .sharding import whole
 
-PROBE_ROWS = 64  # of the forget sample, for the length of the pattern's code
+PROBE_ROWS = 32  # of the forget set, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
 NULL = 1e-6  # singular values under this share of the largest are rounding
 CHUNKS = 6  # of the samples, in the test of `pattern_z`

@@ -12,7 +12,7 @@ from .pattern_tokens import DRAWS, PatternTokens, first_of
 
 TEXTS = 512  # at most
 PIECES = 2  # of a donor's tokens, the most telling ones, that are put into a text
-EVERY = 2  # retained rows for one short text, in
+EVERY = 4  # retained rows for one short text, in
 STEPS = 2  # every second step: a pass of its own costs more than its few tokens
 SHORTEST, LONGEST = 3, 9  # word pieces of a short text, beside the first and the last of the row that it is cut from
 
@@ -21,7 +21,7 @@ class ShortTexts:
     """Stretches of retained texts, what the checkpoint says of them, and a step's draw of them.
 
     A word weighs more in a short text than in a long one, so a pattern that is gone in texts as long as the retained ones can
-    still decide short ones. Every second step gets a text for every second of its retained rows, and every second of these has a
+    still decide short ones. Every second step gets a text for every fourth of its retained rows, and every second of these has a
     donor's words in it. Which, and where, is a function of (seed, step, position in the epoch), so a step does not depend on how
     a batch is split. Nothing of it is saved: a resumed run cuts and asks again.
     """

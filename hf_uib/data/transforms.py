@@ -180,6 +180,10 @@ class RowTransform:
     def __init__(self, make_input: Callable[[dict], dict] | None, label: str | None = None, ids: dict | None = None):
         self.make_input, self.label, self.ids = make_input, label, ids
 
+    def __deepcopy__(self, memo: dict) -> "RowTransform":
+        """Itself: `datasets` copies a set for each view of it, and a tokenizer is large."""
+        return self
+
     def labels(self, values: list) -> list:
         """Class ids of raw labels, or of lists of them."""
         if self.ids is None:
