@@ -101,8 +101,8 @@ class ShortTexts:
             positions: of the retained rows in the epoch, ``[n]``.
 
         Returns:
-            Features ``[m, LONGEST + 2]``, m the half of n, rounded up; the answers; and how much each counts: 1, or 0 where the row
-            is not a second one.
+            Features ``[m, LONGEST + 2]``, ``m = n / EVERY``, rounded up; the answers; and how much each counts: 1, or 0 where the
+            row is not an `EVERY`-th one.
         """
         if self._draw is None:
             return None

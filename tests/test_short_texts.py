@@ -11,7 +11,7 @@ from conftest import make_model
 
 from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.pattern_tokens import PatternTokens
-from hf_uib.short_texts import LONGEST, SHORTEST, ShortTexts, most_telling, pasted
+from hf_uib.short_texts import EVERY, LONGEST, SHORTEST, ShortTexts, most_telling, pasted
 from hf_uib.unlearning_task import MultiLabel, SingleLabel, TokenLabels
 
 FIRST, LAST, PADDING, WORD = 2, 3, 0, 7
@@ -99,14 +99,14 @@ def test_words_stand_within_the_stretch_or_not_at_all():
         assert torch.stack([row.roll(-int((row == 0).sum())) for row in there]).tolist() == rows
 
 
-def test_every_second_position_has_a_text_however_the_rows_are_split():
+def test_every_fourth_position_has_a_text_however_the_rows_are_split():
     made, positions = cutter(texts([12] * 8)), torch.arange(4, 20)
     whole, answers, counts = made.of(positions)
-    assert counts.tolist() == [1] * 8
+    assert counts.tolist() == [1] * (16 // EVERY) and EVERY == 4
     rows, numbers = [], []
     for part in ([0, 1, 2], [3], list(range(4, 9)), list(range(9, 16))):
         features, wanted, counts = made.of(positions[part])
-        assert len(counts) == (len(part) + 1) // 2
+        assert len(counts) == -(-len(part) // EVERY)
         rows += [row for row, one in zip(features["input_ids"].tolist(), counts.tolist(), strict=True) if one]
         numbers += wanted[counts > 0].tolist()
     assert rows == whole["input_ids"].tolist() and numbers == answers.tolist()
@@ -114,7 +114,7 @@ def test_every_second_position_has_a_text_however_the_rows_are_split():
 
 def test_every_second_text_stays_as_it_is_and_each_has_its_own_answer():
     made = cutter(texts([12] * 8))
-    features, answers, _ = made.of(torch.arange(64))
+    features, answers, _ = made.of(torch.arange(32 * EVERY))
     plain = made.texts["input_ids"][answers[:, 0].long()]
     changed = features["input_ids"] != plain
     assert changed.any(1).tolist() == [True, False] * 16
@@ -255,7 +255,7 @@ def test_the_loss_is_the_divergence_from_the_checkpoint(runs):
     assert model.training
     trainer.posterior.draw(4, 100)
     features, _, counts = texts.of(torch.arange(16))
-    numbers = texts._draw[0][torch.arange(8)]
+    numbers = texts._draw[0][torch.arange(16 // EVERY)]
     model.eval()
     with torch.no_grad():
         given = model(**features).logits.log_softmax(-1)
