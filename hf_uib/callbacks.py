@@ -25,7 +25,7 @@ class PriorRefresh(TrainerCallback):
 
 
 class NoiseDraw(TrainerCallback):
-    """Before an optimizer step: draw its channel noise, of which each row of the step takes one of the draws."""
+    """Before an optimizer step: draw its noise, swapped tokens and short texts, of which each row of the step takes one draw."""
 
     def __init__(self, trainer: "UIBTrainer"):
         self.trainer = trainer

@@ -59,15 +59,16 @@ class UIBConfig(TrainingArguments):
     prior_strength: float | None = field(
         default=None,
         metadata={
-            "help": "gamma: nats of loss per nat of forget loss. By default the prior's own: for `calibrated` 0.1 where the "
-            "forget set carries a pattern (the channel noise then does most of the work), 0.3 where it is a random draw."
+            "help": "gamma: nats of loss per nat of forget loss. By default the prior's own: for `calibrated` 0.3 where "
+            "the forget set is a random draw, 0.1 under a pattern, where it acts only if the forget labels turn out to be noise."
         },
     )
     prior_update_steps: int = field(
         default=20, metadata={"help": "Steps between two refreshes of the prior's mean and of the level."}
     )
     prior_fraction: float = field(
-        default=0.4, metadata={"help": "Fraction of the steps, from the start, that see forget batches."}
+        default=0.4,
+        metadata={"help": "Fraction of the steps, from the start, that see forget batches, where there are any."},
     )
     prior_subspace: str = field(
         default="contrast",
@@ -90,7 +91,7 @@ class UIBConfig(TrainingArguments):
     posterior: str = field(
         default="gaussian",
         metadata={
-            "help": "`gaussian`: channel noise along the subspace, annealed to zero. `map`: the mean only.",
+            "help": "`gaussian`: channel noise along the subspace, annealed to zero. `map`: the mean only, and no swapped tokens.",
             "choices": ["gaussian", "map"],
         },
     )
@@ -162,6 +163,7 @@ class UIBConfig(TrainingArguments):
             ("prior_fraction", 0, 1),
             ("subspace_rank", 1, None),
             ("noise_to_signal", 0, None),
+            ("swap_fraction", 0, 1),
             ("calibration_fraction", 0, 0.9),
             ("forget_batch_size", 1, None),
             ("per_device_train_batch_size", 1, None),
@@ -296,7 +298,7 @@ USUAL_EPOCHS = 3.0  # Transformers' default
 
 
 def set_default_steps(args: UIBConfig, rows: int) -> None:
-    """Give a run whose length nobody set at least `MIN_STEPS` steps, and warn of one that was set too short to forget.
+    """Give a run whose length nobody set at least `MIN_STEPS` steps, and warn where epochs that were set make too few to forget.
 
     Args:
         args: ``max_steps`` is set where the default number of epochs makes too few steps.

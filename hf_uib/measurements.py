@@ -95,7 +95,12 @@ class Measurements:
     @property
     def pattern_found(self) -> bool:
         """Whether the sets differ by more than chance, in their margin gradients or in tokens that move margins."""
-        return self.contrast_found or self.statistics.get("swap_fraction", 0.0) > 0
+        return self.contrast_found or self.tokens_found
+
+    @property
+    def tokens_found(self) -> bool:
+        """Whether there are tokens of the pattern, and the checkpoint reads them."""
+        return self.statistics.get("pattern_effect", -math.inf) >= self.args.channel.pattern_effect
 
     def fill(self, tokens: PatternTokens, model: nn.Module) -> None:
         """Read the donors' tokens."""

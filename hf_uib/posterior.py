@@ -110,11 +110,14 @@ class ChannelPosterior(nn.Module):
         order = [list(layers).index(name) for group in self.groups for name in group.names]
         grouped = torch.tensor(order, device=self.floors.device)  # numbers of the layers, in the groups' order
         self._ungrouped, self._floors = grouped.argsort(), self.floors[grouped]
-        # What narrows reads what the layer before it has disturbed
-        widths = {
-            name: (len(layer.lora_B[adapter].weight), subspaces[name].shape[1]) for name, layer in layers.items()
+        # What narrows reads what the layer before it has disturbed; keys and values of few heads read what the queries read
+        first = first_with_same(dict(self.subspaces.items()))
+        wide = {
+            first[name]
+            for name, layer in layers.items()
+            if len(layer.lora_B[adapter].weight) >= subspaces[name].shape[1]
         }
-        noisy = [name for name, (outputs, inputs) in widths.items() if outputs >= inputs] or list(layers)
+        noisy = [name for name in layers if first[name] in wide] or list(layers)
         in_lora_units = {
             name: weight_matrix(layers[name]).detach().float() @ self.subspaces[name].T / self._unit(name)
             for name in (noisy if a_spans_subspace else ())

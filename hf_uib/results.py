@@ -246,7 +246,7 @@ class ResultsMixin(AtomicCheckpoints):
 
         Warns where rounding makes its logits another model's (a base in 16 bits).
         """
-        inputs = next(self.measurements.inference.batches(self.forget_dataset, self.measurements.probe_rows()[:32]))
+        inputs = next(self.measurements.inference.batches(self.forget_dataset, self.measurements.probe_rows()))
         inputs.pop("labels")
         nothing = self._posterior is None or self.unlearned_nothing  # no request is then merged
         requests = requests_of(self.model) if nothing else self.provenance

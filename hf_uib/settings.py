@@ -74,7 +74,7 @@ class InfluenceSettings(Limits):
         iterations: of conjugate gradients above that, each one pass over the retained sample.
         tolerance: of the squared residual, relative.
         max_increase: nats of the retained loss that the step may add.
-        halvings: of the step, at most.
+        halvings: how many steps are tried, each half of the one before; then none is taken.
     """
 
     damping: float = 1.0

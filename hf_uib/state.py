@@ -14,9 +14,9 @@ from .serialization import dumps, plain
 STATE_NAME = "uib_state.safetensors"
 # Settings that a resumed run shares with the one it goes on with
 SHARED_SETTINGS = (
-    "seed", "data_seed", "subspace_rank", "prior_subspace", "trainable_factors", "posterior", "noise_to_signal", "beta",
-    "prior_strength", "prior_fraction", "prior_update_steps", "forget_target", "forget_batch_size", "calibration_fraction",
-    "contrast_samples", "channel_settings", "influence_settings",
+    "seed", "data_seed", "subspace_rank", "prior_subspace", "trainable_factors", "posterior", "noise_to_signal",
+    "swap_fraction", "beta", "prior_strength", "prior_fraction", "prior_update_steps", "forget_target", "forget_batch_size",
+    "calibration_fraction", "contrast_samples", "channel_settings", "influence_settings",
 )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ from .unlearning_task import SingleLabel, task_of
 
 
 class UIBTrainer(ResultsMixin, HubMixin):
-    """Trainer that makes a fine-tuned image or text classifier unlearn the forget set.
+    """Trainer that makes a fine-tuned classifier (images, texts, sounds, tokens) unlearn the forget set.
 
     Args:
         model: Hub id or folder, `PreTrainedModel` or `PeftModel` with a trainable LoRA adapter.
@@ -82,7 +82,6 @@ class UIBTrainer(ResultsMixin, HubMixin):
     """
 
     _tag_names: ClassVar = ["unlearning", "uib", "hf_uib"]
-    _name = "UIB"
     _paper: ClassVar = {
         "title": "Unlearning Information Bottleneck: Machine Unlearning of Systematic Patterns and Biases",
         "id": "2405.14020",
@@ -281,11 +280,10 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     def _set_channels(self, tokens: PatternTokens) -> None:
         """Noise and share of swapped rows: none where no pattern is found, nor where whole classes go."""
-        args, kappa, swap = self.args, self.args.noise_to_signal, 0.0
+        args, kappa = self.args, self.args.noise_to_signal
         if tokens.tokens_per_row > 0:
-            effect = self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
-            swap = args.swap_fraction if effect >= args.channel.pattern_effect else 0.0
-        self.statistics["swap_fraction"] = swap
+            self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
+        swap = args.swap_fraction if self.measurements.tokens_found else 0.0
         if kappa is None and self._pattern_to_unlearn:
             kappa = args.channel.noise_to_signal
         if args.posterior == "map":
@@ -461,7 +459,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
     # ---- The loop ---------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As in Trainer. A fresh run measures the contrast and sets the adapter to it first."""
+        """As in Trainer. A fresh run measures the contrast first."""
         if self.is_deepspeed_enabled:  # which places the model itself, but later
             self.model.to(self.args.device)
         resume_from_checkpoint = name_of(resume_from_checkpoint)

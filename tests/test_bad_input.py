@@ -155,6 +155,7 @@ TRAINER = {
     "negative beta": (lambda p: config(p, beta=-1.0), "must be at least 0"),
     "negative gamma": (lambda p: config(p, prior_strength=-1.0), "must be at least 0"),
     "negative noise": (lambda p: config(p, noise_to_signal=-0.1), "must be at least 0"),
+    "more than all rows": (lambda p: config(p, swap_fraction=1.5), "between 0 and 1"),
     "rank 0": (lambda p: config(p, subspace_rank=0), "must be at least 1"),
     "more than all steps": (lambda p: config(p, prior_fraction=1.5), "between 0 and 1"),
     "all retained rows held out": (lambda p: config(p, calibration_fraction=1.0), "between 0 and 0.9"),

@@ -34,7 +34,7 @@ from hf_uib.data.fingerprints import row_hashes
 from hf_uib.models import load_classifier
 
 TOWERS = {"text_config": TEXT | SMALL, "vision_config": IMAGE | SMALL, "num_labels": 3, "projection_dim": 8}
-DECODER = TEXT | SMALL | {"num_labels": 3, "num_key_value_heads": 2, "head_dim": 8}
+DECODER = TEXT | SMALL | {"num_labels": 3, "num_key_value_heads": 1, "head_dim": 8}
 
 
 def with_head(base, tower):
@@ -147,6 +147,21 @@ def test_a_tower_without_a_head_gets_one_line(tmp_path, kind):
     tower = kind(kind.config_class(num_channels=1, num_hidden_layers=1))
     with pytest.raises(ValueError, match=f"{kind.__name__} has no head that gives classes"):
         UIBTrainer(tower, config(tmp_path), make_rows(), make_rows(seed=4))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_keys_and_values_of_few_heads_read_what_the_queries_read(tmp_path, name):
+    """They have fewer outputs than inputs; read undisturbed, the pattern would go through them."""
+    trainer = trainer_of(tmp_path, name)
+    trainer.run_statistics_pass()
+    noise = trainer.posterior.noise
+    queries = [layer for layer in trainer.layers if layer.endswith("q_proj")]
+    for query in queries:
+        for part in ("k_proj", "v_proj"):
+            other = query.replace("q_proj", part)
+            assert len(trainer.posterior.factors(other)[1]) < trainer.posterior.subspaces[other].shape[1]
+            assert noise.first[other] == noise.first[query] == query
+    assert queries and not any(layer.endswith("down_proj") for layer in noise.first)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

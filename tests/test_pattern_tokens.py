@@ -131,8 +131,10 @@ def test_tokens_show_a_pattern_that_the_margin_gradients_do_not(tmp_path, text_r
     """A contrast that counts as chance: both channels are closed all the same."""
     base = copy.deepcopy(text_run.adapted_model).unload()
 
-    def measured(**channel):
-        args = UIBConfig(str(tmp_path), max_steps=2, use_cpu=True, report_to="none", channel_settings=channel)
+    def measured(swap_fraction=0.5, **channel):
+        args = UIBConfig(
+            str(tmp_path), max_steps=2, use_cpu=True, report_to="none", channel_settings=channel, swap_fraction=swap_fraction
+        )
         trainer = UIBTrainer(copy.deepcopy(base), args, text_run.forget_dataset, text_run.retain_dataset)
         trainer.run_statistics_pass()
         return trainer
@@ -141,6 +143,8 @@ def test_tokens_show_a_pattern_that_the_margin_gradients_do_not(tmp_path, text_r
     found = trainer.statistics
     assert found["token_z"] >= 4 and found["swap_fraction"] == 0.5 and found["noise_to_signal"] == 0.5
     assert trainer.measurements.pattern_found and trainer.posterior.along_is_free
+    unswapped = measured(swap_fraction=0.0, pattern_z=1e9)  # a pattern all the same
+    assert unswapped.statistics["swap_fraction"] == 0 and unswapped.statistics["noise_to_signal"] == 0.5
     weak = measured(pattern_z=1e9, pattern_effect=1e9)  # what does not move margins is no pattern
     assert weak.statistics["swap_fraction"] == weak.statistics["noise_to_signal"] == 0
     assert not weak.measurements.pattern_found

@@ -71,9 +71,7 @@ EXPECTED = 8  # retained rows of which an attribute would tell the label by chan
 class UnlearnArguments:
     """From what to unlearn, and what."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Fine-tuned image or text classifier: Hub id or folder."}
-    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Fine-tuned classifier: Hub id or folder."})
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Training data: Hub id, folder (Parquet, CSV, picture folder, save_to_disk) or file."},

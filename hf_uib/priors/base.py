@@ -54,7 +54,7 @@ class PriorContext:
         reduce: sums tensors over the processes, in place.
         task: gives margins and losses of logits.
         strength: gamma.
-        pattern_detected: whether the forget set carries a pattern, which the channel noise then closes.
+        pattern_detected: whether the forget set carries a pattern, whose channel noise or swapped tokens then close.
         calibration_seen_in_training: whether the calibration rows are a fold of the retained data, which the checkpoint has fitted.
         one_label: whether all forget rows have one label. Unlearning what goes with it then makes them wrong, whatever it was.
     """

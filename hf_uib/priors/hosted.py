@@ -97,8 +97,8 @@ class SaliencyPrior(RandomLabelPrior):
     """SalUn (arXiv 2310.12508) over the adapter: random labels, and only the weights move that the forget loss is sensitive to.
 
     The mask keeps the half of the trainable adapter weights whose gradient of the forget loss is largest, measured once, over all
-    layers (A counts only where it has a gradient: not while B is zero). As a prior it is infinitely narrow elsewhere. The
-    margin's gradient stands in for the cross-entropy's, which vanishes on examples that have been fitted.
+    layers (A has none while B is zero, and then moves freely). As a prior it is infinitely narrow elsewhere. The margin's
+    gradient stands in for the cross-entropy's, which vanishes on examples that have been fitted.
     """
 
     share = 0.5

@@ -7,7 +7,7 @@ from .base import Prior, register_prior
 
 @register_prior("none")
 class NoPrior(Prior):
-    """Only the Gaussian part of the prior. With beta = 0 and no noise this is fine-tuning on the retained data."""
+    """Only the Gaussian part of the prior. With beta = 0, no noise and no swapped tokens this is fine-tuning."""
 
     needs_forget_batches = False
     needs_retained_data = True
