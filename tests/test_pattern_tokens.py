@@ -133,7 +133,12 @@ def test_tokens_show_a_pattern_that_the_margin_gradients_do_not(tmp_path, text_r
 
     def measured(swap_fraction=0.5, **channel):
         args = UIBConfig(
-            str(tmp_path), max_steps=2, use_cpu=True, report_to="none", channel_settings=channel, swap_fraction=swap_fraction
+            str(tmp_path),
+            max_steps=2,
+            use_cpu=True,
+            report_to="none",
+            channel_settings=channel,
+            swap_fraction=swap_fraction,
         )
         trainer = UIBTrainer(copy.deepcopy(base), args, text_run.forget_dataset, text_run.retain_dataset)
         trainer.run_statistics_pass()
