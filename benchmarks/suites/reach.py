@@ -25,7 +25,7 @@ TITLES = {name: module.TITLE for name, module in KINDS.items()} | {
     "decoder_bias": "A decoder (messages to shops; Qwen 3 with a `score` head)",
     "voice_bias": "Sounds (synthetic vowels; audio spectrogram transformer)",
 }
-MEASURED_BEFORE = ("names_in_tweets", "spoken_digits")
+MEASURED_BEFORE = ("names_in_tweets",)
 BEFORE = "Measured before layers that read one input shared a subspace (docs/method.md, section 2b).\n"
 COLUMNS = {"accuracy": "accuracy", "conflicting_accuracy": "bias-conflicting accuracy", "follow_rate": "shortcut rate"}
 
