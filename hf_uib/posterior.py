@@ -126,6 +126,7 @@ class ChannelPosterior(nn.Module):
             {name: layers[name] for name in noisy},
             {name: self.subspaces[name] for name in noisy},
             adapter,
+            {name: first[name] for name in noisy},
             in_lora_units or None,
         )
         self.set_prior_mean()
@@ -331,6 +332,7 @@ class ChannelNoise:
         layers: adapted layers, by name.
         subspaces: V_l ``[k, d_in]``, by name.
         adapter: the adapter's name.
+        first: the first layer that reads the same input, by name (`first_with_same`).
         projected_weight: where ``lora_A`` is a multiple of V_l: what the base layer makes of its output, in LoRA's units
             ``[d_out, k]``, by name. The noise then goes through LoRA's own factors, at one thin product a layer; otherwise it
             is added to the layer's input, at two.
@@ -343,11 +345,12 @@ class ChannelNoise:
         layers: dict[str, AdaptedLayer],
         subspaces: dict[str, Tensor],
         adapter: str,
+        first: dict[str, str],
         projected_weight: dict[str, Tensor] | None = None,
     ):
         self.subspaces, self.projected_weight = subspaces, projected_weight
         self.device = next(iter(subspaces.values())).device
-        self.first = first_with_same(subspaces)
+        self.first = first
         self.drawn = list(dict.fromkeys(self.first.values()))  # one for each subspace
         self.noise: Tensor | None = None  # of this step, [subspaces, draws, k, k]
         self.taken: dict[int, dict[str, Tensor]] = {}  # of the rows of this forward, by how many

@@ -97,7 +97,7 @@ def whole_table() -> list[str]:
         "## Whole runs against LoRA fine-tuning\n",
         f"{STEPS} steps of {BATCH} rows under a pattern, everything included (loading the trainer too), {one['threads']} threads; "
         f"medians of {REPEATS} pairs, LoRA and UIB in turn. The models have learned nothing yet. Where the test for label noise "
-        "fires by chance (in one pair of MiniLM), forget rows come too, and a run takes half as much time again.\n",
+        "fires by chance, forget rows come too, and a run takes half as much time again.\n",
         *table(["", "LoRA, seconds", "UIB, seconds", "ratio", "range"], rows),
         f"Rows that pass through the model ({one['samples']} of each set in the statistics pass). A step's row counts as one "
         "unit, forward and backward; a forward alone as a third.\n",
