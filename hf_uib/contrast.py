@@ -19,7 +19,7 @@ from .sharding import whole
 PROBE_ROWS = 32  # of the forget set, for the length of the pattern's code
 TINY = 1e-6  # no division by zero
 NULL = 1e-6  # singular values under this share of the largest are rounding
-CHUNKS = 6  # of the samples, in the test of `pattern_z`
+CHUNKS = 6  # of each look at the samples, in the test of `pattern_z`
 
 
 @dataclass
@@ -344,6 +344,8 @@ def measure_contrast(
     seed: int = 0,
     min_relative_scale: float = 1e-3,
     blocks: Collection[nn.Module] = (),
+    looks: int = 1,
+    undecided: Callable[[float], bool] = lambda z: False,
     sum_over_processes: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
 ) -> ContrastStatistics:
     """One pass over samples of both sets, and a short one over forget rows.
@@ -351,7 +353,8 @@ def measure_contrast(
     Args:
         model: with its adapter; its mode is restored.
         layers: the adapted layers.
-        batches: gives this process's ``(inputs with labels, weight)`` of a chunk of the samples; see `accumulate`.
+        batches: gives this process's ``(inputs with labels, weight)`` of a chunk of the samples, numbered through all looks; the
+            weights are those of one look; see `accumulate`.
         forward_forget_rows: passes some forget rows through the model.
         rank: k.
         compared: whether forget and retained rows are among the batches.
@@ -359,6 +362,8 @@ def measure_contrast(
         random: take random subspaces instead, for comparison.
         min_relative_scale: what is smaller, relative to the mean input or the usual output scale, counts as zero.
         blocks: see `accumulate`.
+        looks: how many times there are further samples to look at.
+        undecided: of ``pattern_z`` so far, whether to take the next ones.
 
     Raises:
         ValueError: a statistic is NaN or infinite.
@@ -366,12 +371,19 @@ def measure_contrast(
     training = model.training
     model.eval()
     stats = new_statistics({name: base_of(layer) for name, layer in layers.items()}, rank, seed)
-    moments = []
-    for chunk in range(CHUNKS):
-        moments.append(accumulate(model, layers, stats, batches(chunk), margin, blocks))
-        sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
-        for layer in stats.values():
-            layer.take_chunk()
+    moments: list[Tensor] = []
+    z = 0.0
+    for look in range(1, looks + 1):
+        for chunk in range(len(moments), look * CHUNKS):
+            moments.append(accumulate(model, layers, stats, batches(chunk), margin, blocks))
+            sum_over_processes([moments[-1], *(layer.chunk for layer in stats.values())])
+            for layer in stats.values():
+                layer.take_chunk()
+        z = pattern_z(torch.stack(moments[1:])) if compared else 0.0
+        if not undecided(z):
+            break
+    for layer in stats.values():
+        layer.contrast /= len(moments) // CHUNKS
     sum_over_processes(
         t for layer in stats.values() for t in (layer.inputs, layer.outputs, layer.tokens, layer.reached)
     )
@@ -397,7 +409,7 @@ def measure_contrast(
         output_scales=_output_scales(stats, code_rms, min_relative_scale),
         mean_inputs={name: layer.mean_input().float() for name, layer in stats.items()},
         norms={name: layer.contrast.norm().item() for name, layer in stats.items()},
-        pattern_z=pattern_z(torch.stack(moments[1:])) if compared else 0.0,
+        pattern_z=z,
         unreached=[name for name, layer in stats.items() if not layer.reached],
     )
 

@@ -20,9 +20,11 @@ from .inference import SharedInference, batches_of
 from .lora import AdaptedLayer, adapter_name, is_fresh
 from .models import blocks_of, input_kind
 from .objective import margin
-from .pattern_tokens import CERTAIN_Z, PATTERN_Z, PatternTokens
+from .pattern_tokens import CERTAIN_Z, PatternTokens
 from .short_texts import TEXTS, ShortTexts
 from .unlearning_task import UnlearningTask
+
+MARGIN_OF_Z = 0.5  # over the threshold: a pattern that is seen so clearly at one of the looks is none of chance
 
 
 @dataclass
@@ -55,6 +57,10 @@ class Measurements:
     ) -> ContrastStatistics:
         """Subspaces and scales of the adapted layers (`measure_contrast`), and under a pattern the donors of ``tokens``."""
         classifier = self.inference.accelerator.unwrap_model(model)
+        if tokens is not None and self.compared and not self.sets.removed_classes:
+            self.statistics["token_z"] = self._find(tokens, classifier)
+        certain = self.statistics.get("token_z", 0.0) >= CERTAIN_Z
+        threshold = self.args.channel.pattern_z
         fresh = is_fresh(layers, adapter_name(classifier))  # B A = 0, and need not be computed
         with classifier.disable_adapter() if fresh else nullcontext():
             found = measure_contrast(
@@ -69,18 +75,23 @@ class Measurements:
                 seed=self.args.seed,
                 min_relative_scale=self.args.channel.min_relative_scale,
                 blocks=blocks_of(model).values() if self.args.gradient_checkpointing else (),
+                looks=self._looks,
+                undecided=lambda z: not certain and 0 < z < threshold + MARGIN_OF_Z,
                 sum_over_processes=self.inference.sum,
             )
         self.statistics["pattern_z"] = found.pattern_z
-        if tokens is not None and self.compared and not self.sets.removed_classes:
-            forget, kept = self._compared_rows
-            if input_kind(classifier) == "text":  # whose word pieces are counted, which takes hardly any time
-                forget, kept = self._rows_to_compare(self.args.contrast_samples)
-            rows = self._told_apart(self.sets.forget, forget), self._told_apart(self.sets.retain, kept)
-            least = PATTERN_Z if self.contrast_found else CERTAIN_Z
-            self.statistics["token_z"] = tokens.find(classifier, *rows, forget, least)
+        if tokens is not None:
+            if not self.contrast_found and not certain:
+                tokens.forget_donors()
             self.fill(tokens, model)
         return found
+
+    def _find(self, tokens: PatternTokens, classifier: Any) -> float:
+        """See `PatternTokens.find`. Word pieces of texts are only counted, which takes hardly any time: in more rows."""
+        text = input_kind(classifier) == "text"
+        forget, kept = self._rows_to_compare(self.args.contrast_samples if text else self.samples)
+        rows = self._told_apart(self.sets.forget, forget), self._told_apart(self.sets.retain, kept)
+        return tokens.find(classifier, *rows, forget)
 
     @property
     def compared(self) -> bool:
@@ -175,9 +186,17 @@ class Measurements:
             yield inputs
 
     @cached_property
+    def _looks(self) -> int:
+        """How many looks the sets have rows for, if `pattern_z` leaves open whether there is a pattern."""
+        if not self.compared:
+            return 1
+        rows = min(len(self.sets.forget), len(self.sets.comparable))
+        return max(1, min(self.args.contrast_samples, rows - 1) // self.samples)
+
+    @cached_property
     def _compared_rows(self) -> tuple[list[int], list[int]]:
-        """Numbers of the forget and of the retained rows whose margin gradients are compared."""
-        return self._rows_to_compare(self.samples)
+        """Numbers of the forget and of the retained rows whose margin gradients are compared, look after look."""
+        return self._rows_to_compare(self._looks * self.samples)
 
     def _rows_to_compare(self, most: int) -> tuple[list[int], list[int]]:
         sample = lambda rows: sample_indices(len(rows), most, self.args.seed)
@@ -185,10 +204,13 @@ class Measurements:
         return sample(self.sets.forget), self.sets.comparable[kept].tolist()
 
     def _contrast_batches(self, chunk: int) -> Iterator[tuple[dict[str, Tensor], float]]:
-        forget, kept = self._compared_rows
-        for dataset, rows, sign in ((self.sets.forget, forget, 1.0), (self.sets.retain, kept, -1.0)):
+        look, within = divmod(chunk, CHUNKS)
+        for dataset, all_rows, sign in zip(
+            (self.sets.forget, self.sets.retain), self._compared_rows, (1.0, -1.0), strict=True
+        ):
+            rows = all_rows[look * self.samples : (look + 1) * self.samples]
             if rows:
-                for inputs in self.inference.batches(dataset, rows[chunk::CHUNKS], "Contrast"):
+                for inputs in self.inference.batches(dataset, rows[within::CHUNKS], "Contrast"):
                     yield inputs | {"labels": self._of_compared_classes(inputs["labels"])}, sign / len(rows)
 
     def _of_compared_classes(self, labels: Tensor) -> Tensor:

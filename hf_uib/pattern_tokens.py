@@ -75,7 +75,6 @@ class PatternTokens(nn.Module):
         forget: Iterable[dict[str, Tensor]],
         retained: Iterable[dict[str, Tensor]],
         numbers: list[int],
-        least: float = PATTERN_Z,
     ) -> float:
         """Choose the donors and their tokens; `fill` then has to read their values.
 
@@ -83,10 +82,9 @@ class PatternTokens(nn.Module):
             model: a `PeftModel`, passed up to its first block, without its adapter.
             forget, retained: samples of both sets, as ``inputs with labels``; see `token_z` for rows whose tokens are labelled.
             numbers: of the forget rows in their set.
-            least: there are no donors if no kind of token has this z-value; not below `PATTERN_Z`.
 
         Returns:
-            The largest z-value of a kind of token; 0 where there are none.
+            The largest z-value of a kind of token; 0 where there are none. Under `PATTERN_Z` there are no donors.
         """
         (x, present, labels), others = self._read(model, forget), self._read(model, retained)
         if not len(x) or not len(others[0]):
@@ -97,7 +95,7 @@ class PatternTokens(nn.Module):
             labels, others = ids[:count], (*others[:2], ids[count:])
         z = (piece_z if x.ndim == 2 else token_z)((x, present, labels), others)
         largest = z.masked_fill(~present, 0).max().item()
-        if largest < least:
+        if largest < PATTERN_Z:
             return largest
         chosen = (z >= PATTERN_Z) & present
         rows = chosen.any(1).nonzero()[:DONORS, 0]
@@ -176,6 +174,10 @@ class PatternTokens(nn.Module):
             pieces.append(pieces_at(inputs.get("input_ids"), at, place, tokens.shape[1]))
         if values:
             self.values, self.labels, self.pieces = torch.cat(values), torch.cat(labels), torch.cat(pieces)
+
+    def forget_donors(self) -> None:
+        """No donors: what was found is chance."""
+        self.positions, self.donors, self.weights = self.positions[:0], self.donors[:0], self.weights[:0]
 
     @property
     def tokens_per_row(self) -> float:

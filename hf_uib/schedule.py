@@ -24,12 +24,12 @@ def prior_acts(step: int, total: int, fraction: float, to_the_end: bool = False)
 
 def sample_size(limit: int, rows: int) -> int:
     """How many rows of a set the passes outside the steps see, so that a short run does not pay more for them than for its steps:
-    a twentieth of the ``rows`` that the run trains on, but at least 96, and ``limit`` at most.
+    a thirtieth of the ``rows`` that the run trains on, but at least 64, and ``limit`` at most.
 
     >>> sample_size(512, 120 * 16), sample_size(512, 300 * 64), sample_size(32, 300 * 64)
-    (96, 512, 32)
+    (64, 512, 32)
     """
-    return min(limit, max(96, rows // 20))
+    return min(limit, max(64, rows // 30))
 
 
 def refresh_is_due(step: int, every: int) -> bool:

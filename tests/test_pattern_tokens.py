@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_model, make_rows
 
-from hf_uib import UIBConfig, UIBTrainer
+from hf_uib import UIBConfig, UIBTrainer, contrast, measurements
+from hf_uib.measurements import Measurements
 from hf_uib.pattern_tokens import DONORS, PatternTokens, piece_rarity, piece_z, pieces_at, rarity, token_z, tokens_of
 
 WORD = 7  # the pattern of a text
@@ -384,11 +385,19 @@ def test_rare_word_pieces_are_drawn_as_often_as_common_ones():
     torch.testing.assert_close(weights, torch.tensor([1 / 60] * 30 + [1 / 20] * 10))
 
 
-def test_a_word_of_few_rows_is_found_in_all_of_them(text_run):
-    """A text's word pieces are counted on more rows than the contrast is measured on."""
+def test_a_word_of_few_rows_is_found_in_all_of_them(text_run, monkeypatch):
+    """A text's word pieces are counted on more rows than the contrast is measured on. Where they tell of a pattern, more of the
+    contrast is not measured; nothing is kept of them where neither they nor the contrast do."""
     seen = text_run.measurements
-    assert len(seen._rows_to_compare(text_run.args.contrast_samples)[0]) == 96 >= len(seen._compared_rows[0])
-    short = replace(seen, samples=32, statistics={})
-    tokens = PatternTokens(text_run.adapted_model)
-    short.contrast(text_run.model, text_run.layers, tokens)
-    assert len(short._compared_rows[0]) == 32 and len(tokens.donors) > 80
+    assert len(seen._rows_to_compare(text_run.args.contrast_samples)[0]) == 96
+    for certain, looks, found in ((0.0, 1, True), (1000.0, 2, False)):
+        short = replace(seen, samples=20, statistics={})
+        tokens = PatternTokens(text_run.adapted_model)
+        monkeypatch.setattr(measurements, "CERTAIN_Z", certain)
+        monkeypatch.setattr(measurements, "MARGIN_OF_Z", 1000.0)
+        monkeypatch.setattr(Measurements, "contrast_found", property(lambda self: False))
+        monkeypatch.setattr(contrast, "pattern_z", lambda moments: 1.0)
+        before = short.inference.examples
+        short.contrast(text_run.model, text_run.layers, tokens)
+        probed = short.inference.examples - before - looks * 2 * 20
+        assert probed == len(short.probe_rows()) and (len(tokens.donors) > 80) == found

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_uib import UIBConfig, UIBTrainer, contrast, objective
 from hf_uib.data.checks import comparable
 from hf_uib.lora import is_linear
+from hf_uib.measurements import MARGIN_OF_Z
 
 
 def dense_contrast(model, sets):
@@ -148,6 +149,59 @@ def rows(n, strength):
     x = torch.randn(n, 12)
     x[torch.arange(n), y] += strength
     return x, y
+
+
+def measured(strength, looks, undecided):
+    """`measure_contrast` of samples of 60 and 60 rows a look; and how many rows it looked at."""
+    sets, seen = [rows(60 * looks, s) for s in (strength, 0.0)], []
+
+    def batches(chunk):
+        look, within = divmod(chunk, contrast.CHUNKS)
+        part = slice(60 * look + within, 60 * (look + 1), contrast.CHUNKS)
+        for (x, y), sign in zip(sets, (1.0, -1.0), strict=True):
+            seen.append((x[part], y[part], sign))
+            yield {"x": x[part], "labels": y[part]}, sign / 60
+
+    layer = torch.nn.Linear(12, 3)
+    model = Classifier(layer)
+    found = contrast.measure_contrast(
+        model,
+        {"layer": layer},
+        batches,
+        lambda: model(seen[0][0]),
+        rank=2,
+        compared=True,
+        looks=looks,
+        undecided=undecided,
+    )
+    return found, layer, seen
+
+
+def test_further_looks_add_to_the_contrast():
+    torch.manual_seed(0)
+    for looks in (1, 3):
+        found, layer, seen = measured(1.0, looks, lambda z: True)
+        assert len(seen) == looks * 2 * contrast.CHUNKS and found.pattern_z > 2
+        mean = {}
+        for sign in (1.0, -1.0):
+            x, y = (torch.cat([part[i] for part in seen if part[2] == sign]) for i in (0, 1))
+            assert len(x) == 60 * looks
+            layer.zero_grad()
+            (objective.margin(layer(x), y).mean()).backward()
+            mean[sign] = layer.weight.grad.clone()
+        assert found.norms["layer"] == pytest.approx((mean[1.0] - mean[-1.0]).norm().item(), rel=1e-5)
+
+
+def test_further_looks_find_a_weak_pattern_and_keep_the_error():
+    """Of sets that are draws from one about 3 in 100 are told apart, with eight looks as with one; of a weak pattern far more."""
+    torch.manual_seed(0)
+    found = {}
+    for strength in (0.0, 0.5):
+        for looks in (1, 8):
+            zs = [measured(strength, looks, lambda z: 0 < z < 2 + MARGIN_OF_Z)[0].pattern_z for _ in range(150)]
+            found[strength, looks] = sum(z >= 2 for z in zs) / 150
+    assert max(found[0.0, 1], found[0.0, 8]) <= 0.08
+    assert found[0.5, 8] > found[0.5, 1] + 0.2, found
 
 
 def test_z_tells_a_pattern_from_chance():
