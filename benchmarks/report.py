@@ -38,10 +38,6 @@ the model before it. Each method but UIB is tuned on a validation fold ([setting
 
 *Conflicting accuracy* is the accuracy on test rows whose bias attribute stands for another class than their label,
 *shortcut rate* the fraction of them that is given the attribute's class. The target is the retrained model, not 100%.
-
-UIB's figures on digits-colour, dino-shade, dino-colour, hate-identity and tweets-airline are from a contrast of 64 rows
-of each set (a thirtieth of the run's), and so are those of whole runs, reach, export, discovery, fairness and the three
-requests; the default is 96 (a twentieth) since, and they were not measured again.
 """
 RANKS = """## Ranks
 
