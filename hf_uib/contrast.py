@@ -317,7 +317,6 @@ class ContrastStatistics:
     Attributes:
         subspaces: V_l, ``[k, d_in]``, orthonormal (or zero) rows; one tensor for layers that read one input.
         output_scales: what one unit of ``V_l x`` is multiplied with to be as large as the layer's output; scalars.
-        mean_inputs: ``[d_in]``.
         norms: ``|C_l|``, the length of the contrast, in nats of margin per unit of weight.
         pattern_z: see `pattern_z`; 0 where forget and retained rows were not compared.
         unreached: layers to which no gradient came: never called, or their output is not used.
@@ -325,7 +324,6 @@ class ContrastStatistics:
 
     subspaces: dict[str, Tensor]
     output_scales: dict[str, Tensor]
-    mean_inputs: dict[str, Tensor]
     norms: dict[str, float]
     pattern_z: float
     unreached: list[str]
@@ -407,7 +405,6 @@ def measure_contrast(
     return ContrastStatistics(
         subspaces=subspaces,
         output_scales=_output_scales(stats, code_rms, min_relative_scale),
-        mean_inputs={name: layer.mean_input().float() for name, layer in stats.items()},
         norms={name: layer.contrast.norm().item() for name, layer in stats.items()},
         pattern_z=z,
         unreached=[name for name, layer in stats.items() if not layer.reached],

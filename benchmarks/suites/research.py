@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict] = {
     "no tokens swapped": {"swap_fraction": 0.0},
     "no noise": {"noise_to_signal": 0.0},
     "neither: the forget loss alone, as for random rows": {"swap_fraction": 0.0, "noise_to_signal": 0.0},
+    "B alone": {"trainable_factors": "B"},
     "learning rate / 2": {"learning_rate": 1e-3},
     "learning rate x 2": {"learning_rate": 4e-3},
 }
@@ -56,7 +57,7 @@ THIRD = (
 )  # fmt: skip
 FIRST_TASKS = ("digits-colour", "fashion-colour")
 HOSTING = ("digits-colour", "fashion-colour", "fashion-patch", "fashion-outdated", "fashion-backdoor")
-EDITION = 5  # of the default that today's variants are about
+EDITION = 6  # of the default that today's variants are about
 
 
 def run_research(options) -> None:
