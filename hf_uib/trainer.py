@@ -279,12 +279,13 @@ class UIBTrainer(ResultsMixin, HubMixin):
         posterior.set_prior_mean()
 
     def _set_channels(self, tokens: PatternTokens) -> None:
-        """Noise and share of swapped rows: none where no pattern is found, nor where whole classes go."""
+        """Noise and share of swapped rows: none where no pattern is found, nor where whole classes go. Where tokens alone tell of
+        one, swapping them is enough: noise would close what the margins' gradients do not tell from chance."""
         args, kappa = self.args, self.args.noise_to_signal
         if tokens.tokens_per_row > 0:
             self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
         swap = args.swap_fraction if self.measurements.tokens_found else 0.0
-        if kappa is None and self._pattern_to_unlearn:
+        if kappa is None and self._pattern_to_unlearn and (self.measurements.contrast_found or not swap):
             kappa = args.channel.noise_to_signal
         if args.posterior == "map":
             kappa = swap = 0.0
