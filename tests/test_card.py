@@ -149,10 +149,15 @@ def test_what_the_card_says_of_an_audited_run_without_results(tmp_path):
     for said in (
         "| original |", "| UIB |", "| retrained |", "the row of the model retrained", "| eval | 60 |", "| weight_decay | 0.3 |",
         "| prior_strength in force | 0.2 |", "| noise_to_signal in force | 0.5 |", "| LoRA | r 4",
+        "retained data with noise along the subspace in which forget and retained data differ, a KL divergence",
     ):  # fmt: skip
         assert said in card.text, said
     assert "Nothing was measured" not in card.text and "No model retrained" not in card.text
     assert {r.dataset_split for r in card.data.eval_results} == {"forget", "retain", "test"}
+    trainer.statistics.update(noise_to_signal=0.0, swap_fraction=0.5)
+    trainer.create_model_card()
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "retained data with the pattern's tokens drawn from forget rows whatever the label, a KL" in text
 
 
 def test_outside_text_stays_text(tmp_path):

@@ -59,6 +59,7 @@ class UnlearningCardData:
         dataset_name: Hub id of the data.
         retained: retained rows were given.
         calibrated: the level to forget to was measured on a calibration set.
+        channels: what the model was not let read of the pattern, in words: noise, swapped tokens, or neither.
         prior: class of the prior.
         steps: of training.
         settings: those that bear on the result; measured: strengths that were in force.
@@ -86,6 +87,7 @@ class UnlearningCardData:
     dataset_name: str | None
     retained: bool
     calibrated: bool
+    channels: list[str]
     prior: str
     steps: int
     settings: dict[str, Any]

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from ..config import UIBConfig
 
 
+CHANNELS = {
+    "noise_to_signal": "noise along the subspace in which forget and retained data differ",
+    "swap_fraction": "the pattern's tokens drawn from forget rows whatever the label",
+}
+
+
 class HubMixin(AtomicCheckpoints):
     """Pushes, cards and the merged model of a `UIBTrainer`, whose ``__init__`` sets all of these.
 
@@ -256,6 +262,7 @@ class HubMixin(AtomicCheckpoints):
             dataset_name=self.dataset_name,
             retained=self.retain_dataset is not None,
             calibrated=self._is_calibrated(),
+            channels=[words for name, words in CHANNELS.items() if self.statistics.get(name, 0) > 0],
             prior=type(self.prior).__name__,
             steps=self.state.global_step,
             settings=self._shown_settings(),
