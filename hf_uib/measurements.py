@@ -188,7 +188,7 @@ class Measurements:
     @cached_property
     def _looks(self) -> int:
         """How many looks the sets have rows for, if `pattern_z` leaves open whether there is a pattern."""
-        if not self.compared:
+        if not self.compared or self.sets.removed_classes:
             return 1
         rows = min(len(self.sets.forget), len(self.sets.comparable))
         return max(1, min(self.args.contrast_samples, rows - 1) // self.samples)
