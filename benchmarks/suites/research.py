@@ -63,7 +63,11 @@ EDITION = 6  # of the default that today's variants are about
 def run_research(options) -> None:
     """Do what is missing in the results."""
     runs.quiet()
-    done = {(line["task"], line["seed"], line["variant"]) for line in results.read(RESEARCH) if line.get("edition") == EDITION}
+    done = {
+        (line["task"], line["seed"], line["variant"])
+        for line in results.read(RESEARCH)
+        if line.get("edition") == EDITION
+    }
     for name in (n for n in FOLDS if n in options.tasks):
         for seed in FOLDS[name]:
             missing = [v for v in (*VARIANTS, LORA) if (name, seed, v) not in done]
