@@ -27,7 +27,7 @@ TITLES = {name: module.TITLE for name, module in KINDS.items()} | {
     "voice_bias": "Sounds (synthetic vowels; audio spectrogram transformer)",
 }
 MEASURED_BEFORE = ("names_in_tweets",)
-BEFORE = "Measured before layers that read one input shared a subspace (docs/method.md, section 2b); the seed did not draw the head.\n"
+BEFORE = "Measured before layers that read one input shared a subspace (docs/method.md, 2b); the seed did not draw the head.\n"
 COLUMNS = {"accuracy": "accuracy", "conflicting_accuracy": "bias-conflicting accuracy", "follow_rate": "shortcut rate"}
 
 
