@@ -95,7 +95,7 @@ class PatternTokens(nn.Module):
             labels, others = ids[:count], (*others[:2], ids[count:])
         z = (piece_z if x.ndim == 2 else token_z)((x, present, labels), others)
         largest = z.masked_fill(~present, 0).max().item()
-        if largest < PATTERN_Z:
+        if not largest >= PATTERN_Z:  # NaN inputs are refused by the contrast, in words
             return largest
         chosen = (z >= PATTERN_Z) & present
         rows = chosen.any(1).nonzero()[:DONORS, 0]
