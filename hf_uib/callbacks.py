@@ -50,7 +50,7 @@ class OverUnlearningCorrection(TrainerCallback):
         trainer, posterior = self.trainer, self.trainer.posterior
         posterior.silence()
         measured = trainer.measurements
-        drawn = measured.compared and not trainer.sets.removed_classes and not measured.pattern_found
+        drawn = measured.seeks_pattern and not measured.pattern_found
         if trainer.calibration_dataset is None or not drawn or args.load_best_model_at_end:
             return
         ends = {name: posterior.factors(name)[1].detach().clone() for name in trainer.layers}

@@ -57,7 +57,7 @@ class Measurements:
     ) -> ContrastStatistics:
         """Subspaces and scales of the adapted layers (`measure_contrast`), and under a pattern the donors of ``tokens``."""
         classifier = self.inference.accelerator.unwrap_model(model)
-        if tokens is not None and self.compared and not self.sets.removed_classes:
+        if tokens is not None and self.seeks_pattern:
             self.statistics["token_z"] = self._find(tokens, classifier)
         certain = self.statistics.get("token_z", 0.0) >= CERTAIN_Z
         threshold = self.args.channel.pattern_z
@@ -97,6 +97,11 @@ class Measurements:
     def compared(self) -> bool:
         """Whether forget and retained rows are compared, so that ``pattern_z`` is one."""
         return self.sets.retain is not None and self.args.prior_subspace == "contrast"
+
+    @property
+    def seeks_pattern(self) -> bool:
+        """Whether it is asked what tells the sets apart: of whole classes it is the label."""
+        return self.compared and not self.sets.removed_classes
 
     @property
     def contrast_found(self) -> bool:
@@ -188,7 +193,7 @@ class Measurements:
     @cached_property
     def _looks(self) -> int:
         """How many looks the sets have rows for, if `pattern_z` leaves open whether there is a pattern."""
-        if not self.compared or self.sets.removed_classes:
+        if not self.seeks_pattern:
             return 1
         rows = min(len(self.sets.forget), len(self.sets.comparable))
         return max(1, min(self.args.contrast_samples, rows - 1) // self.samples)

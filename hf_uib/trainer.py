@@ -268,7 +268,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         self.set_trainable()
         posterior.noise_to_signal.fill_(self.statistics["noise_to_signal"])
         posterior.swap_fraction.fill_(self.statistics["swap_fraction"])
-        usual = self.prior.default_strength(self._closed)
+        usual = self.prior.default_strength(bool(self._closed_channels))
         self.statistics["prior_strength"] = usual if args.prior_strength is None else args.prior_strength
         context = self._prior_context()
         self.prior.attach(context)
@@ -296,11 +296,6 @@ class UIBTrainer(ResultsMixin, HubMixin):
         """Whether the forget set differs from the retained one by more than chance, and no whole classes go."""
         return not self.sets.removed_classes and self.measurements.pattern_found
 
-    @property
-    def _closed(self) -> bool:
-        """Whether a channel for the pattern is closed, by noise or by swapped tokens."""
-        return any(self.statistics.get(name, 0) > 0 for name in ("noise_to_signal", "swap_fraction"))
-
     def _read_short_texts(self) -> None:
         """Where tokens of the pattern are swapped and each row has labels of its own."""
         texts = self.posterior.short_texts
@@ -323,7 +318,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
             reduce=self.inference.sum,
             task=self.task,
             strength=self.statistics["prior_strength"],
-            pattern_detected=self._closed and not sets.removed_classes,
+            pattern_detected=bool(self._closed_channels) and not sets.removed_classes,
             calibration_seen_in_training=bool(self.held_out) and not sets.removed_classes,
             one_label=sets.one_label,
         )
@@ -483,7 +478,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     def _factors(self) -> str:
         """Which factors are trained: as it is set, or A and B under a pattern, and B along the contrast without one."""
-        return self.args.trainable_factors or ("both" if self._closed or self._pattern_to_unlearn else "B")
+        return self.args.trainable_factors or ("both" if self._closed_channels or self._pattern_to_unlearn else "B")
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in Trainer; raw sets are encoded."""

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from scipy.io import wavfile
 from scipy.signal import resample_poly
-from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, TrainingArguments, set_seed
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, TrainingArguments
 
 from hf_uib import retrain
 from hf_uib.data.columns import Columns
@@ -73,7 +73,6 @@ def make(seed: int) -> Kind:
         time_stride=8, max_length=64, num_mel_bins=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(DIGITS)), label2id={name: i for i, name in enumerate(DIGITS)},
     )  # fmt: skip
-    set_seed(seed)
     columns = Columns(audio="speech")
     training = TrainingArguments(
         "out", max_steps=300, learning_rate=1e-3, per_device_train_batch_size=32, seed=seed, save_strategy="no"

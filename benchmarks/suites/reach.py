@@ -51,7 +51,7 @@ def run(name: str, seed: int, options, output_dir: str) -> tuple[dict[str, dict]
     """A row of each model, and the audit's verdict."""
     if name not in KINDS:
         return import_module(name).main(seed=seed, output_dir=output_dir)
-    set_seed(seed)  # of the new head, too
+    set_seed(seed)  # of new weights, too
     paths = {option: getattr(options, option) for option in KINDS[name].DATA}
     return compare(KINDS[name].make(seed, **paths), import_module("beside_lora").train_both, seed, output_dir)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..config import UIBConfig
 
 
-CHANNELS = {
+CHANNELS = {  # for the pattern: by the statistic that tells whether one is closed
     "noise_to_signal": "noise along the subspace in which forget and retained data differ",
     "swap_fraction": "the pattern's tokens drawn from forget rows whatever the label",
 }
@@ -262,7 +262,7 @@ class HubMixin(AtomicCheckpoints):
             dataset_name=self.dataset_name,
             retained=self.retain_dataset is not None,
             calibrated=self._is_calibrated(),
-            channels=[words for name, words in CHANNELS.items() if self.statistics.get(name, 0) > 0],
+            channels=self._closed_channels,
             prior=type(self.prior).__name__,
             steps=self.state.global_step,
             settings=self._shown_settings(),
@@ -289,6 +289,11 @@ class HubMixin(AtomicCheckpoints):
     def _adapter_folder(self) -> str | None:
         """PEFT's folder for an adapter of another name than ``default``."""
         return None if self.adapter_name == "default" else self.adapter_name
+
+    @property
+    def _closed_channels(self) -> list[str]:
+        """The channels for the pattern that are closed, in words."""
+        return [words for name, words in CHANNELS.items() if self.statistics.get(name, 0) > 0]
 
     def _is_calibrated(self) -> bool:
         """Whether the level to forget to was measured on a calibration set."""
