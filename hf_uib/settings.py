@@ -45,7 +45,7 @@ class ChannelSettings(Limits):
 
     noise_to_signal: float = 0.5
     pattern_effect: float = 1.0
-    short_texts: float = 1.0
+    short_texts: float = 0.1
     pattern_z: float = 2.0
     over_unlearning_z: float = -2.0
     code_scale: float = 0.075
