@@ -26,8 +26,6 @@ TITLES = {name: module.TITLE for name, module in KINDS.items()} | {
     "decoder_bias": "A decoder (messages to shops; Qwen 3 with a `score` head)",
     "voice_bias": "Sounds (synthetic vowels; audio spectrogram transformer)",
 }
-MEASURED_BEFORE = ("names_in_tweets",)
-BEFORE = "Measured before layers that read one input shared a subspace (docs/method.md, 2b); the seed did not draw the head.\n"
 COLUMNS = {"accuracy": "accuracy", "conflicting_accuracy": "bias-conflicting accuracy", "follow_rate": "shortcut rate"}
 
 
@@ -72,8 +70,7 @@ def reach_tables() -> list[str]:
         path = f"benchmarks/kinds/{name}.py" if name in KINDS else f"examples/{name}.py"
         about = [f"{inspect.getdoc(KINDS[name].make)}\n"] if name in KINDS else []
         seeds = f"[{path}](../../{path}), seeds {', '.join(str(line['seed']) for line in mine)}.\n"
-        before = [BEFORE] if name in MEASURED_BEFORE else []
-        parts += [f"## {title}\n", *about, seeds, *before]
+        parts += [f"## {title}\n", *about, seeds]
         parts += table(["", *COLUMNS.values()], cells)
         parts += ["\nAudit, by seed:\n", *(f"- {line['seed']}: {line['verdict']}" for line in mine), ""]
     return parts
