@@ -24,6 +24,7 @@ from .suites import (
     gpu,
     lifecycle,
     memory,
+    promises,
     quantised,
     reach,
     research,
@@ -52,6 +53,10 @@ COMMANDS = {
     "quantised": (
         quantised.run_quantised,
         "quantised bases against full precision: subspaces, merging, quantising again",
+    ),
+    "promises": (
+        promises.run_promises,
+        "detaching, merging, resuming and the audit's checks, for every kind of input and label",
     ),
     "reach": (reach.run_reach, "other kinds of input and label: real tweets, speech, and the examples' tasks"),
     "fairness": (fairness.run_fairness, "false alarms and misses by group of a picture model, before and after"),

@@ -14,6 +14,7 @@ from .suites.fairness import fairness_tables
 from .suites.gpu import gpu_tables
 from .suites.lifecycle import lifecycle_table
 from .suites.memory import memory_tables
+from .suites.promises import promises_table
 from .suites.quantised import quantised_tables
 from .suites.reach import reach_tables
 from .suites.research import research_tables
@@ -184,7 +185,7 @@ def pages(runs: list[dict], figure_drawn: bool = True) -> dict[str, str]:
         ("tuning", TUNING, tables.tuning_table()),
         ("cost", COST, [*whole_table(), *gpu_tables(), *cost_tables()]),
         ("audit", AUDITS, audit_tables()),
-        ("reach", REACH, reach_tables()),
+        ("reach", REACH, [*reach_tables(), *promises_table()]),
         ("fairness", FAIRNESS, fairness_tables()),
         ("export", EXPORT, export_tables()),
         ("discover", DISCOVER, discover_tables()),

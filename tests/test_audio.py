@@ -23,6 +23,7 @@ from hf_uib import UIBTrainer
 from hf_uib.cli.main import dispatch
 from hf_uib.data.columns import Columns
 from hf_uib.data.reading import Reader
+from hf_uib.models import load_classifier
 
 RATE = 4000
 EXTRACTOR = Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True)
@@ -99,6 +100,12 @@ def test_it_trains_detaches_merges_resumes_and_audits(tmp_path):
     after = adapter_weights(trainer)
     detached = trainer.detach().state_dict()
     assert all(torch.equal(detached[name], weight) for name, weight in base.items())
+    batch = trainer.data_collator.collate([trainer.retain_dataset[i] for i in range(6)])
+    batch = {name: values for name, values in batch.items() if name != "labels"}
+    trainer.save_merged(str(tmp_path / "merged"))
+    merged = load_classifier(str(tmp_path / "merged"))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, trainer.model.eval()(**batch).logits, rtol=1e-4, atol=1e-4)
     report = trainer.audit(sounds(120, 7), bias_column="speaker")
     assert 0 <= report.metrics["test"]["model"]["accuracy"]["value"] <= 1
     trainer.save_model()

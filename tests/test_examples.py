@@ -24,9 +24,11 @@ import bert_brand_bias  # noqa: E402
 import custom_prior  # noqa: E402
 import decoder_bias  # noqa: E402
 import delete_rows  # noqa: E402
+import image_towers  # noqa: E402
 import multi_label  # noqa: E402
 import outdated_labels  # noqa: E402
 import token_labels  # noqa: E402
+import video_bias  # noqa: E402
 import vit_colour_bias  # noqa: E402
 import voice_bias  # noqa: E402
 
@@ -131,6 +133,25 @@ def test_decoder_bias():
 @pytest.mark.slow
 def test_voice_bias():
     rows, verdict = voice_bias.main(steps=100, train_steps=200)
+    assert rows["UIB"]["follow_rate"] < 0.7 * rows["original"]["follow_rate"]
+    assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
+    assert re.match(r"(Passed|Not passed): ", verdict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tower", ["siglip2", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("clip", "dinov3"))]
+)
+def test_image_towers(tower):
+    rows, verdict = image_towers.main(steps=100, train_steps=200, tower=tower)
+    assert follows_less(rows, "UIB")
+    assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.03
+    assert re.match(r"(Passed|Not passed): ", verdict)
+
+
+@pytest.mark.slow
+def test_video_bias():
+    rows, verdict = video_bias.main(steps=120)
     assert rows["UIB"]["follow_rate"] < 0.7 * rows["original"]["follow_rate"]
     assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
     assert re.match(r"(Passed|Not passed): ", verdict)

@@ -21,6 +21,9 @@ from transformers import (
     LlamaForSequenceClassification,
     Qwen3Config,
     Qwen3ForSequenceClassification,
+    Siglip2Config,
+    Siglip2ForImageClassification,
+    Siglip2ImageProcessorPil,
     SiglipConfig,
     SiglipForImageClassification,
     VideoMAEConfig,
@@ -55,7 +58,11 @@ def with_head(base, tower):
 
 OwnVit = with_head(DINOv3ViTPreTrainedModel, DINOv3ViTModel)
 OwnConvNext = with_head(DINOv3ConvNextPreTrainedModel, DINOv3ConvNextModel)
-IMAGES = ("clip", "siglip", "dinov3", "dinov3_convnext")
+IMAGES = ("clip", "siglip", "siglip2", "dinov3", "dinov3_convnext")
+PROCESSORS = {
+    "videomae": lambda: VideoMAEImageProcessorPil(do_resize=False, do_center_crop=False),
+    "siglip2": lambda: Siglip2ImageProcessorPil(patch_size=4, max_num_patches=4),  # pixels, mask and shape
+}
 
 
 def model_of(name):
@@ -63,6 +70,9 @@ def model_of(name):
     return {
         "clip": lambda: CLIPForImageClassification(CLIPConfig(**TOWERS)),
         "siglip": lambda: SiglipForImageClassification(SiglipConfig(**TOWERS)),
+        "siglip2": lambda: Siglip2ForImageClassification(
+            Siglip2Config(**TOWERS | {"vision_config": SMALL | {"patch_size": 4, "num_patches": 4, "num_channels": 3}})
+        ),
         "dinov3": lambda: OwnVit(DINOv3ViTConfig(**IMAGE | SMALL | {"num_register_tokens": 2, "num_labels": 3})),
         "dinov3_convnext": lambda: OwnConvNext(
             DINOv3ConvNextConfig(
@@ -96,23 +106,24 @@ def videos(n, seed):
 def rows_for(name, n, seed):
     if name == "videomae":
         return videos(n, seed)
+    if name == "siglip2":
+        return videos(n, seed).map(lambda row: {"image": row["frames"][0]}, remove_columns="frames")
     return make_rows("vit" if name in IMAGES else "bert", n, seed=seed)
 
 
 def trainer_of(path, name, **settings):
-    processor = VideoMAEImageProcessorPil(do_resize=False, do_center_crop=False) if name == "videomae" else None
     return UIBTrainer(
         model_of(name),
         config(path, **settings),
         rows_for(name, 24, 1),
         rows_for(name, 16, 2),
         calibration_dataset=rows_for(name, 12, 3),
-        processing_class=processor,
+        processing_class=PROCESSORS[name]() if name in PROCESSORS else None,
     )
 
 
 @pytest.mark.parametrize(
-    "name", [*IMAGES[:3], pytest.param(IMAGES[3], marks=pytest.mark.nightly), "llama", "qwen3", "videomae"]
+    "name", [*IMAGES[:4], pytest.param(IMAGES[4], marks=pytest.mark.nightly), "llama", "qwen3", "videomae"]
 )
 def test_it_trains_saves_detaches_merges_resumes_and_audits(tmp_path, name):
     settings = dict(save_strategy="steps", save_steps=3, max_steps=6)

@@ -2,12 +2,15 @@
 on real text and speech, and the examples'.
 """
 
+import dataclasses
 import inspect
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from transformers import set_seed
@@ -25,7 +28,12 @@ TITLES = {name: module.TITLE for name, module in KINDS.items()} | {
     "token_labels": "Labels of tokens (persons, places and firms in sentences; BERT)",
     "decoder_bias": "A decoder (messages to shops; Qwen 3 with a `score` head)",
     "voice_bias": "Sounds (synthetic vowels; audio spectrogram transformer)",
+    "video_bias": "Videos (digits that move; VideoMAE)",
+    "siglip2": "An image tower with a head: SigLIP 2 (digits)",
+    "clip": "An image tower with a head: CLIP (digits)",
+    "dinov3": "An image tower with a head of one's own: DINOv3 (digits)",
 }
+TOWERS = ("siglip2", "clip", "dinov3")  # of examples/image_towers.py
 COLUMNS = {"accuracy": "accuracy", "conflicting_accuracy": "bias-conflicting accuracy", "follow_rate": "shortcut rate"}
 
 
@@ -45,13 +53,29 @@ def run_reach(options) -> None:
             )
 
 
-def run(name: str, seed: int, options, output_dir: str) -> tuple[dict[str, dict], str]:
-    """A row of each model, and the audit's verdict."""
+def run(
+    name: str,
+    seed: int,
+    options,
+    output_dir: str,
+    train_both: Callable | None = None,
+    steps: dict[str, int] | None = None,
+) -> tuple[dict[str, dict], str]:
+    """A row of each model, and the audit's verdict.
+
+    Args:
+        train_both: in place of examples/beside_lora.py's.
+        steps: ``steps`` and ``train_steps``, instead of the task's.
+    """
+    train_both, steps = train_both or import_module("beside_lora").train_both, steps or {}
     if name not in KINDS:
-        return import_module(name).main(seed=seed, output_dir=output_dir)
+        example = import_module("image_towers" if name in TOWERS else name)
+        tower = {"tower": name} if name in TOWERS else {}
+        with patch.object(example, "train_both", train_both):
+            return example.main(seed=seed, output_dir=output_dir, **tower, **steps)
     set_seed(seed)  # of new weights, too
     paths = {option: getattr(options, option) for option in KINDS[name].DATA}
-    return compare(KINDS[name].make(seed, **paths), import_module("beside_lora").train_both, seed, output_dir)
+    return compare(dataclasses.replace(KINDS[name].make(seed, **paths), **steps), train_both, seed, output_dir)
 
 
 def reach_tables() -> list[str]:
@@ -67,7 +91,8 @@ def reach_tables() -> list[str]:
             cells.append(
                 [model, *(f"{np.mean(v):.3f} ± {np.std(v, ddof=min(1, len(v) - 1)):.3f}" for v in figures.values())]
             )
-        path = f"benchmarks/kinds/{name}.py" if name in KINDS else f"examples/{name}.py"
+        example = "image_towers" if name in TOWERS else name
+        path = f"benchmarks/kinds/{name}.py" if name in KINDS else f"examples/{example}.py"
         about = [f"{inspect.getdoc(KINDS[name].make)}\n"] if name in KINDS else []
         seeds = f"[{path}](../../{path}), seeds {', '.join(str(line['seed']) for line in mine)}.\n"
         parts += [f"## {title}\n", *about, seeds]

@@ -91,7 +91,7 @@ def table(
 
 def pictures(rows: datasets.Dataset, processor, name: str) -> datasets.Dataset:
     """Pixels for the model, made of the stored pictures when a batch asks for them; grey pictures too have three channels."""
-    return rows.with_transform(RowTransform(PictureInput(processor, name, "pixel_values", channels=3)))
+    return rows.with_transform(RowTransform(PictureInput(processor, name, channels=3)))
 
 
 # ---- Sets -------------------------------------------------------------------------------------------------------

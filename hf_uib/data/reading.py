@@ -113,7 +113,7 @@ class Reader:
         if isinstance(self.processing_class, BaseImageProcessor):
             column = image_column(dataset, self.columns)
             channels = getattr(self.config, "num_channels", None)
-            return None if column is None else PictureInput(self.processing_class, column, self.main_input, channels)
+            return None if column is None else PictureInput(self.processing_class, column, channels)
         if isinstance(self.processing_class, SequenceFeatureExtractor):
             column = audio_column(dataset, self.columns)
             return None if column is None else AudioInput(self.processing_class, column, self.main_input)

@@ -34,17 +34,17 @@ def range_of(picture: Image.Image) -> float:
 
 
 class PictureInput:
-    """Pictures, or the frames of videos, through an image processor.
+    """Pictures, or the frames of videos, through an image processor. All that it gives for a picture comes along: SigLIP 2 takes
+    the pixels, their shape and a mask.
 
     Args:
         processor: image processor.
         column: of the pictures, which does not stay.
-        main_input: what the model calls its input.
         channels: see `to_channels`.
     """
 
-    def __init__(self, processor, column: str, main_input: str, channels: int | None = None):
-        self.processor, self.column, self.main_input, self.channels = processor, column, main_input, channels
+    def __init__(self, processor, column: str, channels: int | None = None):
+        self.processor, self.column, self.channels = processor, column, channels
 
     def __call__(self, batch: dict) -> dict:
         pictures = [
@@ -54,7 +54,8 @@ class PictureInput:
             for given in batch[self.column]
         ]
         rest = {k: v for k, v in batch.items() if k != self.column}
-        return {**rest, self.main_input: self.processor(pictures, return_tensors="pt")[self.main_input]}
+        given = self.processor(pictures, return_tensors="pt")
+        return {**rest, **{name: values for name, values in given.items() if len(values) == len(pictures)}}
 
 
 class AudioInput:
