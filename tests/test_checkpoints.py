@@ -41,6 +41,7 @@ from hf_uib.lora import (
     require_known_weights,
     weight_matrix,
 )
+from hf_uib.metrics import worst_group_accuracy
 from hf_uib.models import BASE, load_classifier, num_labels_of
 from hf_uib.provenance import detached, requests_of
 
@@ -832,6 +833,25 @@ def test_layers_without_gradient_are_left_untrained(tmp_path):
     assert unreached(resumed) == only
     factors = [(n, p) for n, p in resumed.model.named_parameters() if ".lora_" in n and "never_called" not in n]
     assert all(p.requires_grad for _, p in factors)
+
+
+def test_the_checkpoint_with_the_best_worst_class_is_kept(tmp_path):
+    rows = make_rows(n=40, seed=4)
+
+    def compute_metrics(prediction):  # as in docs/discover.md
+        classes, labels = prediction.predictions.argmax(-1), prediction.label_ids
+        return {"worst_class": worst_group_accuracy(classes, labels, labels)["worst_group_accuracy"]}
+
+    every = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    best = dict(load_best_model_at_end=True, metric_for_best_model="worst_class", max_steps=8, learning_rate=0.3)
+    trainer = UIBTrainer(
+        make_model(), config(tmp_path, **every, **best), make_rows(n=24, seed=1), make_rows(n=16, seed=2),
+        calibration_dataset=make_rows(n=12, seed=3), eval_dataset=rows, compute_metrics=compute_metrics,
+    )  # fmt: skip
+    trainer.train()
+    logged = [line["eval_worst_class"] for line in trainer.state.log_history if "eval_worst_class" in line]
+    assert len(logged) == 4 and len(set(logged)) > 1
+    assert trainer.evaluate()["eval_worst_class"] == max(logged)
 
 
 @pytest.mark.nightly

@@ -1,5 +1,7 @@
 """Make a fine-tuned classifier unlearn rows of its training data, or a pattern in them.
 
+The model says what it takes (pictures, videos, texts or sounds) and what it labels (rows, with one label or several, or tokens).
+
     hf-uib unlearn --model_name_or_path ID --dataset_name ID \\
         --forget_where source=clinic_a --bias_column source --output_dir out
     hf-uib unlearn --request request.yaml --output_dir answer
