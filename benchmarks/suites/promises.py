@@ -101,6 +101,6 @@ def promises_table() -> list[str]:
         "## What holds for every kind\n",
         f"After {STEPS['steps']} steps, seed 0. The largest difference of a base weight after detaching; of a logit after "
         "the merged model was saved and loaded; of an adapter's weight between a run and one resumed half-way. And the "
-        "audit's checks.\n",
+        "audit's checks; a run so short has learned too little for some (`bias_remains`, `head_refit`).\n",
         *table(["", "detached", "merged", "resumed", "checks measured", "checks not measured"], rows),
     ]
