@@ -72,7 +72,6 @@ def scale_tables() -> list[str]:
         counts = [len(mine), *(sum(x[k] for x in mine) for k in ("kills", "while_saving")), len(mine)]
         killed.append([str(processes), *map(str, counts)])
     return [
-        results.FIRST_EDITION,
         "Largest difference between one process and two, relative where values are larger than 1 (uneven forget and "
         "calibration sets, six steps, world size asserted; other seed: the control):\n",
         *table(["", *equality], differences),
