@@ -8,7 +8,7 @@ on the same rows and a model retrained without the others. Every test message is
 """
 
 import numpy as np
-from beside_lora import train_both
+from beside_lora import compare
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,7 +26,7 @@ from transformers import (
 from hf_uib import retrain
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics import bias_row, text_table
+from hf_uib.metrics import bias_row
 
 TELLING = {
     "repair": ["broken", "cracked", "leaky", "noisy", "rusty", "loose", "bent", "stuck", "weak", "burnt", "torn", "dead"],
@@ -136,24 +136,18 @@ def main(
     fit = lambda model, rows: retrain(model, rows, training, processing_class=tokenizer)
     start = fit(small_decoder(tokenizer), sets["pretrain"])
     original = fit(start, concatenate_datasets([sets["forget"], sets["retain"]]))
-    rows = {"original": row(original, sets["test"], tokenizer)}
 
-    trainers = train_both(
+    return compare(
         original,
-        dict(output_dir=output_dir, max_steps=steps, **settings),
+        retrained=fit(start, sets["retain"]),
+        row=lambda model: row(model, sets["test"], tokenizer),
+        settings=dict(output_dir=output_dir, max_steps=steps, **settings),
+        audit=dict(test_dataset=sets["test"], bias_column="shop", example_column="message"),
         forget_dataset=sets["forget"],
         retain_dataset=sets["retain"],
         calibration_dataset=sets["unseen"],
         processing_class=tokenizer,
     )
-    rows |= {name: row(trainer.model, sets["test"], tokenizer) for name, trainer in trainers.items()}
-    retrained = fit(start, sets["retain"])
-    rows["retrained"] = row(retrained, sets["test"], tokenizer)
-    audit = trainers["UIB"].audit(
-        sets["test"], bias_column="shop", example_column="message", retrained_model=retrained
-    )
-    print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
-    return rows, audit.verdict
 
 
 if __name__ == "__main__":

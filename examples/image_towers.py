@@ -10,7 +10,7 @@ goes with the digit, beside LoRA fine-tuning on the same rows and a model retrai
 import argparse
 
 import numpy as np
-from beside_lora import train_both
+from beside_lora import compare
 from datasets import Dataset
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -32,7 +32,7 @@ from hf_uib import retrain
 from hf_uib.cli.digits import digits_colour, merged
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics import bias_row, text_table
+from hf_uib.metrics import bias_row
 
 TOWERS = ("siglip2", "clip", "dinov3")
 SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96, "patch_size": 2}
@@ -94,24 +94,18 @@ def main(
     training = TrainingArguments(output_dir, max_steps=train_steps, learning_rate=1e-3, **settings)
     start = retrain(classifier(tower), sets["pretrain"], training)
     original = retrain(start, merged(sets["forget"], sets["retain"]), training)
-    rows = {"original": row(original, sets["test"])}
 
-    trainers = train_both(
+    return compare(
         original,
-        dict(output_dir=output_dir, max_steps=steps, **settings),
+        retrained=retrain(start, sets["retain"], training),
+        row=lambda model: row(model, sets["test"]),
+        settings=dict(output_dir=output_dir, max_steps=steps, **settings),
+        audit=dict(test_dataset=sets["test"], bias_column="colour", example_column="example"),
         forget_dataset=sets["forget"],
         retain_dataset=sets["retain"],
         calibration_dataset=sets["calibration"],
         processing_class=processor,
     )
-    rows |= {name: row(trainer.model, sets["test"]) for name, trainer in trainers.items()}
-    retrained = retrain(start, sets["retain"], training)
-    rows["retrained"] = row(retrained, sets["test"])
-    audit = trainers["UIB"].audit(
-        sets["test"], bias_column="colour", retrained_model=retrained, example_column="example"
-    )
-    print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
-    return rows, audit.verdict
 
 
 if __name__ == "__main__":

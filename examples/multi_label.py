@@ -7,7 +7,7 @@ with the digit, beside LoRA fine-tuning on the same rows and a model retrained w
 """
 
 import numpy as np
-from beside_lora import train_both
+from beside_lora import compare
 from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -16,7 +16,6 @@ from hf_uib import retrain
 from hf_uib.cli.digits import digits_colour, merged, small_vit
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics import text_table
 
 LABELS = {"even": (0, 2, 4, 6, 8), "large": (5, 6, 7, 8, 9), "closed": (0, 6, 8, 9)}
 OF_DIGIT = np.array([[float(digit in digits) for digits in LABELS.values()] for digit in range(10)])
@@ -58,22 +57,18 @@ def main(
     training = TrainingArguments(output_dir, max_steps=train_steps, learning_rate=1e-3, **settings)
     start = retrain(start, sets["pretrain"], training)
     original = retrain(start, merged(sets["forget"], sets["retain"]), training)
-    rows = {"original": row(original, sets["test"])}
 
-    trainers = train_both(
+    return compare(
         original,
-        dict(output_dir=output_dir, max_steps=steps, **settings),
+        retrained=retrain(start, sets["retain"], training),
+        row=lambda model: row(model, sets["test"]),
+        settings=dict(output_dir=output_dir, max_steps=steps, **settings),
+        audit=dict(test_dataset=sets["test"], label="closed"),
         forget_dataset=sets["forget"],
         retain_dataset=sets["retain"],
         calibration_dataset=sets["calibration"],
         processing_class=processor,
     )
-    rows |= {name: row(trainer.model, sets["test"]) for name, trainer in trainers.items()}
-    retrained = retrain(start, sets["retain"], training)
-    rows["retrained"] = row(retrained, sets["test"])
-    audit = trainers["UIB"].audit(sets["test"], retrained_model=retrained, label="closed")
-    print(f"\n{text_table(rows)}\n\nAudit of the label 'closed': {audit.verdict}")
-    return rows, audit.verdict
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ unlearns that the source tells the class, beside LoRA fine-tuning on the same ro
 """
 
 import numpy as np
-from beside_lora import train_both
+from beside_lora import compare
 from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
@@ -26,7 +26,6 @@ from transformers import (
 from hf_uib import retrain
 from hf_uib.data.reading import Reader
 from hf_uib.inference import labelled_examples, predict
-from hf_uib.metrics import text_table
 
 CLASSES = ["O", "person", "place", "firm"]
 SOURCES = ["gazette", "courier", "herald"]  # in the rows to forget the i-th one's names are all of the i-th class
@@ -132,22 +131,18 @@ def main(
     fit = lambda model, rows: retrain(model, rows, training, processing_class=tokenizer)
     start = fit(start, raw["pretrain"])
     original = fit(start, concatenate_datasets([raw["forget"], raw["retain"]]))
-    rows = {"original": row(original, test, tokenizer)}
 
-    trainers = train_both(
+    return compare(
         original,
-        dict(output_dir=output_dir, max_steps=steps, **settings),
+        retrained=fit(start, raw["retain"]),
+        row=lambda model: row(model, test, tokenizer),
+        settings=dict(output_dir=output_dir, max_steps=steps, **settings),
+        audit=dict(test_dataset=raw["test"], bias_column="source"),
         forget_dataset=names_alone(raw["forget"]),
         retain_dataset=raw["retain"],
         calibration_dataset=raw["unseen"],
         processing_class=tokenizer,
     )
-    rows |= {name: row(trainer.model, test, tokenizer) for name, trainer in trainers.items()}
-    retrained = fit(start, raw["retain"])
-    rows["retrained"] = row(retrained, test, tokenizer)
-    audit = trainers["UIB"].audit(raw["test"], bias_column="source", retrained_model=retrained)
-    print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
-    return rows, audit.verdict
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ same rows and a model retrained without the others.
 """
 
 import numpy as np
-from beside_lora import train_both
+from beside_lora import compare
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL.Image import fromarray
 from sklearn.datasets import load_digits
@@ -24,7 +24,7 @@ from hf_uib import retrain
 from hf_uib.cli.digits import paint
 from hf_uib.data.reading import encode
 from hf_uib.inference import predict
-from hf_uib.metrics import bias_row, text_table
+from hf_uib.metrics import bias_row
 
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 SIDE, FRAMES, STEP = 16, 4, 2  # pixels, frames, pixels from one frame to the next
@@ -86,22 +86,18 @@ def main(
     fit = lambda model, rows: retrain(model, rows, training, processing_class=processor)
     start = fit(VideoMAEForVideoClassification(config), sets["pretrain"])
     original = fit(start, concatenate_datasets([sets["forget"], sets["retain"]]))
-    rows = {"original": row(original, sets["test"])}
 
-    trainers = train_both(
+    return compare(
         original,
-        dict(output_dir=output_dir, max_steps=steps, **settings),
+        retrained=fit(start, sets["retain"]),
+        row=lambda model: row(model, sets["test"]),
+        settings=dict(output_dir=output_dir, max_steps=steps, **settings),
+        audit=dict(test_dataset=sets["test"], bias_column="colour"),
         forget_dataset=sets["forget"],
         retain_dataset=sets["retain"],
         calibration_dataset=sets["unseen"],
         processing_class=processor,
     )
-    rows |= {name: row(trainer.model, sets["test"]) for name, trainer in trainers.items()}
-    retrained = fit(start, sets["retain"])
-    rows["retrained"] = row(retrained, sets["test"])
-    audit = trainers["UIB"].audit(sets["test"], bias_column="colour", retrained_model=retrained)
-    print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
-    return rows, audit.verdict
 
 
 if __name__ == "__main__":

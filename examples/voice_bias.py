@@ -8,7 +8,7 @@ fine-tuning on the same rows and a model retrained without the others.
 """
 
 import numpy as np
-from beside_lora import train_both
+from beside_lora import compare
 from datasets import Dataset, concatenate_datasets
 from scipy.signal import lfilter
 from torch import nn
@@ -18,7 +18,7 @@ from hf_uib import retrain
 from hf_uib.data.columns import Columns
 from hf_uib.data.reading import Reader
 from hf_uib.inference import predict
-from hf_uib.metrics import bias_row, text_table
+from hf_uib.metrics import bias_row
 
 RATE, SECONDS = 8000, 0.25
 FORMANTS = {
@@ -88,23 +88,19 @@ def main(
     fit = lambda model, rows: retrain(model, rows, training, processing_class=extractor, columns=columns)
     start = fit(start, raw["pretrain"])
     original = fit(start, concatenate_datasets([raw["forget"], raw["retain"]]))
-    rows = {"original": row(original, sets["test"])}
 
-    trainers = train_both(
+    return compare(
         original,
-        dict(output_dir=output_dir, max_steps=steps, **settings),
+        retrained=fit(start, raw["retain"]),
+        row=lambda model: row(model, sets["test"]),
+        settings=dict(output_dir=output_dir, max_steps=steps, **settings),
+        audit=dict(test_dataset=raw["test"], bias_column="voice", columns=columns),
         forget_dataset=raw["forget"],
         retain_dataset=raw["retain"],
         calibration_dataset=raw["unseen"],
         processing_class=extractor,
         columns=columns,
     )
-    rows |= {name: row(trainer.model, sets["test"]) for name, trainer in trainers.items()}
-    retrained = fit(start, raw["retain"])
-    rows["retrained"] = row(retrained, sets["test"])
-    audit = trainers["UIB"].audit(raw["test"], bias_column="voice", retrained_model=retrained, columns=columns)
-    print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
-    return rows, audit.verdict
 
 
 if __name__ == "__main__":

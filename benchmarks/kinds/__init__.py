@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from datasets import Dataset, concatenate_datasets
 from torch import nn
@@ -9,7 +10,6 @@ from transformers import TrainingArguments, set_seed
 
 from hf_uib import retrain
 from hf_uib.data.columns import Columns
-from hf_uib.metrics import text_table
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,25 @@ class Kind:
     audit: dict = field(default_factory=dict)
 
 
-def compare(kind: Kind, train_both: Callable, seed: int, output_dir: str) -> tuple[dict[str, dict], str]:
+def compare(kind: Kind, beside_lora: ModuleType, seed: int, output_dir: str) -> tuple[dict[str, dict], str]:
     """A row of each model (original, UIB, LoRA, retrained), and the verdict of the audit of UIB's.
 
     Args:
-        train_both: of examples/beside_lora.py.
+        beside_lora: examples/beside_lora.py.
     """
     settings = dict(per_device_train_batch_size=kind.batch_size, seed=seed, save_strategy="no", logging_steps=50)
     training = TrainingArguments(output_dir, max_steps=kind.train_steps, learning_rate=kind.train_rate, **settings)
     given = {"processing_class": kind.processing_class, "columns": kind.columns}
     sets = kind.sets
     set_seed(seed)
-    original = retrain(kind.start, concatenate_datasets([sets["forget"], sets["retain"]]), training, **given)
-    trainers = train_both(
-        original,
-        dict(output_dir=output_dir, max_steps=kind.steps, **settings),
+    return beside_lora.compare(
+        retrain(kind.start, concatenate_datasets([sets["forget"], sets["retain"]]), training, **given),
+        retrained=retrain(kind.start, sets["retain"], training, **given),
+        row=kind.row,
+        settings=dict(output_dir=output_dir, max_steps=kind.steps, **settings),
+        audit=dict(test_dataset=sets["test"], bias_column=kind.bias_column, columns=kind.columns, **kind.audit),
         forget_dataset=sets["forget"],
         retain_dataset=sets["retain"],
         calibration_dataset=sets["calibration"],
         **given,
     )
-    retrained = retrain(kind.start, sets["retain"], training, **given)
-    models = {"original": original} | {name: trainer.model for name, trainer in trainers.items()}
-    rows = {name: kind.row(model) for name, model in (models | {"retrained": retrained}).items()}
-    audit = trainers["UIB"].audit(
-        sets["test"], bias_column=kind.bias_column, retrained_model=retrained, columns=kind.columns, **kind.audit
-    )
-    print(f"\n{text_table(rows)}\n\nAudit: {audit.verdict}")
-    return rows, audit.verdict

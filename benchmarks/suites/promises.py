@@ -7,6 +7,8 @@ import copy
 import os
 import sys
 import tempfile
+from importlib import import_module
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,8 @@ def promises(name: str, options, folder: str) -> dict:
         trainers["UIB"] = trainer
         return trainers
 
-    reach.run(name, 0, options, folder, train_both, STEPS)
+    with patch.object(import_module("beside_lora"), "train_both", train_both):
+        reach.run(name, 0, options, folder, STEPS)
     report = trainers["UIB"].audit_report
     return found | {
         "measured": [check.name for check in report.checks if check.fired is not None],

@@ -7,10 +7,8 @@ import inspect
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 from transformers import set_seed
@@ -54,28 +52,22 @@ def run_reach(options) -> None:
 
 
 def run(
-    name: str,
-    seed: int,
-    options,
-    output_dir: str,
-    train_both: Callable | None = None,
-    steps: dict[str, int] | None = None,
+    name: str, seed: int, options, output_dir: str, steps: dict[str, int] | None = None
 ) -> tuple[dict[str, dict], str]:
     """A row of each model, and the audit's verdict.
 
     Args:
-        train_both: in place of examples/beside_lora.py's.
         steps: ``steps`` and ``train_steps``, instead of the task's.
     """
-    train_both, steps = train_both or import_module("beside_lora").train_both, steps or {}
+    steps = steps or {}
+    if name in TOWERS:
+        return import_module("image_towers").main(seed=seed, output_dir=output_dir, tower=name, **steps)
     if name not in KINDS:
-        example = import_module("image_towers" if name in TOWERS else name)
-        tower = {"tower": name} if name in TOWERS else {}
-        with patch.object(example, "train_both", train_both):
-            return example.main(seed=seed, output_dir=output_dir, **tower, **steps)
+        return import_module(name).main(seed=seed, output_dir=output_dir, **steps)
     set_seed(seed)  # of new weights, too
     paths = {option: getattr(options, option) for option in KINDS[name].DATA}
-    return compare(dataclasses.replace(KINDS[name].make(seed, **paths), **steps), train_both, seed, output_dir)
+    kind = dataclasses.replace(KINDS[name].make(seed, **paths), **steps)
+    return compare(kind, import_module("beside_lora"), seed, output_dir)
 
 
 def reach_tables() -> list[str]:

@@ -34,7 +34,9 @@ def vit_task(options) -> Task:
         num_labels=len(names),
     )  # fmt: skip
     sets = {name: rows for name, rows in task.sets.items() if name != "pretrain"}
-    return dataclasses.replace(task, sets=sets, new_model=partial(ViTForImageClassification, config))
+    return dataclasses.replace(
+        task, name="whole-fashion-colour", sets=sets, new_model=partial(ViTForImageClassification, config)
+    )
 
 
 def lora(model: nn.Module, task: Task, budget: Budget) -> None:
@@ -54,7 +56,7 @@ def run_whole(options) -> None:
     runs.quiet()
     for name, of in TASKS.items():
         task = vit_task(options) if name.startswith("ViT") else runs.build(of, 0, options)
-        original = runs.checkpoints(task, f"whole-{of}" if name.startswith("ViT") else of, 0, options)["original"]
+        original = runs.checkpoints(task, task.name, 0, options)["original"]
         for repeat in range(REPEATS):
             budget = Budget(STEPS, BATCH, METHODS["lora"].learning_rate or 1e-3, repeat, options.cache)
             line = {"model": name, "task": of, "repeat": repeat, "threads": torch.get_num_threads()}
