@@ -133,7 +133,8 @@ def synthetic_inputs(model: Any, processing_class: Any, rows: int, length: int, 
         frames = getattr(model.config, "num_frames", 1)
         pictures = [[_noise(model, processing_class, random) for _ in range(frames)] for _ in range(rows)]
         given = pictures if kind == "video" else [many[0] for many in pictures]
-        return {"pixel_values": processing_class(given, return_tensors="pt")["pixel_values"]}
+        made = processing_class(given, return_tensors="pt")
+        return {name: made[name] for name in made if name in forward_columns(model)}
     except Exception as error:  # whatever a processor says of noise
         raise ValueError(f"The processor does not take what was made for it ({first_line(error)}).") from error
 
@@ -155,7 +156,7 @@ def _tokens(model: Any, tokenizer: Any, rows: int, length: int, random: np.rando
 def _noise(model: Any, processor: Any, random: np.random.Generator) -> Image.Image:
     """A picture of the size that the model takes."""
     config = getattr(model.config, "vision_config", model.config)  # CLIP's and SigLIP's
-    size = getattr(config, "image_size", None) or max(dict(processor.size).values(), default=224)
+    size = getattr(config, "image_size", None) or max(dict(processor.size or {}).values(), default=224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = () if getattr(config, "num_channels", 3) == 1 else (3,)
     return Image.fromarray(random.integers(0, 256, (height, width, *channels), dtype=np.uint8))

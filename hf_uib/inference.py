@@ -164,7 +164,7 @@ class SharedInference:
         return chain.from_iterable(batches(part, batch_size=len(part)) for part in parts)
 
     def forward(self, dataset, rows: Sequence[int], description: str = "") -> tuple[Tensor, Tensor]:
-        """Logits ``[n, classes]`` and labels ``[n, ...]`` of all the rows, on every process."""
+        """Logits ``[n, classes]`` and labels ``[n, ...]`` of all the rows, in their order, on every process."""
         pair = forward(self.model, self.batches(dataset, rows, description), self.context)
         if self.accelerator.num_processes > 1:
             there = torch.ones(len(pair[0]), dtype=torch.long, device=pair[0].device)
@@ -172,7 +172,9 @@ class SharedInference:
                 pair = self.accelerator.pad_across_processes(pair, dim=1, pad_index=IGNORED)
             padded = self.accelerator.pad_across_processes((*pair, there), dim=0)
             logits, labels, there = self.accelerator.gather(padded)
-            return logits[there == 1], labels[there == 1]
+            processes = self.accelerator.num_processes
+            order = torch.cat([torch.arange(first, len(rows), processes) for first in range(processes)]).argsort()
+            return logits[there == 1][order], labels[there == 1][order]
         return pair
 
     def sum(self, tensors: Iterable[Tensor]) -> None:

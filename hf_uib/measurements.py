@@ -18,6 +18,7 @@ from .data.pairing import sample_indices
 from .data.sets import UnlearningSets
 from .inference import SharedInference, batches_of
 from .lora import AdaptedLayer, adapter_name, is_fresh
+from .mean_tokens import DIFFERENT_Z, MeanTokens
 from .models import blocks_of, input_kind
 from .objective import margin
 from .pattern_tokens import CERTAIN_Z, PatternTokens
@@ -39,6 +40,7 @@ class Measurements:
         args: seed and the kind of subspace.
         samples: rows of a set that are measured, at most.
         statistics: what was measured so far, by name: ``pattern_z``, ``token_z`` (see `PatternTokens.find`),
+            ``mean_token_z`` and ``mean_token_effect`` (z-values, where the two do not show a pattern; see `MeanTokens`),
             ``noise_to_signal``, ``swap_fraction``, ``pattern_tokens`` (of a donor, on average), ``pattern_effect`` and, after
             training, ``pattern_effect_left`` (nats; see `pattern_effect`), ``prior_strength``, ``calibration_margin`` (nats),
             ``kept_fraction`` (of the change, after over-unlearning).
@@ -93,6 +95,23 @@ class Measurements:
         rows = self._told_apart(self.sets.forget, forget), self._told_apart(self.sets.retain, kept)
         return tokens.find(classifier, *rows, forget)
 
+    def compare_means(self, tokens: PatternTokens, model: nn.Module) -> None:
+        """Mean tokens of both sets (`MeanTokens`). Rows are passed up to the first block alone, so more of them."""
+        if not self.seeks_pattern:
+            return
+        forget, kept = self._rows_to_compare(self.args.contrast_samples)
+        classifier = self.inference.accelerator.unwrap_model(model)
+        mine = tokens.means(classifier, self._told_apart(self.sets.forget, forget))
+        theirs = tokens.means(classifier, self._told_apart(self.sets.retain, kept))
+        if mine is None or theirs is None:
+            return
+        means = MeanTokens(mine, theirs)
+        self.statistics["mean_token_z"] = means.z(self.args.seed)
+        if self.statistics["mean_token_z"] >= DIFFERENT_Z:
+            logits, labels = self.inference.forward(self.sets.retain, kept)
+            margins = self.task.margin(logits, self._of_compared_classes(labels))
+            self.statistics["mean_token_effect"] = means.effect_z(margins)
+
     @property
     def compared(self) -> bool:
         """Whether forget and retained rows are compared, so that ``pattern_z`` is one."""
@@ -110,13 +129,19 @@ class Measurements:
 
     @property
     def pattern_found(self) -> bool:
-        """Whether the sets differ by more than chance, in their margin gradients or in tokens that move margins."""
-        return self.contrast_found or self.tokens_found
+        """Whether the sets differ by more than chance: in their margin gradients, or in tokens that the checkpoint reads."""
+        return self.contrast_found or self.tokens_found or self.means_found
 
     @property
     def tokens_found(self) -> bool:
         """Whether there are tokens of the pattern, and the checkpoint reads them."""
         return self.statistics.get("pattern_effect", -math.inf) >= self.args.channel.pattern_effect
+
+    @property
+    def means_found(self) -> bool:
+        """Whether the rows' mean tokens differ, label by label, and the checkpoint goes by them."""
+        differ = self.statistics.get("mean_token_z", -math.inf) >= DIFFERENT_Z
+        return differ and self.statistics["mean_token_effect"] >= self.args.channel.pattern_z
 
     def fill(self, tokens: PatternTokens, model: nn.Module) -> None:
         """Read the donors' tokens."""

@@ -122,16 +122,31 @@ class PatternTokens(nn.Module):
             ids = inputs.get("input_ids")
             # Some models pad to a multiple of a window's length, after the text
             kinds = ids if ids is not None and ids.shape[1] <= seen.shape[1] else seen.float()
-            mask = inputs.get("attention_mask")
-            fits = mask is not None and mask.shape == kinds.shape[:2]
             tokens.append(kinds)
-            present.append(mask > 0 if fits else torch.ones(kinds.shape[:2], dtype=torch.bool, device=seen.device))
+            present.append(present_in(inputs, kinds))
             labels.append(inputs["labels"])
         if not tokens:
             return torch.zeros(0, 1, 1), torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
         longest = max(t.shape[1] for t in tokens)  # batches of texts have lengths of their own
         pad = lambda t: F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1]))
         return torch.cat([pad(t) for t in tokens]), torch.cat([pad(p) for p in present]), torch.cat(labels)
+
+    def means(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """The mean of each row's tokens, ``[n, d]``, and the labels; None where what enters the first block is no row of tokens.
+
+        Args:
+            model: as in `find`; batches: ``inputs with labels``.
+        """
+        means: list[Tensor] = []
+        labels: list[Tensor] = []
+        for inputs, seen in self._inputs_of_block(model, batches):
+            if seen is None:
+                return None
+            share = present_in(inputs, seen).float()
+            share = share / share.sum(1, keepdim=True).clamp_min(1)
+            means.append(torch.einsum("nt,ntd->nd", share, seen.float()))
+            labels.append(inputs["labels"])
+        return (torch.cat(means), torch.cat(labels)) if means else None
 
     def _inputs_of_block(self, model: Any, batches: Iterable[dict[str, Tensor]]):
         """Each batch, and the tokens that enter the first block for it; what comes after is not computed."""
@@ -369,6 +384,14 @@ def pieces_at(ids: Tensor | None, at: Tensor, place: Tensor, length: int) -> Ten
     if ids is None or ids.shape[1] > length:
         return torch.full_like(at, -1)
     return ids.gather(1, at.clamp_max(ids.shape[1] - 1)).masked_fill(place < 0, -1).to(at.dtype)
+
+
+def present_in(inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Which of ``tokens [n, t, ...]`` are no padding, ``[n, t]`` booleans."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == tokens.shape[:2]:
+        return mask > 0
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def first_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor:

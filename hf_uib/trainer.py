@@ -285,6 +285,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         if tokens.tokens_per_row > 0:
             self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
         swap = args.swap_fraction if self.measurements.tokens_found else 0.0
+        if not self.measurements.pattern_found:
+            self.measurements.compare_means(tokens, self.model)
         if kappa is None and self._pattern_to_unlearn and (self.measurements.contrast_found or not swap):
             kappa = args.channel.noise_to_signal
         if args.posterior == "map":

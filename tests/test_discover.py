@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import multivariate_normal
 from transformers import BertConfig, BertForSequenceClassification, ViTImageProcessorPil
 
-from hf_uib import UIBConfig, discover
+from hf_uib import UIBConfig, discover, mean_tokens
 from hf_uib.cli.discover import DiscoverArguments, find
 from hf_uib.cli.main import dispatch
 from hf_uib.cli.unlearn import UnlearnArguments, trainer_for
@@ -121,7 +121,7 @@ def test_a_rare_class_that_looks_like_the_others_makes_no_shortcut():
         labels = rng.integers(0, 2, 2000)
         shown = labels.copy()
         labels[:40], shown[:40] = 2, rng.integers(0, 2, 40)
-        x = trimmed.principal_components(rng.normal(size=(2000, 12)) + 3 * np.eye(2, 12)[shown])
+        x = mean_tokens.principal_components(rng.normal(size=(2000, 12)) + 3 * np.eye(2, 12)[shown])
         read = trimmed.trimmed_margins(x, labels, seed)
         assert read is None or not trimmed.distance_ratio(read[0]) >= 0.85
 
@@ -129,8 +129,8 @@ def test_a_rare_class_that_looks_like_the_others_makes_no_shortcut():
 def test_principal_components():
     x = np.random.default_rng(0).normal(size=(200, 60))
     x[:, 3] = 5.0
-    found = trimmed.principal_components(x.astype(np.float32))
-    assert found.shape == (200, trimmed.DIRECTIONS)
+    found = mean_tokens.principal_components(x.astype(np.float32))
+    assert found.shape == (200, mean_tokens.DIRECTIONS)
     gram = found.T @ found
     assert np.allclose(gram, np.diag(gram.diagonal()), atol=1e-8)
 
@@ -141,10 +141,10 @@ def test_z_of_random_masks_is_standard_normal():
         x[labels == label] -= x[labels == label].mean(0)
     rng = np.random.default_rng(0)
     chunk = rng.permutation(600) % CHUNKS
-    z = [trimmed.contrast_z(x, labels, rng.permutation(conflicts), chunk) for _ in range(200)]
+    z = [mean_tokens.contrast_z(x, labels, rng.permutation(conflicts), chunk) for _ in range(200)]
     assert abs(np.mean(z)) < 0.3
     assert 0.75 < np.std(z) < 1.3
-    assert trimmed.contrast_z(x, labels, conflicts, chunk) > 10
+    assert mean_tokens.contrast_z(x, labels, conflicts, chunk) > 10
 
 
 def test_p_values():

@@ -106,7 +106,7 @@ def test_every_conversion_is_one_of_the_known():
         "lora.py": ["torch.float64"],  # kinds of weights that are numbers
         "objective.py": ["(first[:, None] == second).double", "(first[:, None] > second).double", "torch.float64"],
         "posterior.py": ["torch.float64", "torch.float64"],  # counts on the CPU
-        "trimmed.py": ["torch.float64", "torch.float64"],  # all on the CPU
+        "mean_tokens.py": ["torch.float64", "torch.float64"],  # all on the CPU
         "state.py": ["torch.float64", "torch.float64"],  # files, and what stays on the CPU when they are read
     }  # fmt: skip
 

@@ -49,6 +49,8 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str, stream
     )  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()
+    _, labels = trainer.inference.forward(trainer.calibration_dataset, list(range(13)))
+    assert labels.tolist() == trainer.calibration_dataset[:13]["labels"].tolist()  # in order, whoever had them
     written = glob.glob(path + ".cache/hf_uib_*")
     assert len(written) == streams  # by one process, for both
     if trainer.is_world_process_zero():

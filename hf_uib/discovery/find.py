@@ -12,11 +12,12 @@ from ..data.labels import labels_of, several_labels
 from ..data.reading import check_inputs
 from ..data.sources import load_processor
 from ..inference import pooled, predict, reader_of
+from ..mean_tokens import principal_components
 from ..models import Name, blocks_of, input_kind, labels_tokens, load_classifier, name_of, num_labels_of
 from ..pattern_tokens import block_input
 from ..processes import processes
 from .report import FEWEST_SHARE, Depth, Discovery
-from .trimmed import distance_ratio, mask_p_value, principal_components, trimmed_margins
+from .trimmed import distance_ratio, mask_p_value, trimmed_margins
 
 FEWEST_ROWS = 100
 

@@ -1,26 +1,15 @@
 """A simple head that is fitted without the rows that it misreads, and how far these are from chance. NumPy alone."""
 
 import numpy as np
-import torch
 
-from ..contrast import CHUNKS, pattern_z
+from ..contrast import CHUNKS
+from ..mean_tokens import centred, contrast_z
 
 FOLDS = 5
 ROUNDS = 10  # of trimming, at most
-DIRECTIONS = 48  # principal components that are looked at, at most
 FLOOR = 0.05  # added to every variance, in units of that of a standardised feature
 MOST_MISREAD = 1 / 3  # a head that misreads more of the rows has not found what gives the label away
 MASKS = 199  # random ones
-
-
-def principal_components(features: np.ndarray) -> np.ndarray:
-    """The standardised features' first principal components, ``[n, d]`` with ``d`` at most `DIRECTIONS`."""
-    x = features.astype(np.float64)
-    scale = x.std(0)
-    x = (x - x.mean(0))[:, scale > 0] / scale[scale > 0]
-    values, vectors = np.linalg.eigh(x.T @ x)
-    kept = np.flatnonzero(values > 1e-9 * values.max(initial=0))[::-1][:DIRECTIONS]
-    return x @ vectors[:, kept]
 
 
 def held_out_margins(
@@ -89,40 +78,10 @@ def distance_ratio(margins: np.ndarray) -> float:
     return float(np.median(-margins[misread]) / max(np.median(margins[~misread]), 1e-12))
 
 
-def contrast_z(x: np.ndarray, labels: np.ndarray, mask: np.ndarray, chunk: np.ndarray) -> float:
-    """`hf_uib.contrast.pattern_z` of a mask: do its rows differ from the others of their class in the same way in every chunk?
-
-    A row's score is its product with the contrast of the means of its class, of the chunks before its own. It is the contrast of
-    the margins' gradients in the weights of a linear head, class by class.
-
-    Args:
-        x: ``[n, d]``, centred within classes; mask: ``[n]`` booleans; chunk: ``[n]`` in 0..CHUNKS-1.
-    """
-    classes = int(labels.max()) + 1
-    one_hot = np.eye(classes)[labels]
-    sides = (~mask, mask)
-    sums, counts = np.zeros((2, classes, x.shape[1])), np.zeros((2, classes, 1))
-    moments = torch.zeros(CHUNKS, 2, 3, dtype=torch.float64)
-    for k in range(CHUNKS):
-        there = chunk == k
-        means = sums / np.maximum(counts, 1)
-        direction = (means[0] - means[1]) * (counts > 0).all(0)
-        scores = (x[there] * direction[labels[there]]).sum(1)
-        for side, rows in enumerate(sides):
-            mine = scores[rows[there]]
-            moments[k, side] = torch.tensor([len(mine), mine.sum(), np.square(mine).sum()], dtype=torch.float64)
-            weights = one_hot[there & rows]
-            sums[side] += weights.T @ x[there & rows]
-            counts[side] += weights.sum(0)[:, None]
-    return pattern_z(moments)
-
-
 def mask_p_value(x: np.ndarray, labels: np.ndarray, mask: np.ndarray, seed: int = 0) -> float:
     """The share of random masks with as many rows of each class whose `contrast_z` is as large: ``(1 + count) / 200``."""
     rng = np.random.default_rng(seed)
-    x = x.copy()
-    for label in np.unique(labels):
-        x[labels == label] -= x[labels == label].mean(0)
+    x = centred(x, labels)
     chunk = rng.permutation(len(x)) % CHUNKS
     found, as_large = contrast_z(x, labels, mask, chunk), 0
     for _ in range(MASKS):

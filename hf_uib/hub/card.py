@@ -64,7 +64,7 @@ class UnlearningCardData:
         steps: of training.
         settings: those that bear on the result; measured: strengths that were in force.
         pattern_z: z value of the pattern in the forget set, if forget and retained rows were compared; token_z: that of the
-            kind of token that stands out most.
+            kind of token that stands out most; mean_token_z: that of the rows' mean tokens, if these were compared.
         results: rows of the results table, by model; audit: the report.
         evaluated: what `evaluate` returned, by set and metric.
         warnings: why the run cannot have unlearned, one sentence each.
@@ -94,6 +94,7 @@ class UnlearningCardData:
     measured: dict[str, float]
     pattern_z: float | None
     token_z: float | None
+    mean_token_z: float | None
     results: dict[str, dict]
     audit: "AuditReport | None"
     emissions: dict | None

@@ -269,6 +269,7 @@ class HubMixin(AtomicCheckpoints):
             measured=self._strengths(),
             pattern_z=self.statistics.get("pattern_z") if self.compared else None,
             token_z=self.statistics.get("token_z"),
+            mean_token_z=self.statistics.get("mean_token_z"),
             results=self.results,
             evaluated=self.evaluated,
             warnings=self.run_warnings,

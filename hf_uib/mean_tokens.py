@@ -1,0 +1,112 @@
+"""Do the sets differ in the mean over their rows' tokens, label by label? (method, section 3a). NumPy alone."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .contrast import CHUNKS, pattern_z
+
+DIFFERENT_Z = 3.0  # from which on two sets differ
+DIRECTIONS = 48  # principal components that are looked at, at most
+
+
+class MeanTokens:
+    """What enters a model's first block, as the means over the tokens of forget rows and of retained rows of their labels.
+
+    Args:
+        forget, retained: means ``[n, d]``, and labels ``[n]``. Of several labels a row, or where tokens are labelled,
+            ``[n, labels]``: each combination is one.
+    """
+
+    def __init__(self, forget: tuple[Tensor, Tensor], retained: tuple[Tensor, Tensor]):
+        means = torch.cat([forget[0], retained[0]]).cpu().double().numpy()
+        labels = torch.cat([forget[1], retained[1]]).cpu().float().nan_to_num(-1)
+        self.labels = labels.unique(dim=0, return_inverse=True)[1].numpy()
+        self.retained = np.arange(len(means)) >= len(forget[0])
+        self.shared = np.intersect1d(self.labels[self.retained], self.labels[~self.retained])
+        self.x = centred(principal_components(means), self.labels)
+
+    def z(self, seed: int = 0) -> float:
+        """Do the sets differ, label by label, in what differs between the labels? `contrast_z`, whose chunks are drawn from
+        ``seed``; 0 where no label is in both sets."""
+        there = np.isin(self.labels, self.shared)
+        if not there.any():
+            return 0.0
+        _, labels = np.unique(self.labels[there], return_inverse=True)
+        chunk = np.random.default_rng(seed).permutation(len(labels)) % CHUNKS
+        return contrast_z(self.x[there], labels, self.retained[there], chunk, between_labels=True)
+
+    def effect_z(self, margins: Tensor) -> float:
+        """Are retained rows that look like the forget set easier for the model? The correlation of how much they do with the rank
+        of their margin, label by label, times the root of their number: about standard normal where the model does not read it.
+
+        Args:
+            margins: of the retained rows, ``[n]`` in nats.
+        """
+        scores, ranks = [], []
+        for label in self.shared:
+            rows = self.retained & (self.labels == label)
+            x, n = self.x[rows], int(rows.sum())
+            if n < 2:
+                continue
+            others = (x.sum(0) - x) / (n - 1)  # the mean of the other rows: no row tells of itself
+            score = (x * (self.x[~self.retained & (self.labels == label)].mean(0) - others)).sum(1)
+            rank = margins.cpu().numpy()[rows[self.retained]].argsort(kind="stable").argsort(kind="stable")
+            scores.append(score - score.mean())
+            ranks.append((rank - rank.mean()) / n)
+        if not scores:
+            return 0.0
+        a, b = np.concatenate(scores), np.concatenate(ranks)
+        return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300) * len(a) ** 0.5)
+
+
+def principal_components(features: np.ndarray) -> np.ndarray:
+    """The standardised features' first principal components, ``[n, d]`` with ``d`` at most `DIRECTIONS`."""
+    x = features.astype(np.float64)
+    scale = x.std(0)
+    x = (x - x.mean(0))[:, scale > 0] / scale[scale > 0]
+    values, vectors = np.linalg.eigh(x.T @ x)
+    kept = np.flatnonzero(values > 1e-9 * values.max(initial=0))[::-1][:DIRECTIONS]
+    return x @ vectors[:, kept]
+
+
+def centred(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """``x [n, d]`` without the mean of each label."""
+    x = x.copy()
+    for label in np.unique(labels):
+        x[labels == label] -= x[labels == label].mean(0)
+    return x
+
+
+def contrast_z(
+    x: np.ndarray, labels: np.ndarray, mask: np.ndarray, chunk: np.ndarray, between_labels: bool = False
+) -> float:
+    """`hf_uib.contrast.pattern_z` of a mask: do its rows differ from the others of their class in the same way in every chunk?
+
+    A row's score is its product with the contrast of the means of its class, of the chunks before its own. It is the contrast of
+    the margins' gradients in the weights of a linear head, class by class.
+
+    Args:
+        x: ``[n, d]``, centred within classes; mask: ``[n]`` booleans; chunk: ``[n]`` in 0..CHUNKS-1.
+        between_labels: leave out what the contrasts of all classes have in common: it tells nothing of a label.
+    """
+    classes = int(labels.max()) + 1
+    one_hot = np.eye(classes)[labels]
+    sides = (~mask, mask)
+    sums, counts = np.zeros((2, classes, x.shape[1])), np.zeros((2, classes, 1))
+    moments = torch.zeros(CHUNKS, 2, 3, dtype=torch.float64)
+    for k in range(CHUNKS):
+        there = chunk == k
+        means = sums / np.maximum(counts, 1)
+        known = (counts > 0).all(0)
+        direction = (means[0] - means[1]) * known
+        if between_labels and known.sum() > 1:
+            direction -= known * (counts[0] * direction).sum(0) / (counts[0] * known).sum()
+        scores = (x[there] * direction[labels[there]]).sum(1)
+        for side, rows in enumerate(sides):
+            mine = scores[rows[there]]
+            moments[k, side] = torch.tensor([len(mine), mine.sum(), np.square(mine).sum()], dtype=torch.float64)
+            weights = one_hot[there & rows]
+            sums[side] += weights.T @ x[there & rows]
+            counts[side] += weights.sum(0)[:, None]
+    return pattern_z(moments)
