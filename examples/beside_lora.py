@@ -9,7 +9,8 @@ from hf_uib import UIBConfig, UIBTrainer
 from hf_uib.metrics import text_table
 
 # What is left of the method without its parts
-SETTINGS: dict[str, dict] = {"UIB": {}, "LoRA": {"prior": "none", "beta": 0.0, "posterior": "map"}}
+LORA = {"prior": "none", "beta": 0.0, "posterior": "map", "trainable_factors": "both"}
+SETTINGS: dict[str, dict] = {"UIB": {}, "LoRA": LORA}
 
 
 def train_both(original: nn.Module, settings: dict, **given) -> dict[str, UIBTrainer]:
