@@ -65,9 +65,10 @@ def principal_components(features: np.ndarray) -> np.ndarray:
     x = features.astype(np.float64)
     scale = x.std(0)
     x = (x - x.mean(0))[:, scale > 0] / scale[scale > 0]
-    values, vectors = np.linalg.eigh(x.T @ x)
+    wide = len(x) < x.shape[1]  # then the smaller of the two products tells the same
+    values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
     kept = np.flatnonzero(values > 1e-9 * values.max(initial=0))[::-1][:DIRECTIONS]
-    return x @ vectors[:, kept]
+    return vectors[:, kept] * np.sqrt(values[kept]) if wide else x @ vectors[:, kept]
 
 
 def centred(x: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from conftest import make_model
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.mean_tokens import DIFFERENT_Z, MeanTokens
+from hf_uib.mean_tokens import DIFFERENT_Z, DIRECTIONS, MeanTokens, principal_components
 from hf_uib.measurements import Measurements
 
 CLASSES, WIDTH = 3, 10
@@ -68,6 +68,18 @@ def test_effect_is_standard_normal_where_margins_do_not_go_by_it():
     assert means.effect_z(reads) > 3 and means.effect_z(-reads) < -3
     of_labels = 5.0 * others  # classes that are easier than others tell nothing
     assert abs(means.effect_z(of_labels + torch.tensor(rng.normal(size=120)))) < 3
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (300, 60), (60, 300)])
+def test_principal_components_of_few_and_of_many_features(shape):
+    """Those of a dense SVD, but for their signs."""
+    x = np.random.default_rng(0).normal(size=shape) * np.linspace(1, 3, shape[1])
+    standard = (x - x.mean(0)) / x.std(0)
+    u, values, _ = np.linalg.svd(standard, full_matrices=False)
+    expected = (u * values)[:, : min(DIRECTIONS, min(shape) - (shape[0] <= shape[1]))]  # centred: a rank less
+    found = principal_components(x)
+    assert found.shape == expected.shape
+    assert np.allclose(np.abs(found), np.abs(expected), atol=1e-6)
 
 
 def pictures(n: int, seed: int, aligned: float) -> datasets.Dataset:

@@ -47,7 +47,14 @@ STAGES = {
 }
 
 
-COLUMNS = ["base", "overlap of V_l", "output scale, largest change", "z of the pattern", *STAGES.values()]
+Z = {"z": "pattern_z", "mean_z": "mean_token_z"}
+COLUMNS = [
+    "base",
+    "overlap of V_l",
+    "output scale, largest change",
+    "z of the pattern (of mean tokens)",
+    *STAGES.values(),
+]
 
 
 def overlap(one: ChannelPosterior, other: ChannelPosterior) -> float:
@@ -106,15 +113,19 @@ def run_quantised(options) -> None:
                     with tempfile.TemporaryDirectory() as place:
                         merged.save_pretrained(place)
                         rows["again"] = measured(loaded(place, kind, make))
-                write(
-                    name, seed, words, full.posterior, trainer.posterior, rows=rows, z=trainer.statistics["pattern_z"]
-                )
+                z = {key: trainer.statistics[what] for key, what in Z.items() if what in trainer.statistics}
+                write(name, seed, words, full.posterior, trainer.posterior, rows=rows, **z)
 
 
 def write(task: str, seed: int, kind: str, one: ChannelPosterior, other: ChannelPosterior, **found) -> None:
     """A line of the results."""
     line = {"task": task, "seed": seed, "kind": kind}
     results.append(QUANTISED, line | {"overlap": overlap(one, other), "scale": scale_change(one, other)} | found)
+
+
+def z_words(line: dict) -> str:
+    """The z-value of a line, and in brackets that of the mean tokens, where these were compared."""
+    return f"{line['z']:.1f}" + (f" ({line['mean_z']:.1f})" if "mean_z" in line else "")
 
 
 def quantised_tables() -> list[str]:
@@ -128,7 +139,7 @@ def quantised_tables() -> list[str]:
             mine = [there[seed, kind] for seed in seeds if (seed, kind) in there]
             if mine:
                 angles = [] if kind == FULL else [figures([x[key] for x in mine]) for key in ("overlap", "scale")]
-                z = ", ".join(f"{x['z']:.1f}" for x in mine if "z" in x) or "-"
+                z = ", ".join(z_words(x) for x in mine if "z" in x) or "-"
                 rows.append([kind, *(angles or ["-", "-"]), z, *(stage(mine, key) for key in STAGES)])
         named = f"{task}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         found += [f"{named}: accuracy, and in brackets conflicting accuracy (mean ± sd).\n", *table(COLUMNS, rows)]
