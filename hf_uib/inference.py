@@ -173,7 +173,7 @@ class SharedInference:
             padded = self.accelerator.pad_across_processes((*pair, there), dim=0)
             logits, labels, there = self.accelerator.gather(padded)
             processes = self.accelerator.num_processes
-            order = torch.cat([torch.arange(first, len(rows), processes) for first in range(processes)]).argsort()
+            order = torch.cat([torch.arange(len(rows))[first::processes] for first in range(processes)]).argsort()
             return logits[there == 1][order], labels[there == 1][order]
         return pair
 

@@ -1,4 +1,4 @@
-"""Do the sets differ in the mean over their rows' tokens, label by label? (method, section 3a). NumPy alone."""
+"""Do the sets differ in the mean over their rows' tokens, label by label? (method, section 3a)"""
 
 import numpy as np
 import torch
@@ -37,34 +37,64 @@ class MeanTokens:
         return contrast_z(self.x[there], labels, self.retained[there], chunk, between_labels=True)
 
     def effect_z(self, margins: Tensor) -> float:
-        """Are retained rows that look like the forget set easier for the model? The correlation of how much they do with the rank
-        of their margin, label by label, times the root of their number: about standard normal where the model does not read it.
+        """Does the model do better on retained rows that look like the forget set? The correlation of how much they do with the
+        rank of their margin, label by label, as a z-value: about standard normal where the one tells nothing of the other.
 
         Args:
             margins: of the retained rows, ``[n]`` in nats.
         """
         scores, ranks = [], []
-        for label in self.shared:
-            rows = self.retained & (self.labels == label)
-            x, n = self.x[rows], int(rows.sum())
+        sides = (
+            [(self.labels == label) & ~self.retained for label in self.shared],
+            [(self.labels == label) & self.retained for label in self.shared],
+        )
+        mine, theirs = (np.array([self.x[rows].mean(0) for rows in side]) for side in sides)
+        counts = np.array([[rows.sum() for rows in side] for side in sides])
+        common = common_part(mine - theirs, counts) if len(self.shared) > 1 else 0.0
+        for rows, of_forget, n in zip(sides[1], mine, counts[1], strict=True):
+            x = self.x[rows]
             if n < 2:
                 continue
             others = (x.sum(0) - x) / (n - 1)  # the mean of the other rows: no row tells of itself
-            score = (x * (self.x[~self.retained & (self.labels == label)].mean(0) - others)).sum(1)
-            rank = margins.cpu().numpy()[rows[self.retained]].argsort(kind="stable").argsort(kind="stable")
+            score = (x * (of_forget - others - common)).sum(1)
+            rank = average_ranks(margins.cpu().numpy()[rows[self.retained]])
             scores.append(score - score.mean())
             ranks.append((rank - rank.mean()) / n)
         if not scores:
             return 0.0
         a, b = np.concatenate(scores), np.concatenate(ranks)
-        return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300) * len(a) ** 0.5)
+        correlation = a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300)
+        return float(correlation * (len(a) - len(scores)) ** 0.5)  # each label's mean is taken off
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """``[n]``, from 1 on; equal values share theirs.
+
+    >>> average_ranks(np.array([3.0, 1.0, 3.0])).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    _, kind, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[kind]
+
+
+def common_part(contrasts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """What the forget rows have on all labels alike, ``[d]``: it tells nothing of a label.
+
+    Args:
+        contrasts: means of forget rows less those of retained rows, ``[labels, d]``; counts: of both sets' rows, ``[2, labels]``.
+    """
+    weights = counts.prod(0) / np.maximum(
+        counts.sum(0), 1
+    )  # with these a shift of all forget rows moves no mean score
+    return weights @ contrasts / max(weights.sum(), 1e-300)
 
 
 def principal_components(features: np.ndarray) -> np.ndarray:
     """The standardised features' first principal components, ``[n, d]`` with ``d`` at most `DIRECTIONS`."""
     x = features.astype(np.float64)
-    scale = x.std(0)
-    x = (x - x.mean(0))[:, scale > 0] / scale[scale > 0]
+    mean, scale = x.mean(0), x.std(0)
+    differ = scale > 1e-6 * np.abs(mean)  # else what differs is rounding
+    x = (x - mean)[:, differ] / scale[differ]
     wide = len(x) < x.shape[1]  # then the smaller of the two products tells the same
     values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
     kept = np.flatnonzero(values > 1e-9 * values.max(initial=0))[::-1][:DIRECTIONS]
@@ -89,7 +119,7 @@ def contrast_z(
 
     Args:
         x: ``[n, d]``, centred within classes; mask: ``[n]`` booleans; chunk: ``[n]`` in 0..CHUNKS-1.
-        between_labels: leave out what the contrasts of all classes have in common: it tells nothing of a label.
+        between_labels: leave out what the contrasts of all classes have in common, where there are several.
     """
     classes = int(labels.max()) + 1
     one_hot = np.eye(classes)[labels]
@@ -101,8 +131,9 @@ def contrast_z(
         means = sums / np.maximum(counts, 1)
         known = (counts > 0).all(0)
         direction = (means[0] - means[1]) * known
-        if between_labels and known.sum() > 1:
-            direction -= known * (counts[0] * direction).sum(0) / (counts[0] * known).sum()
+        if between_labels and classes > 1:
+            of_all = np.array([np.bincount(labels[rows], minlength=classes) for rows in sides])
+            direction = known * (direction - common_part(direction, of_all * known[:, 0]))
         scores = (x[there] * direction[labels[there]]).sum(1)
         for side, rows in enumerate(sides):
             mine = scores[rows[there]]

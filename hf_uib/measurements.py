@@ -40,7 +40,7 @@ class Measurements:
         args: seed and the kind of subspace.
         samples: rows of a set that are measured, at most.
         statistics: what was measured so far, by name: ``pattern_z``, ``token_z`` (see `PatternTokens.find`),
-            ``mean_token_z`` and ``mean_token_effect`` (z-values, where the two do not show a pattern; see `MeanTokens`),
+            ``mean_token_z`` and ``mean_token_effect_z`` (z-values, where the two do not show a pattern; see `MeanTokens`),
             ``noise_to_signal``, ``swap_fraction``, ``pattern_tokens`` (of a donor, on average), ``pattern_effect`` and, after
             training, ``pattern_effect_left`` (nats; see `pattern_effect`), ``prior_strength``, ``calibration_margin`` (nats),
             ``kept_fraction`` (of the change, after over-unlearning).
@@ -106,11 +106,17 @@ class Measurements:
         if mine is None or theirs is None:
             return
         means = MeanTokens(mine, theirs)
-        self.statistics["mean_token_z"] = means.z(self.args.seed)
+        self.statistics["mean_token_z"] = self._agreed(means.z(self.args.seed))
         if self.statistics["mean_token_z"] >= DIFFERENT_Z:
             logits, labels = self.inference.forward(self.sets.retain, kept)
             margins = self.task.margin(logits, self._of_compared_classes(labels))
-            self.statistics["mean_token_effect"] = means.effect_z(margins)
+            self.statistics["mean_token_effect_z"] = self._agreed(means.effect_z(margins))
+
+    def _agreed(self, value: float) -> float:
+        """The mean over the processes: to the bit the same on each, since what comes next depends on it."""
+        shared = torch.tensor([value], device=self.inference.accelerator.device)
+        self.inference.sum([shared])
+        return shared.item() / self.inference.accelerator.num_processes
 
     @property
     def compared(self) -> bool:
@@ -141,7 +147,7 @@ class Measurements:
     def means_found(self) -> bool:
         """Whether the rows' mean tokens differ, label by label, and the checkpoint goes by them."""
         differ = self.statistics.get("mean_token_z", -math.inf) >= DIFFERENT_Z
-        return differ and self.statistics["mean_token_effect"] >= self.args.channel.pattern_z
+        return differ and self.statistics["mean_token_effect_z"] >= self.args.channel.pattern_z
 
     def fill(self, tokens: PatternTokens, model: nn.Module) -> None:
         """Read the donors' tokens."""

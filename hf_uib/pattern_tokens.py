@@ -132,7 +132,8 @@ class PatternTokens(nn.Module):
         return torch.cat([pad(t) for t in tokens]), torch.cat([pad(p) for p in present]), torch.cat(labels)
 
     def means(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor] | None:
-        """The mean of each row's tokens, ``[n, d]``, and the labels; None where what enters the first block is no row of tokens.
+        """The mean of each row's tokens, ``[n, d]``, and the labels; None where what enters the first block is no row of tokens, or
+        where it is not known which of them are padding (waveforms).
 
         Args:
             model: as in `find`; batches: ``inputs with labels``.
@@ -140,7 +141,8 @@ class PatternTokens(nn.Module):
         means: list[Tensor] = []
         labels: list[Tensor] = []
         for inputs, seen in self._inputs_of_block(model, batches):
-            if seen is None:
+            mask, n = inputs.get("attention_mask"), len(inputs["labels"])
+            if seen is None or len(seen) != n or (mask is not None and mask.shape != seen.shape[:2]):
                 return None
             share = present_in(inputs, seen).float()
             share = share / share.sum(1, keepdim=True).clamp_min(1)

@@ -36,7 +36,8 @@ class ChannelSettings(Limits):
         pattern_effect: nats by which the pattern's tokens have to move unseen rows, or they are not swapped.
         short_texts: weight of the divergence, on short texts, of the model from the checkpoint, every second one with words of the
             pattern that the checkpoint does not see; 0: none.
-        pattern_z: under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for.
+        pattern_z: under it the contrast is chance: a randomly drawn forget set has no pattern to close a channel for. So is, under
+            it, that the checkpoint does better on rows that look like the forget set (`MeanTokens.effect_z`).
         over_unlearning_z: under it the forget margins lie so low that they give the forget set away.
         code_scale: A starts as V_l rms(W x) / rms(V x) / code_scale, so that one learning rate fits all.
         floor: epsilon_l, as a noise-to-signal ratio.

@@ -280,7 +280,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     def _set_channels(self, tokens: PatternTokens) -> None:
         """Noise and share of swapped rows: none where no pattern is found, nor where whole classes go. Where tokens alone tell of
-        one, swapping them is enough: noise would close what the margins' gradients do not tell from chance."""
+        one, swapping them is enough: noise would close what the margins' gradients do not tell from chance. What mean
+        tokens tell of is in no token that could be swapped, so there noise is drawn."""
         args, kappa = self.args, self.args.noise_to_signal
         if tokens.tokens_per_row > 0:
             self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)

@@ -272,9 +272,9 @@ def way_table(injected: list[dict]) -> list[str]:
             mine = [line["worst_group"] for line in way if (line["task"], line["share"]) == (name, share)]
             if mine:
                 apart = np.array([one["found"] - one["known"] for one in mine])
-                error = apart.std(ddof=min(1, len(apart) - 1)) / len(apart) ** 0.5
+                error = f" ± {apart.std(ddof=1) / len(apart) ** 0.5:.3f}" if len(apart) > 1 else ""
                 figures = [mean([one[key] for one in mine]) for key in MODELS]
-                cells.append([name, f"{share:.0%}", str(len(mine)), *figures, f"{apart.mean():+.3f} ± {error:.3f}"])
+                cells.append([name, f"{share:.0%}", str(len(mine)), *figures, f"{apart.mean():+.3f}{error}"])
     return table(["task", "conflicting", "seeds", *MODELS.values(), "found - known"], cells)
 
 

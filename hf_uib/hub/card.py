@@ -64,7 +64,8 @@ class UnlearningCardData:
         steps: of training.
         settings: those that bear on the result; measured: strengths that were in force.
         pattern_z: z value of the pattern in the forget set, if forget and retained rows were compared; token_z: that of the
-            kind of token that stands out most; mean_token_z: that of the rows' mean tokens, if these were compared.
+            kind of token that stands out most; mean_token_z: that of the rows' mean tokens, if these were compared;
+            mean_token_effect_z: that the checkpoint goes by what differs in them, if that was asked.
         results: rows of the results table, by model; audit: the report.
         evaluated: what `evaluate` returned, by set and metric.
         warnings: why the run cannot have unlearned, one sentence each.
@@ -95,6 +96,7 @@ class UnlearningCardData:
     pattern_z: float | None
     token_z: float | None
     mean_token_z: float | None
+    mean_token_effect_z: float | None
     results: dict[str, dict]
     audit: "AuditReport | None"
     emissions: dict | None

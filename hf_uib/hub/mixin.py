@@ -270,6 +270,7 @@ class HubMixin(AtomicCheckpoints):
             pattern_z=self.statistics.get("pattern_z") if self.compared else None,
             token_z=self.statistics.get("token_z"),
             mean_token_z=self.statistics.get("mean_token_z"),
+            mean_token_effect_z=self.statistics.get("mean_token_effect_z"),
             results=self.results,
             evaluated=self.evaluated,
             warnings=self.run_warnings,
