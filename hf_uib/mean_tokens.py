@@ -129,7 +129,7 @@ def contrast_z(
     for k in range(CHUNKS):
         there = chunk == k
         means = sums / np.maximum(counts, 1)
-        known = (counts > 0).all(0)
+        known = np.asarray((counts > 0).all(0))
         direction = (means[0] - means[1]) * known
         if between_labels and classes > 1:
             of_all = np.array([np.bincount(labels[rows], minlength=classes) for rows in sides])
