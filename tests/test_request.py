@@ -202,7 +202,11 @@ def test_interrupted(pictures, tmp_path):  # noqa: F811
         "5",
     )
     with open(tmp_path / "errors", "w") as errors:
-        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=ENVIRONMENT)
+        # Of tests that run in the background the shell has let SIGINT be ignored
+        heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        running = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, env=ENVIRONMENT, preexec_fn=heeded
+        )
         while not list((tmp_path / "out").glob("checkpoint-*")):  # training is on
             assert running.poll() is None, (tmp_path / "errors").read_text()
             time.sleep(0.05)
