@@ -43,21 +43,19 @@ class MeanTokens:
         Args:
             margins: of the retained rows, ``[n]`` in nats.
         """
-        scores, ranks = [], []
-        sides = (
-            [(self.labels == label) & ~self.retained for label in self.shared],
-            [(self.labels == label) & self.retained for label in self.shared],
-        )
-        mine, theirs = (np.array([self.x[rows].mean(0) for rows in side]) for side in sides)
+        sides = [[(self.labels == label) & (self.retained == side) for label in self.shared] for side in (False, True)]
+        means = np.array([[self.x[rows].mean(0) for rows in side] for side in sides])
         counts = np.array([[rows.sum() for rows in side] for side in sides])
-        common = common_part(mine - theirs, counts) if len(self.shared) > 1 else 0.0
-        for rows, of_forget, n in zip(sides[1], mine, counts[1], strict=True):
-            x = self.x[rows]
+        common = common_part(means[0] - means[1], counts) if len(self.shared) > 1 else 0.0
+        values = margins.cpu().numpy()
+        scores, ranks = [], []
+        for rows, mine, n in zip(sides[1], means[0], counts[1], strict=True):
             if n < 2:
                 continue
+            x = self.x[rows]
             others = (x.sum(0) - x) / (n - 1)  # the mean of the other rows: no row tells of itself
-            score = (x * (of_forget - others - common)).sum(1)
-            rank = average_ranks(margins.cpu().numpy()[rows[self.retained]])
+            score = (x * (mine - others - common)).sum(1)
+            rank = average_ranks(values[rows[self.retained]])
             scores.append(score - score.mean())
             ranks.append((rank - rank.mean()) / n)
         if not scores:
@@ -83,9 +81,8 @@ def common_part(contrasts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     Args:
         contrasts: means of forget rows less those of retained rows, ``[labels, d]``; counts: of both sets' rows, ``[2, labels]``.
     """
-    weights = counts.prod(0) / np.maximum(
-        counts.sum(0), 1
-    )  # with these a shift of all forget rows moves no mean score
+    # With these weights a shift of all forget rows moves no mean score
+    weights = counts.prod(0) / np.maximum(counts.sum(0), 1)
     return weights @ contrasts / max(weights.sum(), 1e-300)
 
 
@@ -124,6 +121,7 @@ def contrast_z(
     classes = int(labels.max()) + 1
     one_hot = np.eye(classes)[labels]
     sides = (~mask, mask)
+    rows_of = np.array([np.bincount(labels[rows], minlength=classes) for rows in sides])
     sums, counts = np.zeros((2, classes, x.shape[1])), np.zeros((2, classes, 1))
     moments = torch.zeros(CHUNKS, 2, 3, dtype=torch.float64)
     for k in range(CHUNKS):
@@ -132,8 +130,7 @@ def contrast_z(
         known = np.asarray((counts > 0).all(0))
         direction = (means[0] - means[1]) * known
         if between_labels and classes > 1:
-            of_all = np.array([np.bincount(labels[rows], minlength=classes) for rows in sides])
-            direction = known * (direction - common_part(direction, of_all * known[:, 0]))
+            direction = known * (direction - common_part(direction, rows_of * known[:, 0]))
         scores = (x[there] * direction[labels[there]]).sum(1)
         for side, rows in enumerate(sides):
             mine = scores[rows[there]]

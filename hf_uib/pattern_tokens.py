@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .inference import pooled
 from .models import blocks_of
 from .sharding import is_sharded
 
@@ -122,8 +123,10 @@ class PatternTokens(nn.Module):
             ids = inputs.get("input_ids")
             # Some models pad to a multiple of a window's length, after the text
             kinds = ids if ids is not None and ids.shape[1] <= seen.shape[1] else seen.float()
+            mask = inputs.get("attention_mask")
+            fits = mask is not None and mask.shape == kinds.shape[:2]
             tokens.append(kinds)
-            present.append(present_in(inputs, kinds))
+            present.append(mask > 0 if fits else torch.ones(kinds.shape[:2], dtype=torch.bool, device=seen.device))
             labels.append(inputs["labels"])
         if not tokens:
             return torch.zeros(0, 1, 1), torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
@@ -144,9 +147,7 @@ class PatternTokens(nn.Module):
             mask, n = inputs.get("attention_mask"), len(inputs["labels"])
             if seen is None or len(seen) != n or (mask is not None and mask.shape != seen.shape[:2]):
                 return None
-            share = present_in(inputs, seen).float()
-            share = share / share.sum(1, keepdim=True).clamp_min(1)
-            means.append(torch.einsum("nt,ntd->nd", share, seen.float()))
+            means.append(pooled(seen, mask))
             labels.append(inputs["labels"])
         return (torch.cat(means), torch.cat(labels)) if means else None
 
@@ -386,14 +387,6 @@ def pieces_at(ids: Tensor | None, at: Tensor, place: Tensor, length: int) -> Ten
     if ids is None or ids.shape[1] > length:
         return torch.full_like(at, -1)
     return ids.gather(1, at.clamp_max(ids.shape[1] - 1)).masked_fill(place < 0, -1).to(at.dtype)
-
-
-def present_in(inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """Which of ``tokens [n, t, ...]`` are no padding, ``[n, t]`` booleans."""
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape == tokens.shape[:2]:
-        return mask > 0
-    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def first_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor:

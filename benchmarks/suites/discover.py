@@ -82,9 +82,14 @@ def start_of(name: str, task: digits.Task, seed: int, options):
 def trained_on(task: digits.Task, start, seed: int, folder: str):
     """The checkpoint of a task's training rows, and these."""
     rows = digits.merged(task.sets["forget"], task.sets["retain"])
+    return fitted(start, rows, task, task.train_settings["steps"], seed, folder), rows
+
+
+def fitted(start, rows, task: digits.Task, steps: int, seed: int, folder: str):
+    """A copy of ``start``, trained on rows."""
     model = copy.deepcopy(start)
-    digits.fit(model, rows, task, task.train_settings["steps"], folder, seed + 1, 1e-3)
-    return model.eval(), rows
+    digits.fit(model, rows, task, steps, folder, seed + 1, 1e-3)
+    return model.eval()
 
 
 def conflicting(task: digits.Task, rows) -> np.ndarray:
@@ -120,8 +125,7 @@ def injected_line(name: str, seed: int, share: float, options) -> dict:
     margins = ModelOutputs(logits, labels).margins
     unsure = np.zeros(len(truth), dtype=bool)
     unsure[np.argsort(margins, kind="stable")[: found.contradicts.sum()]] = True
-    early = copy.deepcopy(start)
-    digits.fit(early, rows, task, EARLY, options.cache, seed + 1, 1e-3)
+    early = fitted(start, rows, task, EARLY, seed, options.cache)
     logits, _ = predict(early, rows, task.processing_class, quiet=True)
     proposals = {"discover": found.contradicts, "jtt": logits.argmax(-1) != labels, "confidence": unsure}
     line["methods"] = {method: share_found(mask, truth) for method, mask in proposals.items()}
@@ -143,7 +147,7 @@ def whole_way(
 ) -> dict[str, float]:
     """Worst-group accuracy on the test rows of the original; of UIB with known rows and with found ones; of NegGrad+ and SalUn,
     tuned with known rows, that retain as many of the rows with the smallest margins; and of JTT, which trains anew with
-    the errors of the early-stopped fit repeated."""
+    the errors of the early-stopped fit repeated (Liu et al., arXiv 2107.09044)."""
 
     def after(method: str, sets: dict) -> float:
         there = replace(task, sets=task.sets | sets)
@@ -151,6 +155,8 @@ def whole_way(
             runs.trained(there, models, method, runs.tuned_setting(WAY[0], method), seed, folder)[0], task
         )
 
+    repeated = np.concatenate([np.arange(len(errors)), np.repeat(np.flatnonzero(errors), UPWEIGHT - 1)])
+    jtt = fitted(models["start"], rows.select(repeated), task, task.train_settings["steps"], seed, folder)
     unsure = np.argsort(margins, kind="stable")
     kept = int(found.retained.sum())
     by_confidence = {"forget": rows.select(np.sort(unsure[kept:])), "retain": rows.select(np.sort(unsure[:kept]))}
@@ -160,21 +166,13 @@ def whole_way(
         "found": after("uib", {"forget": found.forget, "retain": found.retain}),
         "neggrad": after("neggrad", by_confidence),
         "salun": after("salun", by_confidence),
-        "jtt": worst_group(repeated(task, models["start"], rows, errors, UPWEIGHT, seed, folder), task),
+        "jtt": worst_group(jtt, task),
     }
 
 
-def repeated(task: digits.Task, start, rows, errors: np.ndarray, times: int, seed: int, folder: str):
-    """``start`` trained on all rows, those of ``errors`` ``times`` over: the second half of JTT (Liu et al., arXiv 2107.09044)."""
-    model = copy.deepcopy(start)
-    chosen = np.concatenate([np.arange(len(errors)), np.repeat(np.flatnonzero(errors), times - 1)])
-    digits.fit(model, rows.select(chosen), task, task.train_settings["steps"], folder, seed + 1, 1e-3)
-    return model.eval()
-
-
-def worst_group(model, task: digits.Task, part: str = "test") -> float:
-    """Worst-group accuracy on the rows of a part."""
-    return runs.measure(model, task, part)["worst_group_accuracy"]
+def worst_group(model, task: digits.Task) -> float:
+    """Worst-group accuracy on the test rows."""
+    return runs.measure(model, task)["worst_group_accuracy"]
 
 
 def control_line(seed: int, options) -> dict:
