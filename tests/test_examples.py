@@ -33,6 +33,7 @@ import vit_colour_bias  # noqa: E402
 import voice_bias  # noqa: E402
 
 NOTEBOOK = ROOT / "examples" / "story.ipynb"
+together = pytest.mark.xdist_group("examples")  # they share what is trained on digits
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,13 @@ def follows_less(rows, name):
 
 
 @pytest.mark.slow
+@together
 def test_custom_prior(prepared):
     assert follows_less(custom_prior.main(steps=60), "UIB + entropy")
 
 
 @pytest.mark.slow
+@together
 def test_vit_colour_bias(prepared):
     rows, verdict = vit_colour_bias.main(steps=60, retrain_steps=50, output_dir="out")
     assert follows_less(rows, "UIB")
@@ -72,6 +75,7 @@ def test_vit_colour_bias(prepared):
 
 
 @pytest.mark.slow
+@together
 def test_one_step_is_not_enough(prepared):
     assert not follows_less(custom_prior.main(steps=1), "UIB + entropy")
 
@@ -102,7 +106,7 @@ def test_outdated_labels():
 
 @pytest.mark.slow
 def test_multi_label():
-    rows, verdict = multi_label.main()
+    rows, verdict = multi_label.main(steps=120, train_steps=250)
     assert rows["original"]["follow_rate"] > 0.35
     assert rows["UIB"]["follow_rate"] < 0.75 * rows["original"]["follow_rate"]
     assert rows["UIB"]["conflicting_accuracy"] > rows["LoRA"]["conflicting_accuracy"] + 0.02
@@ -151,7 +155,7 @@ def test_image_towers(tower):
 
 @pytest.mark.slow
 def test_video_bias():
-    rows, verdict = video_bias.main(steps=120)
+    rows, verdict = video_bias.main(steps=100, train_steps=250)
     assert rows["UIB"]["follow_rate"] < 0.7 * rows["original"]["follow_rate"]
     assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05
     assert re.match(r"(Passed|Not passed): ", verdict)

@@ -15,6 +15,7 @@ from hf_uib.short_texts import EVERY, LONGEST, SHORTEST, ShortTexts, most_tellin
 from hf_uib.unlearning_task import MultiLabel, SingleLabel, TokenLabels
 
 FIRST, LAST, PADDING, WORD = 2, 3, 0, 7
+together = pytest.mark.xdist_group("short texts")  # they share two trained models
 
 
 def texts(lengths: list[int], left: bool = False) -> dict[str, torch.Tensor]:
@@ -231,6 +232,7 @@ def moved(model) -> float:
     return ((pasted - plain)[:, 1] - (pasted - plain)[:, 0]).mean().item()
 
 
+@together
 def test_the_word_no_longer_decides_short_texts(runs):
     """They are far shorter than any retained one. Without the short texts more of the word's effect is left."""
     original, trained = runs
@@ -238,6 +240,7 @@ def test_the_word_no_longer_decides_short_texts(runs):
     assert before > 3 and abs(with_them) < 0.5 * before and abs(with_them) < 0.6 * abs(without)
 
 
+@together
 def test_the_log_has_their_part_of_the_loss(runs):
     _, trained = runs
     logged = [line["short_texts"] for line in trained[1.0].state.log_history if "short_texts" in line]
@@ -245,6 +248,7 @@ def test_the_log_has_their_part_of_the_loss(runs):
     assert not any("short_texts" in line for line in trained[0.0].state.log_history)
 
 
+@together
 def test_the_loss_is_the_divergence_from_the_checkpoint(runs):
     original, trained = runs
     trainer = trained[1.0]

@@ -517,7 +517,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def crude(path, **settings):
     """Random rows, no pattern, and a prior that knows no level."""
     args = config(
-        path, max_steps=150, prior="ascent", forget_target=float("-inf"), prior_strength=3.0, prior_fraction=1.0,
+        path, max_steps=150, prior="ascent", forget_target=float("-inf"), prior_strength=0.1, prior_fraction=1.0,
         noise_to_signal=0.0, swap_fraction=0.0, beta=0.0, trainable_factors="B",
         subspace_rank=16, per_device_train_batch_size=30, **settings,
     )  # fmt: skip
