@@ -141,6 +141,7 @@ class _Recording:
             self.modules[name].register_forward_hook(partial(self._on_forward, name)) for name in self.statistics
         ]
         self.forwards = [(block, vars(block).get("forward")) for block in self.blocks]
+        self.on_gradients: list[Any] = []
         for block in self.blocks:
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), self._once_more())
@@ -151,8 +152,10 @@ class _Recording:
             del block.forward
             if forward is not None:
                 block.forward = forward
-        for handle in self.handles:
+        # A hook on an output that leads back to that output would keep all of the pass in memory
+        for handle in self.handles + self.on_gradients:
             handle.remove()
+        self.last = "", None
 
     @contextmanager
     def _once_more(self):
@@ -182,7 +185,7 @@ class _Recording:
             stats.outputs += torch.linalg.vector_norm(signal).square()
             stats.tokens += len(x)
             if kept is not None:
-                output.register_hook(partial(self._on_gradient, stats, module, kept))
+                self.on_gradients.append(output.register_hook(partial(self._on_gradient, stats, module, kept)))
         return output if begins else None
 
     def _on_gradient(self, stats: LayerStatistics, module, kept, gradient: Tensor) -> None:

@@ -1,5 +1,7 @@
 """V_l against a dense SVD of gradients that autograd computes."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -259,3 +261,28 @@ def test_blocks_that_are_computed_again_give_the_same_to_the_bit(tmp_path, monke
     for name in first.norms:
         assert torch.equal(first.subspaces[name], second.subspaces[name])
         assert torch.equal(first.output_scales[name], second.output_scales[name])
+
+
+@pytest.mark.parametrize("architecture", ["vit", "bert", "deberta-v2"])
+def test_no_activation_of_the_pass_stays_in_memory(architecture, tmp_path):
+    """What hangs on the way back of every linear layer goes with it, and no garbage collection is waited for."""
+    sets = [make_rows(architecture, seed=seed) for seed in (1, 2, 3)]
+    args = UIBConfig(str(tmp_path), subspace_rank=4, use_cpu=True)
+    trainer = UIBTrainer(make_model(architecture), args, *sets)
+    seen = []
+
+    class Witness:
+        """Can be referred to weakly."""
+
+    def hang_on(module, inputs, output):
+        if output.requires_grad:
+            witness = Witness()
+            seen.append(weakref.ref(witness))
+            output.register_hook(lambda gradient, kept=witness: None)
+
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(hang_on)
+    trainer.run_statistics_pass()
+    assert len(seen) > 50
+    assert not any(witness() for witness in seen)

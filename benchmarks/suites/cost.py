@@ -83,7 +83,8 @@ class Clock(TrainerCallback):
 
 
 def timed_trainer(variant: str, model_name: str, retain: int, forget: int, folder: str, clock: Clock) -> Trainer:
-    """A trainer of 16 steps: plain LoRA on all rows of a step, or UIB with noise and, where there are forget rows, its prior."""
+    """A trainer of 16 steps: plain LoRA on all rows of a step, or UIB as under a pattern, with noise and without forget rows, or as
+    without one, with the forget loss in every step."""
     rows, gpu = 512, torch.cuda.is_available()
     model, columns = model_and_columns(model_name, rows)
     common = dict(
@@ -96,8 +97,9 @@ def timed_trainer(variant: str, model_name: str, retain: int, forget: int, folde
             adapted, args, train_dataset=dataset_of(columns, rows, 0).remove_columns("row"), callbacks=[clock]
         )
     args = UIBConfig(
-        folder, per_device_train_batch_size=retain, forget_batch_size=max(forget, 1), noise_to_signal=0.5, prior_fraction=1.0,
-        prior="calibrated" if forget else "none", prior_update_steps=1000, contrast_samples=64, **common,
+        folder, per_device_train_batch_size=retain, forget_batch_size=max(forget, 1), prior_fraction=1.0,
+        noise_to_signal=0.0 if forget else 0.5, prior="calibrated" if forget else "none",
+        prior_update_steps=1000, contrast_samples=64, **common,
     )  # fmt: skip
     gone, kept, unseen = (dataset_of(columns, rows, seed) for seed in (rows, 0, 2 * rows))
     return UIBTrainer(model, args, gone, kept, unseen, callbacks=[clock])
@@ -153,12 +155,12 @@ def run_scaling(options) -> None:
         for what, value in ((what, value) for what, values in VARIED.items() for value in values):
             point = SCALING_POINT | {what: value}
             model, columns = model_and_columns("ViT", rows, point["width"], point["layers"])
-            forget, retain = (dataset_of(columns, rows, seed) for seed in (0, rows))
+            sets = (dataset_of(columns, rows, seed) for seed in (0, rows, 2 * rows))
             args = UIBConfig(
                 options.cache, max_steps=1, contrast_samples=point["samples"], noise_to_signal=0.5, prior="none",
                 save_strategy="no", disable_tqdm=True,
             )  # fmt: skip
-            trainer = UIBTrainer(model, args, forget, retain, retain)
+            trainer = UIBTrainer(model, args, *sets)
             start = time.perf_counter()
             loop = trainer.train().metrics["train_runtime"]
             seconds = time.perf_counter() - start - loop
