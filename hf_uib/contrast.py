@@ -155,7 +155,6 @@ class _Recording:
         # A hook on an output that leads back to that output would keep all of the pass in memory
         for handle in self.handles + self.on_gradients:
             handle.remove()
-        self.last = "", None
 
     @contextmanager
     def _once_more(self):
