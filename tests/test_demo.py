@@ -14,8 +14,8 @@ from hf_uib.cli.demo import demo
 def meets_the_bars(row: dict, results: dict) -> bool:
     """Most of the bias is gone, and the model is about as good as a retrained one.
 
-    One seed does not show whether it is ahead of fine-tuning: another processor's rounding alone moves its accuracies by up to
-    four points. docs/benchmark has the mean over seeds, and tests/test_examples.py tasks where the difference is larger.
+    One seed does not show whether it is ahead of fine-tuning: rounding alone (one thread or two) moves its accuracies by up to four
+    points. docs/benchmark has the mean over seeds, and tests/test_examples.py tasks where the difference is larger.
     """
     original, oracle = results["original"], results["retrained"]
     excess = row["follow_rate"] - oracle["follow_rate"]
