@@ -1,6 +1,9 @@
 """Small real models and data, built from configs: no network, no shared folder."""
 
+import copy
+import gc
 import os
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,8 +16,17 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+from hf_uib.cli import demo, digits
+
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
+
+
+def pytest_collection_finish(session):
+    """What is imported stays: every training has all garbage collected, and need not look through it."""
+    gc.collect()
+    gc.freeze()
+
 
 IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -87,3 +99,22 @@ def forget():
 @pytest.fixture
 def retain():
     return make_rows(n=16, seed=2)
+
+
+@pytest.fixture(scope="session")
+def digits_models(tmp_path_factory):
+    """The demo's task, and its two models, trained for half as long; tests that use them are of the group ``digits``."""
+    task = digits.digits_colour()
+    task.train_settings |= {"pretrain_steps": 250, "steps": 200, "retrain_steps": 200}
+    return task, digits.prepare_models(task, 0, str(tmp_path_factory.mktemp("digits")))
+
+
+@pytest.fixture
+def prepared_digits(digits_models, monkeypatch):
+    """Whoever asks for the demo's task and models gets those."""
+    task, models = digits_models
+    for module in (digits, demo):
+        monkeypatch.setattr(
+            module, "digits_colour", lambda *_, **__: replace(task, train_settings=dict(task.train_settings))
+        )
+        monkeypatch.setattr(module, "prepare_models", lambda *_: copy.deepcopy(models))

@@ -10,7 +10,7 @@ from hf_uib import audit_model
 from hf_uib.audit.fakes import FAKES
 from hf_uib.cli import digits
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("digits")]  # their models are trained once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("digits")]
 CAUGHT_BY = {
     "head-only distillation": "encoder_untouched",
     "threshold shift": "logits_shifted",
@@ -23,17 +23,15 @@ CAUGHT_BY = {
 
 
 @pytest.fixture(scope="module")
-def digit_models(tmp_path_factory):
-    """Task, checkpoint and four models retrained from the pre-trained one with other seeds."""
-    folder = str(tmp_path_factory.mktemp("digits"))
-    task = digits.digits_colour(0)
-    models = digits.prepare_models(task, 0, folder)
-    retrained = []
-    for seed in range(4):
-        model = copy.deepcopy(models["start"])
+def models(digits_models, tmp_path_factory):
+    """Task, checkpoint and three models retrained from the pre-trained one with other seeds."""
+    task, trained = digits_models
+    folder, retrained = str(tmp_path_factory.mktemp("retrained")), []
+    for seed in range(3):
+        model = copy.deepcopy(trained["start"])
         digits.fit(model, task.sets["retain"], task, task.train_settings["retrain_steps"], folder, seed, 1e-3)
         retrained.append(model.eval())
-    return task, models["original"].eval(), retrained
+    return task, trained["original"].eval(), retrained
 
 
 def run(model, reference, task, **settings):
@@ -43,24 +41,24 @@ def run(model, reference, task, **settings):
     )  # fmt: skip
 
 
-def test_retrained_models_pass(digit_models):
-    task, original, (oracle, *others) = digit_models
+def test_retrained_models_pass(models):
+    task, original, (oracle, *others) = models
     for model in others:
         report = run(model, original, task, retrained_model=oracle)
         assert report.passed, report.flags
 
 
 @pytest.mark.parametrize("fake", FAKES)
-def test_each_fake_is_flagged(digit_models, fake):
-    task, original, (oracle, *_) = digit_models
+def test_each_fake_is_flagged(models, fake):
+    task, original, (oracle, *_) = models
     report = run(
         FAKES[fake](original, oracle, task.sets, task.processing_class), original, task, retrained_model=oracle
     )
     assert not report.passed and CAUGHT_BY[fake] in report.flags, report.flags
 
 
-def test_report_without_an_oracle_says_what_was_not_measured(digit_models, tmp_path):
-    task, original, (oracle, *_) = digit_models
+def test_report_without_an_oracle_says_what_was_not_measured(models, tmp_path):
+    task, original, (oracle, *_) = models
     report = run(oracle, original, task)
     assert report.passed and any("retrained" in entry for entry in report.not_measured)
     assert next(c for c in report.checks if c.name == "bias_remains").fired is None
@@ -75,8 +73,8 @@ def test_report_without_an_oracle_says_what_was_not_measured(digit_models, tmp_p
     assert [os.path.basename(p) for p in report.plot(str(tmp_path))] == ["audit.png"]
 
 
-def test_several_oracles_and_exact_counterfactuals(digit_models):
-    task, original, (first, second, third, _) = digit_models
+def test_several_oracles_and_exact_counterfactuals(models):
+    task, original, (first, second, third) = models
     report = run(third, original, task, retrained_model=[first, second], example_column="example")
     assert report.passed and {"retrained 1", "retrained 2"} <= set(report.metrics["test"])
     gaps = {name: row["counterfactual_gap"]["value"] for name, row in report.metrics["test"].items()}

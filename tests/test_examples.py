@@ -1,6 +1,5 @@
 """The examples run, at small size, and move their model where it should go; a run of one step does not."""
 
-import copy
 import importlib
 import json
 import os
@@ -14,8 +13,6 @@ import numpy as np
 import pytest
 from hub_server import HubServer
 from launching import command_for
-
-from hf_uib.cli import digits
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -33,15 +30,7 @@ import vit_colour_bias  # noqa: E402
 import voice_bias  # noqa: E402
 
 NOTEBOOK = ROOT / "examples" / "story.ipynb"
-together = pytest.mark.xdist_group("examples")  # they share what is trained on digits
-
-
-@pytest.fixture(scope="module")
-def digits_models(tmp_path_factory):
-    """Those of `digits.digits_colour`, trained once and for half as long."""
-    task = digits.digits_colour()
-    task.train_settings |= {"pretrain_steps": 250, "steps": 200}
-    return digits.prepare_models(task, 0, str(tmp_path_factory.mktemp("digits")))
+on_digits = pytest.mark.xdist_group("digits")
 
 
 @pytest.fixture(autouse=True)
@@ -49,24 +38,19 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def prepared(digits_models, monkeypatch):
-    monkeypatch.setattr(digits, "prepare_models", lambda task, seed, folder: copy.deepcopy(digits_models))
-
-
 def follows_less(rows, name):
     return rows[name]["follow_rate"] < 0.6 * rows["original"]["follow_rate"]
 
 
 @pytest.mark.slow
-@together
-def test_custom_prior(prepared):
+@on_digits
+def test_custom_prior(prepared_digits):
     assert follows_less(custom_prior.main(steps=60), "UIB + entropy")
 
 
 @pytest.mark.slow
-@together
-def test_vit_colour_bias(prepared):
+@on_digits
+def test_vit_colour_bias(prepared_digits):
     rows, verdict = vit_colour_bias.main(steps=60, retrain_steps=50, output_dir="out")
     assert follows_less(rows, "UIB")
     assert rows["UIB"]["accuracy"] > rows["original"]["accuracy"]
@@ -75,8 +59,8 @@ def test_vit_colour_bias(prepared):
 
 
 @pytest.mark.slow
-@together
-def test_one_step_is_not_enough(prepared):
+@on_digits
+def test_one_step_is_not_enough(prepared_digits):
     assert not follows_less(custom_prior.main(steps=1), "UIB + entropy")
 
 
@@ -135,6 +119,19 @@ def test_decoder_bias():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("example", [voice_bias, video_bias, image_towers], ids=lambda example: example.__name__)
+def test_an_example_runs_to_its_end(example, monkeypatch):
+    """In a few steps, in which little is learned; what they learn in more is looked at below, nightly."""
+    for part, most in {"forget": 300, "unseen": 100, "test": 200}.items():
+        if part in getattr(example, "SIZES", {}):
+            monkeypatch.setitem(example.SIZES, part, most)
+    rows, verdict = example.main(steps=10, train_steps=20)
+    assert list(rows) == ["original", "UIB", "LoRA", "retrained"]
+    assert re.match(r"(Passed|Not passed): ", verdict)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_voice_bias():
     rows, verdict = voice_bias.main(steps=100, train_steps=200)
     assert rows["UIB"]["follow_rate"] < 0.7 * rows["original"]["follow_rate"]
@@ -142,10 +139,9 @@ def test_voice_bias():
     assert re.match(r"(Passed|Not passed): ", verdict)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "tower", ["siglip2", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("clip", "dinov3"))]
-)
+@pytest.mark.parametrize("tower", ["siglip2", "clip", "dinov3"])
 def test_image_towers(tower):
     rows, verdict = image_towers.main(steps=100, train_steps=200, tower=tower)
     assert follows_less(rows, "UIB")
@@ -153,6 +149,7 @@ def test_image_towers(tower):
     assert re.match(r"(Passed|Not passed): ", verdict)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_video_bias():
     rows, verdict = video_bias.main(steps=100, train_steps=250)

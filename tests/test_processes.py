@@ -3,6 +3,7 @@
 ``python -m benchmarks scale`` writes down what is seen.
 """
 
+import json
 import os
 import subprocess
 import tempfile
@@ -15,21 +16,21 @@ from peft import PeftModel
 
 from hf_uib import load_classifier
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]  # they share one run
 
 
-def launched(path, processes, batch, accumulation=1, seed=0, prior="calibrated", *more, config="cpu_two_processes"):
-    """What tests/two_processes.py wrote."""
-    settings = (path, batch, accumulation, seed, prior, *more)
-    command, environment = command_for("two_processes.py", processes, *settings, config=config)
+def launched(folder, processes, config="cpu_two_processes", **runs):
+    """What tests/two_processes.py wrote of each run, by its name; one start for all of them."""
+    wanted = [{"path": os.path.join(folder, f"{name}.pt"), **run} for name, run in runs.items()]
+    command, environment = command_for("two_processes.py", processes, json.dumps(wanted), config=config)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(path, weights_only=True)
-    assert found.pop("world") == processes
-    share = found.pop(
-        "share"
-    )  # of the base's weights that the first process holds: blocks of odd sizes are not halved
-    assert 0.5 <= share < 0.6 if config == "fsdp2" else share == 1
+    found = {name: torch.load(run["path"], weights_only=True) for name, run in zip(runs, wanted, strict=True)}
+    for seen in found.values():
+        assert seen.pop("world") == processes
+        # Of the base's weights that the first process holds: blocks of odd sizes are not halved
+        share = seen.pop("share")
+        assert 0.5 <= share < 0.6 if config == "fsdp2" else share == 1
     return found
 
 
@@ -44,26 +45,35 @@ def differences(first, second):
     return {k: ((a - b).abs() / (1 + b.abs())).max().item() for k, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize(
-    "prior", ["calibrated", pytest.param("influence", marks=pytest.mark.nightly)]
-)  # `compared` has saliency too
-def test_two_processes_compute_what_one_does(tmp_path, prior):
-    one = launched(tmp_path / "one.pt", 1, 8, prior=prior)
-    two = launched(tmp_path / "two.pt", 2, 4, prior=prior)
-    seen = differences(one, two)
-    # Conjugate gradients and Adam's first steps carry rounding further under `influence`
-    assert max(seen.values()) < (5e-4 if prior == "influence" else 2e-4), seen
-    if prior == "calibrated":
-        split = launched(tmp_path / "split.pt", 2, 2, 2, 0, prior, "streams")  # one process writes, and both read
-        assert max(differences(one, split).values()) < 2e-4
-        assert not list((tmp_path / "split.pt.cache").glob("hf_uib_*"))
-        other = differences(one, launched(tmp_path / "other.pt", 2, 4, seed=1, prior=prior))  # the control
-        assert other["adapter"] > 1e-2 and other["losses"] > 1e-2
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("one"), 1, one={"batch": 8})["one"]
 
 
-def test_a_sharded_base_computes_what_a_whole_one_does(tmp_path):
-    one = launched(tmp_path / "one.pt", 1, 8)
-    sharded = launched(tmp_path / "two.pt", 2, 2, accumulation=2, config="fsdp2")
+def test_two_processes_compute_what_one_does(one, tmp_path):
+    runs = {
+        "two": {"batch": 4},
+        "split": {"batch": 2, "accumulation": 2, "streams": True},  # one process writes, and both read
+        "other": {"batch": 4, "seed": 1},  # the control
+    }
+    seen = {name: differences(one, found) for name, found in launched(tmp_path, 2, **runs).items()}
+    assert max(seen["two"].values()) < 2e-4, seen["two"]
+    assert max(seen["split"].values()) < 2e-4, seen["split"]
+    assert not list((tmp_path / "split.pt.cache").glob("hf_uib_*"))
+    assert seen["other"]["adapter"] > 1e-2 and seen["other"]["losses"] > 1e-2
+
+
+@pytest.mark.nightly
+def test_two_processes_compute_what_one_does_under_influence(tmp_path):
+    """`compared` has saliency too."""
+    one = launched(tmp_path, 1, one={"batch": 8, "prior": "influence"})["one"]
+    two = launched(tmp_path, 2, two={"batch": 4, "prior": "influence"})["two"]
+    # Conjugate gradients and Adam's first steps carry rounding further here
+    assert max(differences(one, two).values()) < 5e-4
+
+
+def test_a_sharded_base_computes_what_a_whole_one_does(one, tmp_path):
+    sharded = launched(tmp_path, 2, config="fsdp2", sharded={"batch": 2, "accumulation": 2})["sharded"]
     assert max(differences(one, sharded).values()) < 2e-4
 
 
@@ -95,16 +105,14 @@ def test_a_sharded_run_is_saved_resumed_detached_and_merged(tmp_path):
 
 def compared():
     """Largest difference of each quantity between one process and two, by prior, and of two controls."""
+    whole = {prior: {"batch": 8, "prior": prior} for prior in ("calibrated", "saliency", "influence")}
+    halves = {prior: run | {"batch": 4} for prior, run in whole.items()}
+    more = {
+        "calibrated, accumulation 2": {"batch": 2, "accumulation": 2},
+        "control: another seed": {"batch": 4, "seed": 1},
+    }
     with tempfile.TemporaryDirectory() as folder:
-        seen = {}
-        for prior in ("calibrated", "saliency", "influence"):
-            one = launched(os.path.join(folder, "one.pt"), 1, 8, prior=prior)
-            seen[prior] = differences(one, launched(os.path.join(folder, "two.pt"), 2, 4, prior=prior))
-            if prior == "calibrated":
-                accumulated = launched(os.path.join(folder, "split.pt"), 2, 2, accumulation=2, prior=prior)
-                seen["calibrated, accumulation 2"] = differences(one, accumulated)
-                sharded = launched(os.path.join(folder, "sharded.pt"), 2, 4, prior=prior, config="fsdp2")
-                seen["calibrated, FSDP2"] = differences(one, sharded)
-                other = launched(os.path.join(folder, "other.pt"), 2, 4, seed=1, prior=prior)
-                seen["control: another seed"] = differences(one, other)
-    return seen
+        one = launched(folder, 1, **whole)
+        found = launched(folder, 2, **halves, **more)
+        found |= launched(folder, 2, config="fsdp2", **{"calibrated, FSDP2": {"batch": 4}})
+        return {name: differences(one[name if name in one else "calibrated"], seen) for name, seen in found.items()}

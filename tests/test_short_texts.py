@@ -304,6 +304,7 @@ def test_a_step_does_not_depend_on_the_split_where_labels_are_missing(tmp_path):
     assert worst < 2e-5
 
 
+@together
 def test_a_resumed_run_has_the_same_texts_and_answers(runs, tmp_path):
     """They are not saved: the checkpoint is asked again, whatever the model has become."""
     _, trained = runs
@@ -318,6 +319,7 @@ def test_a_resumed_run_has_the_same_texts_and_answers(runs, tmp_path):
     assert not any("short" in name for name in trainer.posterior.state_dict())
 
 
+@together
 def test_a_trained_adapter_is_a_part_of_the_checkpoint(runs, tmp_path):
     """Short texts, and the fit without retained data, keep to the model that was given."""
     _, trained = runs

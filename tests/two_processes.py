@@ -1,7 +1,9 @@
-"""Started by test_processes.py under one or two processes: trains a small model and writes what was computed."""
+"""Started by test_processes.py under one or two processes: trains a small model, once for each run asked for, and writes what was
+computed."""
 
 import gc
 import glob
+import json
 import sys
 
 import datasets
@@ -25,7 +27,9 @@ class Losses(TrainerCallback):
             self.rows.append([logs[k] for k in ("loss", "fit_nats", "kl_nats", "retain_margin")])
 
 
-def main(path: str, batch: int, accumulation: int, seed: int, prior: str, streams: bool = False) -> None:
+def main(
+    path: str, batch: int, accumulation: int = 1, seed: int = 0, prior: str = "calibrated", streams: bool = False
+) -> None:
     """Train where two processes get uneven shares of forget and calibration rows; these come as streams, or not.
 
     The retained rows are a multiple of the batch: otherwise accelerate fills up the last batch of an epoch with rows of its start.
@@ -77,6 +81,7 @@ def main(path: str, batch: int, accumulation: int, seed: int, prior: str, stream
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], "streams" in sys.argv)
-    gc.collect()  # the trainer goes before its process group
+    for run in json.loads(sys.argv[1]):
+        main(**run)
+        gc.collect()  # the trainer goes before its process group
     PartialState().destroy_process_group()
