@@ -7,10 +7,6 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "results"
 RUNS, TUNING = FOLDER / "results.jsonl", FOLDER / "tuning.jsonl"
 
-FIRST_EDITION = (
-    "UIB's figures here are the first edition's (noise alone, A frozen to the contrast's subspace, version 0.1); they were not "
-    "measured again since.\n"
-)
 # Values of earlier versions, and what they are called now
 RENAMED = {
     "fashion-colour, 90% telling": "fashion-colour, 90% bias-aligned",

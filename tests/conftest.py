@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 from dataclasses import replace
+from functools import lru_cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +21,24 @@ from hf_uib.cli import demo, digits
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
+
+decode = datasets.Image.decode_example
+
+
+@lru_cache(20_000)
+def decoded(content: bytes, mode: str | None):
+    return decode(datasets.Image(mode), {"bytes": content, "path": None})
+
+
+def decoded_once(self, value, token_per_repo_id=None):
+    """Small pictures are decoded once: it is a fourth of what a training on them takes."""
+    content = value.get("bytes") if isinstance(value, dict) and self.decode else None
+    if content is None or len(content) > 2000:
+        return decode(self, value, token_per_repo_id)
+    return decoded(content, self.mode).copy()
+
+
+datasets.Image.decode_example = decoded_once
 
 
 def pytest_collection_finish(session):

@@ -32,7 +32,7 @@ def meets_the_bars(row: dict, results: dict) -> bool:
 @pytest.mark.xdist_group("digits")
 def test_demo(prepared_digits, tmp_path):
     out = str(tmp_path / "demo")
-    args = UIBConfig(out, save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=50)
+    args = UIBConfig(out, max_steps=100, save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=50)
     results = demo(args)
     assert meets_the_bars(results["UIB"], results)
     assert not meets_the_bars(results["original"], results)

@@ -98,6 +98,7 @@ def test_multi_label():
     assert "labels other than 'closed'" in verdict
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_token_labels():
     rows, verdict = token_labels.main(steps=80, train_steps=150)  # a run this short is half of what it takes
@@ -119,7 +120,9 @@ def test_decoder_bias():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", [voice_bias, video_bias, image_towers], ids=lambda example: example.__name__)
+@pytest.mark.parametrize(
+    "example", [voice_bias, video_bias, image_towers, token_labels], ids=lambda example: example.__name__
+)
 def test_an_example_runs_to_its_end(example, monkeypatch):
     """In a few steps, in which little is learned; what they learn in more is looked at below, nightly."""
     for part, most in {"forget": 300, "unseen": 100, "test": 200}.items():

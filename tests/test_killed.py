@@ -63,7 +63,12 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize(
-    "processes, kills", [(1, 2), pytest.param(2, 2, marks=[pytest.mark.distributed, pytest.mark.nightly])]
+    "processes, kills",
+    [
+        (1, 1),
+        pytest.param(1, 3, marks=pytest.mark.nightly),
+        pytest.param(2, 2, marks=[pytest.mark.distributed, pytest.mark.nightly]),
+    ],
 )
 def test_killed_and_started_again_is_bit_equal(tmp_path, processes, kills):
     random.seed(processes)
