@@ -123,7 +123,14 @@ def apart(options, variant: str, model: str, retain: int, forget: int, processes
     """`measure_step` in one or several processes of its own."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--config_file", accelerate_config("cpu_two_processes")]
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            accelerate_config("cpu_two_processes"),
+            "--main_process_port",
+            "0",
+        ]
     command += ["-m", __name__, variant, model, str(retain), str(forget), os.path.abspath(options.cache)]
     return last_json_line(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
 
@@ -225,9 +232,9 @@ def scaling_table(points: list[dict]) -> list[str]:
         shown = ", ".join(f"{s:.2f}" for s in seconds.values())
         rows.append([title, ", ".join(map(str, seconds)), shown, f"{exponent:.2f}"])
     return [
-        "## How the statistics pass grows\n",
-        "Seconds of the pass over both samples against one quantity at a time (ViT, two CPU cores, median of the repeats); "
-        "exponent of a fitted power.\n",
+        "## How the measuring before the first step grows\n",
+        "Seconds of all that is measured before the first step, the pass over both samples among it, against one quantity at a "
+        "time (ViT, two CPU cores, median of the repeats); exponent of a fitted power.\n",
         *table(["varied", "values", "seconds", "exponent"], rows),
     ]
 
@@ -239,8 +246,8 @@ def cost_tables() -> list[str]:
     parts += processes_table(lines) if (lines := results.read(PROCESSES)) else []
     parts += scaling_table(points) if (points := results.read(SCALING)) else []
     given = (
-        "Random inputs and untrained models, so no token is swapped and no short text is read. 32 + 0 has the noise and trains both "
-        "factors, as under a pattern; 32 + 32 has the forget loss and trains B alone, as without one.\n"
+        "Random inputs and untrained models, so no token is swapped and no short text is read. 32 + 0 has the noise and trains "
+        "both factors, as under a pattern; 32 + 32 has the forget loss and trains B alone, as without one.\n"
     )
     return ["## Steps and processes\n", given, *parts] if parts else []
 
