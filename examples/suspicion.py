@@ -9,7 +9,7 @@ the hue is taken away first, and comes back for the test alone.
 import numpy as np
 
 from hf_uib import UIBConfig, UIBTrainer, discover
-from hf_uib.cli.digits import digits_colour, merged, prepare_models
+from hf_uib.cli import digits
 from hf_uib.discovery.report import Discovery
 from hf_uib.inference import predict
 from hf_uib.metrics import bias_row, text_table
@@ -28,10 +28,10 @@ def main(
     Returns:
         What was found, and rows of the results table.
     """
-    task = digits_colour()
+    task = digits.digits_colour()
     task.train_settings |= {"pretrain_steps": train_steps, "steps": train_steps}
-    model = prepare_models(task, 0, output_dir)["original"]
-    train = merged(task.sets["forget"], task.sets["retain"]).remove_columns("colour")
+    model = digits.prepare_models(task, 0, output_dir)["original"]
+    train = digits.merged(task.sets["forget"], task.sets["retain"]).remove_columns("colour")
 
     found = discover(model, train, processing_class=task.processing_class)
     print(found)

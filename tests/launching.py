@@ -1,7 +1,6 @@
 """Starting a script of the tests under one or several processes."""
 
 import os
-import socket
 import sys
 
 HERE = os.path.dirname(__file__)
@@ -29,11 +28,7 @@ def command_for(
     """Command and environment; several processes are started by accelerate, with one of the package's configurations."""
     command = [sys.executable]
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
         command += ["-m", "accelerate.commands.launch", "--config_file", os.path.join(CONFIGS, f"{config}.yaml")]
-        command += ["--main_process_port", str(port)]
     command += [os.path.join(HERE, script), *map(str, arguments)]
     return command, os.environ | {
         "PYTHONPATH": f"{HERE}{os.pathsep}{os.path.join(HERE, '..')}",

@@ -15,7 +15,6 @@ from scipy.stats import multivariate_normal
 from transformers import BertConfig, BertForSequenceClassification, ViTImageProcessorPil
 
 from hf_uib import UIBConfig, discover, mean_tokens
-from hf_uib.cli import digits
 from hf_uib.cli.discover import DiscoverArguments, find
 from hf_uib.cli.main import dispatch
 from hf_uib.cli.unlearn import UnlearnArguments, trainer_for
@@ -410,8 +409,7 @@ def test_incomplete_rows_are_left_out_if_so_said(coloured, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("digits")
-def test_the_example_goes_all_the_way(prepared_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(suspicion, "prepare_models", digits.prepare_models)
+def test_the_example_goes_all_the_way(prepared_digits, tmp_path):
     found, rows = suspicion.main(steps=50, output_dir=str(tmp_path))
     assert found.found
     assert rows["UIB"]["conflicting_accuracy"] > rows["original"]["conflicting_accuracy"] + 0.05

@@ -1,16 +1,17 @@
 """Cost of a step, against a plain LoRA step on the same number of examples, and of the statistics pass."""
 
+import gc
 import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from peft import get_peft_model
 from transformers import (
     BertConfig,
@@ -27,7 +28,7 @@ from hf_uib.lora import default_peft_config
 from .. import results
 from ..markdown import table
 from . import runs
-from .launch import ROOT, accelerate_config, last_json_line
+from .launch import accelerate_config, json_of
 
 COST = results.FOLDER / "cost.jsonl"
 PROCESSES, SCALING = results.FOLDER / "cost_processes.jsonl", results.FOLDER / "scaling.jsonl"
@@ -123,16 +124,9 @@ def apart(options, variant: str, model: str, retain: int, forget: int, processes
     """`measure_step` in one or several processes of its own."""
     command = [sys.executable]
     if processes > 1:
-        command += [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            accelerate_config("cpu_two_processes"),
-            "--main_process_port",
-            "0",
-        ]
+        command += ["-m", "accelerate.commands.launch", "--config_file", accelerate_config("cpu_two_processes")]
     command += ["-m", __name__, variant, model, str(retain), str(forget), os.path.abspath(options.cache)]
-    return last_json_line(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    return json_of(command)
 
 
 def run_cost(options) -> None:
@@ -155,7 +149,7 @@ def run_processes(options) -> None:
 
 
 def run_scaling(options) -> None:
-    """Seconds of what is measured before the first step (no noise bisection) against rows, width and depth of a ViT."""
+    """Seconds of what is measured before the first step against rows, width and depth of a ViT."""
     runs.quiet()
     rows, found = max(VARIED["samples"]), []
     for repeat in range(3):
@@ -254,3 +248,5 @@ def cost_tables() -> list[str]:
 
 if __name__ == "__main__":
     measure_step(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    gc.collect()  # the trainer goes before its process group
+    PartialState().destroy_process_group()

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import statistics
-import subprocess
 import sys
 
 import datasets
@@ -33,7 +32,7 @@ from ..methods import METHODS, Budget
 from ..methods.uib import uib_trainer
 from . import runs
 from .cost import Clock
-from .launch import ROOT
+from .launch import json_of
 from .whole import REPEATS, STEPS
 
 GPU = results.FOLDER / "cost_gpu.jsonl"
@@ -166,7 +165,7 @@ def statistics_difference(cache: str) -> dict[str, float]:
     found = []
     for where in ("cpu", "device"):
         path = os.path.join(cache, f"statistics-{where}.pt")
-        subprocess.run([sys.executable, "-m", __name__, path, cache, where], check=True, cwd=ROOT, capture_output=True)
+        json_of([sys.executable, "-m", __name__, path, cache, where])
         found.append(torch.load(path, weights_only=True))
     here, there = found
     missing = []

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
 import sys
 import threading
 
@@ -16,7 +15,7 @@ from hf_uib import UIBConfig, UIBTrainer
 from .. import results
 from ..markdown import table
 from . import runs
-from .launch import ROOT, last_json_line
+from .launch import json_of
 
 MEMORY = results.FOLDER / "memory.jsonl"
 ROWS = (50_000, 200_000, 1_000_000)  # of each set
@@ -33,7 +32,7 @@ def run_memory(options) -> None:
 def apart(*arguments: str) -> dict:
     """What a process of its own prints."""
     command = [sys.executable, "-m", __name__, *arguments]
-    return last_json_line(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    return json_of(command)
 
 
 def status(name: str) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import datasets
@@ -18,7 +17,7 @@ from hf_uib.models import blocks_of
 from .. import results
 from ..markdown import table
 from . import runs
-from .launch import ROOT, last_json_line
+from .launch import json_of
 from .memory import status
 
 SHAPE = results.FOLDER / "shape.jsonl"
@@ -42,8 +41,7 @@ def run_shape(options) -> None:
     for layers in CUTS:
         for checkpointing in ("on", "off"):
             command = [sys.executable, "-m", __name__, str(layers), checkpointing, os.path.abspath(options.cache)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
-            lines.append(last_json_line(done.stdout))
+            lines.append(json_of(command, environment))
     results.replace(SHAPE, lines)
 
 
