@@ -31,7 +31,7 @@ def decoded(content: bytes, mode: str | None):
 
 
 def decoded_once(self, value, token_per_repo_id=None):
-    """Small pictures are decoded once: it is a fourth of what a training on them takes."""
+    """Small pictures are decoded once: a sixth of what tests that train on them take."""
     content = value.get("bytes") if isinstance(value, dict) and self.decode else None
     if content is None or len(content) > 2000:
         return decode(self, value, token_per_repo_id)

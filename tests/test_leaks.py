@@ -12,7 +12,6 @@ import subprocess
 import sys
 import zlib
 
-import matplotlib
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -110,7 +109,7 @@ def run(root, kind, fault, *more, **environment):
     settings = {
         "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "HOME": str(places["home"]), "HF_HOME": str(places["home"] / "hf"),
         "XDG_CACHE_HOME": str(places["home"] / "cache"), "TMPDIR": str(places["tmp"]), "HF_HUB_OFFLINE": "1",
-        "MPLCONFIGDIR": matplotlib.get_cachedir(),  # its list of fonts is made once
+        "MPLCONFIGDIR": str(places["home"] / "mpl"),
     }  # fmt: skip
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TMP"))}
     done = subprocess.run(
