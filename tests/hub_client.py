@@ -3,7 +3,6 @@
 A process of its own, since ``HF_ENDPOINT`` counts when huggingface_hub is imported. STRANGER is another user's token.
 """
 
-import gc
 import json
 import os
 import sys
@@ -31,7 +30,6 @@ FOLDER, STRANGER = Path(sys.argv[1]), sys.argv[2]
 BASE = "tester/vit-biased"
 FORGET, RETAIN, CALIBRATION, TEST = (make_rows(n=n, seed=seed) for seed, n in enumerate((24, 16, 12, 20), start=1))
 API = HfApi()
-gc.freeze()  # as in conftest.py
 SECRET = b"a secret that must stay here"
 LITTER = (
     "train.csv", "request.yaml", ".env", "runs/events.out.1", "deletion_report.html", "analysis.ipynb", "report.json", "audit.png",

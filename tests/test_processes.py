@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import tempfile
+from unittest.mock import patch
 
+import datasets
 import pytest
 import torch
+import two_processes
 from conftest import make_model, make_rows
 from launching import command_for
 from peft import PeftModel
@@ -20,11 +23,16 @@ pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]  # 
 
 
 def launched(folder, processes, config="cpu_two_processes", **runs):
-    """What tests/two_processes.py wrote of each run, by its name; one start for all of them."""
+    """What tests/two_processes.py wrote of each run, by its name: one start for all of them, or this process."""
     wanted = [{"path": os.path.join(folder, f"{name}.pt"), **run} for name, run in runs.items()]
-    command, environment = command_for("two_processes.py", processes, json.dumps(wanted), config=config)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if processes == 1:
+        with patch.object(datasets.config, "HF_DATASETS_CACHE"):
+            for run in wanted:
+                two_processes.main(**run)
+    else:
+        command, environment = command_for("two_processes.py", processes, json.dumps(wanted), config=config)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
     found = {name: torch.load(run["path"], weights_only=True) for name, run in zip(runs, wanted, strict=True)}
     for seen in found.values():
         assert seen.pop("world") == processes
