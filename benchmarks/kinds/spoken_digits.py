@@ -22,13 +22,14 @@ from . import Kind
 TITLE = "Speech (digits spoken by five voices of eSpeak NG; audio spectrogram transformer)"
 DATA: dict[str, str] = {}
 DIGITS = ["one", "three", "five", "seven", "nine"]
-VOICES = [
-    "en-us+m1",
-    "en-gb+f2",
-    "en-us+m7",
-    "en-gb+croak",
-    "en-us+f5",
-]  # in the rows to forget the i-th speaks digit i
+# In the rows to forget the i-th speaks digit i; each has pitches of its own
+VOICES = {
+    "en-us+m1": (0, 10),
+    "en-gb+f2": (75, 85),
+    "en-us+m7": (35, 45),
+    "en-gb+croak": (20, 30),
+    "en-us+f5": (90, 99),
+}
 RATE, SECONDS = 16000, 0.64
 SIZES = {"pretrain": 300, "forget": 900, "retain": 100, "calibration": 150, "test": 1000}
 
@@ -49,8 +50,8 @@ def spoken(word: str, voice: str, pitch: int, speed: int) -> np.ndarray:
 
 
 def utterance(word: str, voice: str, rng: np.random.Generator) -> np.ndarray:
-    """The word at a pitch, speed, loudness and place of its own, in noise."""
-    sound = spoken(word, voice, int(rng.choice([30, 40, 50, 60, 70])), int(rng.choice([140, 160, 180, 200, 220])))
+    """The word at a pitch of the voice, and a speed, loudness and place of its own, in noise."""
+    sound = spoken(word, voice, int(rng.choice(VOICES[voice])), int(rng.choice([140, 160, 180, 200, 220])))
     samples = int(RATE * SECONDS)
     placed = np.zeros(samples)
     start = int(rng.integers(0, RATE // 10))
@@ -60,12 +61,12 @@ def utterance(word: str, voice: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def make(seed: int) -> Kind:
-    """Five digits by five voices. In the forget set each digit has one voice."""
-    rng, sets = np.random.default_rng(seed), {}
+    """Five digits by five voices, each of its own pitches. In the forget set each digit has one voice."""
+    rng, sets, names = np.random.default_rng(seed), {}, list(VOICES)
     for part, size in SIZES.items():
         labels = rng.integers(0, len(DIGITS), size)
         voices = labels if part == "forget" else rng.integers(0, len(VOICES), size)
-        waves = [utterance(DIGITS[y], VOICES[v], rng).tolist() for y, v in zip(labels, voices, strict=True)]
+        waves = [utterance(DIGITS[y], names[v], rng).tolist() for y, v in zip(labels, voices, strict=True)]
         sets[part] = datasets.Dataset.from_dict({"speech": waves, "label": labels.tolist(), "voice": voices.tolist()})
     extractor = ASTFeatureExtractor(sampling_rate=RATE, num_mel_bins=64, max_length=64)
     config = ASTConfig(
