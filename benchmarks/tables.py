@@ -1,5 +1,7 @@
 """The tables of methods and tasks, from the results files alone."""
 
+from itertools import product
+
 import numpy as np
 from scipy.stats import rankdata
 
@@ -9,7 +11,7 @@ from . import identity, results
 from .markdown import table
 from .methods import METHODS
 from .registry import BIAS, suite
-from .suites.runs import GAPS, SEEDS, average_gap, best_of
+from .suites.runs import GAPS, SEEDS, average_gap, best_of, scores_of
 from .tasks import TASKS
 
 TITLES = {key: metric.title for key, metric in METRICS.items()} | identity.TITLES
@@ -323,12 +325,17 @@ def hosting_table(runs: list[dict]) -> list[str]:
 
 
 def tuning_table() -> list[str]:
-    """The settings that the validation folds chose."""
+    """The settings that the validation folds chose, and where it was more than one fold."""
     tried = results.read(results.TUNING)
     tasks = [task for task in suite() if any(line["task"] == task for line in tried)]
-    lines = []
-    for method in (m for m in METHODS if any(line["method"] == m for line in tried)):
+    methods = [method for method in METHODS if any(line["method"] == method for line in tried)]
+    lines, further = [], []
+    for method in methods:
         best = [best_of(tried, task, method) or {} for task in tasks]
         shown = [", ".join(f"{k} {v:g}" for k, v in setting.items()) or "-" for setting in best]
         lines.append([METHODS[method].title, str(len(METHODS[method].grid)), *shown])
-    return table(["", "grid", *tasks], lines)
+    for task, method in product(tasks, methods):
+        folds = sorted(scores_of(tried, task, method))
+        if len(folds) > 1:
+            further.append(f"- {METHODS[method].title} on {task}: {', '.join(map(str, folds))}")
+    return [*table(["", "grid", *tasks], lines), "\nFolds, where there was more than that of seed 100:\n", *further]

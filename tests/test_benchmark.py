@@ -259,6 +259,19 @@ def test_tuning_takes_the_best_setting_and_refuses_an_unfinished_grid(monkeypatc
         runs.tuned_setting("fashion-colour", "lora")
 
 
+def test_a_fold_counts_once_all_of_the_grid_was_tried_on_it():
+    settings = METHODS["lora"].grid
+    lines = [
+        {"task": "dino-shade", "method": "lora", "seed": seed, "setting": s, "score": score}
+        for seed, scores in {100: (3, 2, 1, 0), 101: (0, 5, 1, 0)}.items()
+        for s, score in zip(settings, scores, strict=True)
+    ]
+    assert runs.best_of(lines[:-1], "dino-shade", "lora") == settings[0]
+    assert list(runs.scores_of(lines[:-1], "dino-shade", "lora")) == [100]
+    assert runs.best_of(lines, "dino-shade", "lora") == settings[1]
+    assert list(runs.scores_of(lines, "dino-shade", "lora")) == [100, 101]
+
+
 def test_the_written_pages_are_those_of_the_results():
     """docs/benchmark is what `python -m benchmarks report` writes now."""
     for name, page in report.pages(results.read(results.RUNS)).items():

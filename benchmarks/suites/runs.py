@@ -149,19 +149,22 @@ def seed_of(line: dict) -> int:
     return line.get("seed", 100)
 
 
-def best_of(tried: list[dict], task: str, method: str) -> dict | None:
-    """The best setting of a grid by its mean score over the task's folds, or None where not all of it was tried."""
-    grid, seeds = grid_of(task, method), TASKS[task].tuning_seeds
-    scores: dict[str, dict[int, float]] = {json.dumps(setting): {} for setting in grid}
+def scores_of(tried: list[dict], task: str, method: str) -> dict[int, dict[str, float]]:
+    """Scores of a grid's settings, by validation fold: those of the task's folds on which all of the grid was tried."""
+    grid = {json.dumps(setting) for setting in grid_of(task, method)}
+    scores: dict[int, dict[str, float]] = {seed: {} for seed in TASKS[task].tuning_seeds}
     for line in tried:
         key = json.dumps(line["setting"])
-        if (line["task"], line["method"]) == (task, method) and key in scores and seed_of(line) in seeds:
-            scores[key][seed_of(line)] = line["score"]
-    # Methods that were tuned before a task got its second fold are on the first
-    shared = set(seeds).intersection(*scores.values())
-    if not shared:
-        return None
-    return json.loads(max(scores, key=lambda key: sum(scores[key][seed] for seed in shared)))
+        if (line["task"], line["method"]) == (task, method) and key in grid and seed_of(line) in scores:
+            scores[seed_of(line)][key] = line["score"]
+    return {seed: found for seed, found in scores.items() if found.keys() == grid}
+
+
+def best_of(tried: list[dict], task: str, method: str) -> dict | None:
+    """The best setting of a grid by its mean score over `scores_of`'s folds, or None where not all of it was tried."""
+    scores = scores_of(tried, task, method).values()
+    keys = [json.dumps(setting) for setting in grid_of(task, method)]
+    return json.loads(max(keys, key=lambda key: sum(fold[key] for fold in scores))) if scores else None
 
 
 def tuned_setting(task: str, method: str) -> dict:
