@@ -86,15 +86,15 @@ def common_part(contrasts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return weights @ contrasts / max(weights.sum(), 1e-300)
 
 
-def principal_components(features: np.ndarray) -> np.ndarray:
-    """The standardised features' first principal components, ``[n, d]`` with ``d`` at most `DIRECTIONS`."""
+def principal_components(features: np.ndarray, most: int = DIRECTIONS) -> np.ndarray:
+    """The standardised features' first principal components, ``[n, d]`` with ``d`` at most ``most``."""
     x = features.astype(np.float64)
     mean, scale = x.mean(0), x.std(0)
     differ = scale > 1e-6 * np.abs(mean)  # else what differs is rounding
     x = (x - mean)[:, differ] / scale[differ]
     wide = len(x) < x.shape[1]  # then the smaller of the two products tells the same
     values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
-    kept = np.flatnonzero(values > 1e-9 * values.max(initial=0))[::-1][:DIRECTIONS]
+    kept = np.flatnonzero(values > 1e-9 * values.max(initial=0))[::-1][:most]
     return vectors[:, kept] * np.sqrt(values[kept]) if wide else x @ vectors[:, kept]
 
 

@@ -82,7 +82,7 @@ def found(coloured):
 def test_margins_are_log_density_ratios_of_held_out_gaussians():
     x, labels, _ = clusters(n=60)
     kept = np.random.default_rng(1).random(60) < 0.8
-    margins, others = trimmed.held_out_margins(x, labels, kept)
+    margins, others = trimmed.quadratic_margins(x, labels, kept)
     fold = np.random.default_rng(0).permutation(60) % trimmed.FOLDS
     row = 7
     logs = np.zeros(3)

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from hf_uib.inference import ModelOutputs, predict
 from .. import results
 from ..markdown import table
 from ..tasks import TASKS
-from ..tasks.fashion import fashion_colour
+from ..tasks.fashion import fashion_colour, fashion_patch
 from ..tasks.hate import WORDS
+from ..tasks.tweets import SIZES, tweets_airline
 from . import runs
 
 DISCOVER = results.FOLDER / "discover.jsonl"
@@ -26,12 +28,13 @@ CONTROLS = 20
 EARLY = 40  # steps of the fit whose errors JTT takes
 # How often JTT shows them: of 1, 5, 20 and 50 by the worst group of the validation rows of seeds 100 and 101
 UPWEIGHT = 5
-ELSEWHERE = ("fashion-patch", "tweets-airline", "dino-shade")  # tasks on which it was not developed
+ELSEWHERE = ("dino-colour", "dino-shade")  # tasks on which it was not developed
 TITLES = {
     "discover": "`discover`",
     "jtt": "errors of an early-stopped fit (JTT)",
     "confidence": "least confident rows",
 }
+FIGURES = {"worst_group_accuracy": "worst-group accuracy", "conflicting_accuracy": "bias-conflicting accuracy"}
 MODELS = {
     "original": "original",
     "found": "UIB, rows that were found",
@@ -40,9 +43,9 @@ MODELS = {
     "salun": "SalUn, by confidence",
     "jtt": "JTT",
 }
-WAY_WORDS = f"""The last column is paired over seeds, with its standard error. NegGrad+ and SalUn, tuned with known rows,
-forget all but the least confident rows, of which they retain as many as `discover` does. JTT trains anew with the errors of the
-early-stopped fit {UPWEIGHT} times over.
+WAY_WORDS = f"""The last column is paired over seeds, with its standard error; runs that found none are left out.
+NegGrad+ and SalUn, tuned with known rows, forget all but the least confident rows, of which they retain as many as
+`discover` does. JTT trains anew with the errors of the early-stopped fit {UPWEIGHT} times over.
 """
 IDENTITY_TASK, FIRST_WORDS = "hate-identity", 10
 
@@ -64,13 +67,30 @@ def fashion_task(options, seed: int, share: float) -> digits.Task:
     return fashion_colour(options.fashion_mnist, seed, retained=share / 0.9)
 
 
+def patch_task(options, seed: int, share: float) -> digits.Task:
+    """fashion-patch, likewise."""
+    return fashion_patch(options.fashion_mnist, seed, retained=share / 0.9)
+
+
+def tweets_task(options, seed: int, share: float | None) -> digits.Task:
+    """tweets-airline of which ``share`` conflicts, about; None: the handle is at random."""
+    if share is not None:  # half of the retained rows conflict
+        retained = round(2 * share / (1 - 2 * share) * SIZES["forget"])
+        return tweets_airline(options.airline_tweets, options.minilm, seed, retained=retained)
+    task = tweets_airline(options.airline_tweets, options.minilm, seed)
+    rows = task.sets["balanced"]
+    return replace(task, sets=task.sets | {"forget": rows.select([]), "retain": rows})
+
+
 TWO_CLASSES = "digits-colour, two classes"
 INJECTED: dict[str, Callable] = {
     "digits-colour": digits_task,
     "fashion-colour": fashion_task,
+    "fashion-patch": patch_task,
     TWO_CLASSES: two_classes,
+    "tweets-airline": tweets_task,
 }
-WAY = ("digits-colour", TWO_CLASSES)  # on which the whole way is gone
+RANDOM: dict[str, Callable] = {"digits-colour": digits_task, "tweets-airline": tweets_task}  # without a shortcut
 
 
 def start_of(name: str, task: digits.Task, seed: int, options):
@@ -115,7 +135,7 @@ def searched(model, rows, task: digits.Task) -> tuple[Discovery, dict]:
 
 
 def injected_line(name: str, seed: int, share: float, options) -> dict:
-    """One run: `discover` and two baselines; on digits also the whole way, with found and with known rows."""
+    """One run: `discover` and two baselines, and the whole way, with found and with known rows."""
     task = INJECTED[name](options, seed, share)
     start = start_of(name, task, seed, options)
     model, rows = trained_on(task, start, seed, options.cache)
@@ -129,9 +149,10 @@ def injected_line(name: str, seed: int, share: float, options) -> dict:
     logits, _ = predict(early, rows, task.processing_class, quiet=True)
     proposals = {"discover": found.contradicts, "jtt": logits.argmax(-1) != labels, "confidence": unsure}
     line["methods"] = {method: share_found(mask, truth) for method, mask in proposals.items()}
-    if name in WAY and found.found:
+    if found.found:
         models = {"start": start, "original": model}
-        line["worst_group"] = whole_way(task, models, rows, found, margins, proposals["jtt"], seed, options.cache)
+        setting_of = partial(runs.tuned_setting, name if name in TASKS else "digits-colour")
+        line["way"] = whole_way(task, models, rows, found, margins, proposals["jtt"], setting_of, seed, options.cache)
     return line
 
 
@@ -142,18 +163,17 @@ def whole_way(
     found: Discovery,
     margins: np.ndarray,
     errors: np.ndarray,
+    setting_of: Callable,
     seed: int,
     folder: str,
-) -> dict[str, float]:
-    """Worst-group accuracy on the test rows of the original; of UIB with known rows and with found ones; of NegGrad+ and SalUn,
+) -> dict[str, dict[str, float]]:
+    """What the test rows say of the original; of UIB with known rows and with found ones; of NegGrad+ and SalUn,
     tuned with known rows, that retain as many of the rows with the smallest margins; and of JTT, which trains anew with
     the errors of the early-stopped fit repeated (Liu et al., arXiv 2107.09044)."""
 
-    def after(method: str, sets: dict) -> float:
+    def after(method: str, sets: dict) -> dict[str, float]:
         there = replace(task, sets=task.sets | sets)
-        return worst_group(
-            runs.trained(there, models, method, runs.tuned_setting(WAY[0], method), seed, folder)[0], task
-        )
+        return figures_of(runs.trained(there, models, method, setting_of(method), seed, folder)[0], task)
 
     repeated = np.concatenate([np.arange(len(errors)), np.repeat(np.flatnonzero(errors), UPWEIGHT - 1)])
     jtt = fitted(models["start"], rows.select(repeated), task, task.train_settings["steps"], seed, folder)
@@ -161,24 +181,25 @@ def whole_way(
     kept = int(found.retained.sum())
     by_confidence = {"forget": rows.select(np.sort(unsure[kept:])), "retain": rows.select(np.sort(unsure[:kept]))}
     return {
-        "original": worst_group(models["original"], task),
+        "original": figures_of(models["original"], task),
         "known": after("uib", {}),
         "found": after("uib", {"forget": found.forget, "retain": found.retain}),
         "neggrad": after("neggrad", by_confidence),
         "salun": after("salun", by_confidence),
-        "jtt": worst_group(jtt, task),
+        "jtt": figures_of(jtt, task),
     }
 
 
-def worst_group(model, task: digits.Task) -> float:
-    """Worst-group accuracy on the test rows."""
-    return runs.measure(model, task)["worst_group_accuracy"]
+def figures_of(model, task: digits.Task) -> dict[str, float]:
+    """Accuracies on the test rows: of the worst group, and where the attribute stands for another class."""
+    row = runs.measure(model, task)
+    return {key: row[key] for key in FIGURES}
 
 
-def control_line(seed: int, options) -> dict:
-    """digits-colour with hues at random. The checkpoint starts from the start model of seed ``seed % 3``."""
-    task = digits_task(options, seed, None)
-    start = start_of("digits-colour", task, seed % 3, options)
+def control_line(name: str, seed: int, options) -> dict:
+    """A task with its attribute at random. The checkpoint starts from the start model of seed ``seed % 3``."""
+    task = RANDOM[name](options, seed, None)
+    start = start_of(name, task, seed % 3, options)
     return searched(*trained_on(task, start, seed, options.cache), task)[1]
 
 
@@ -210,9 +231,10 @@ def run_discover(options) -> None:
         for name in (IDENTITY_TASK, "fashion-random", *ELSEWHERE):
             key = {"kind": "task", "task": name, "seed": seed, "share": None}
             wanted.append((key, lambda name=name, seed=seed: task_line(name, seed, options)))
-    for seed in range(CONTROLS):
-        key = {"kind": "control", "task": "digits-colour", "seed": seed, "share": None}
-        wanted.append((key, lambda seed=seed: control_line(seed, options)))
+    for name in RANDOM:
+        for seed in range(CONTROLS):
+            key = {"kind": "control", "task": name, "seed": seed, "share": None}
+            wanted.append((key, lambda name=name, seed=seed: control_line(name, seed, options)))
     names = {name.partition(",")[0] for name in options.tasks}
     for key, make in wanted:
         there = [{k: line[k] for k in key} for line in results.read(DISCOVER)]
@@ -242,13 +264,15 @@ def discover_tables() -> list[str]:
                 cells.append([name, f"{share:.0%}", title, *figures, found, took])
     parts = ["## Rows that conflict, and rows that are said to\n"]
     parts += table(["task", "conflicting", "method", "recall", "precision", "found", "seconds"], cells)
-    parts += ["\n## The whole way: worst-group accuracy\n", WAY_WORDS, *way_table(injected)]
+    parts += ["\n## The whole way\n", WAY_WORDS]
+    for key, title in FIGURES.items():
+        parts += [f"\n### {title[0].upper()}{title[1:]}\n", *way_table(injected, key)]
     parts += ["\n## Without a shortcut\n"]
-    for name, kind in (("digits-colour", "control"), ("fashion-random", "task")):
+    for name, kind in (*((name, "control") for name in RANDOM), ("fashion-random", "task")):
         mine = [line for line in lines if (line["task"], line["kind"]) == (name, kind)]
         if mine:
             found, largest = sum(line["found"] for line in mine), max(line["ratio"] for line in mine)
-            title = f"{name}, hues at random" if kind == "control" else name
+            title = f"{name}, its attribute at random" if kind == "control" else name
             parts.append(f"- {title}: found in {found} of {len(mine)} (largest distance ratio {largest:.2f}).")
     ranks = [line for line in lines if line["task"] == IDENTITY_TASK]
     if ranks:
@@ -262,12 +286,16 @@ def discover_tables() -> list[str]:
     return parts + ["", *failures(lines)]
 
 
-def way_table(injected: list[dict]) -> list[str]:
-    """Worst groups of all models; of UIB also how far found rows are from known ones, paired."""
-    way, cells = [line for line in injected if "worst_group" in line], []
-    for name in WAY:
+def way_table(injected: list[dict], key: str) -> list[str]:
+    """One of `FIGURES` of all models; of UIB also how far found rows are from known ones, paired."""
+    way, cells = [line for line in injected if "way" in line], []
+    for name in INJECTED:
         for share in SHARES:
-            mine = [line["worst_group"] for line in way if (line["task"], line["share"]) == (name, share)]
+            mine = [
+                {model: line["way"][model][key] for model in MODELS}
+                for line in way
+                if (line["task"], line["share"]) == (name, share)
+            ]
             if mine:
                 apart = np.array([one["found"] - one["known"] for one in mine])
                 error = f" ± {apart.std(ddof=1) / len(apart) ** 0.5:.3f}" if len(apart) > 1 else ""

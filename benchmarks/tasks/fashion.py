@@ -86,9 +86,9 @@ for name, changed in REGIMES.items():
 
 
 @register_task("fashion-patch", data=DATA, tuned_on="fashion-colour")
-def fashion_patch(fashion_mnist: str, seed: int) -> Task:
+def fashion_patch(fashion_mnist: str, seed: int, **regime: float) -> Task:
     """As fashion-colour, with a small grey patch whose place on the border gives the label away instead of the hue."""
-    return biased_fashion("patch", stamp, fashion_mnist, seed)
+    return biased_fashion("patch", stamp, fashion_mnist, seed, **regime)
 
 
 @register_task("fashion-random", data=DATA, kind="removal")

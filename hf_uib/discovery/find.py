@@ -4,18 +4,16 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch import nn
 
 from ..data.columns import Columns
 from ..data.labels import labels_of, several_labels
 from ..data.reading import check_inputs
 from ..data.sources import load_processor
-from ..inference import pooled, predict, reader_of
-from ..mean_tokens import principal_components
-from ..models import Name, blocks_of, input_kind, labels_tokens, load_classifier, name_of, num_labels_of
-from ..pattern_tokens import block_input
+from ..inference import reader_of
+from ..models import Name, input_kind, labels_tokens, load_classifier, name_of, num_labels_of
 from ..processes import processes
+from .looks import looks
 from .report import FEWEST_SHARE, Depth, Discovery
 from .trimmed import distance_ratio, mask_p_value, trimmed_margins
 
@@ -35,10 +33,11 @@ def discover(
     """Rank the rows of a training set by how much they teach a shortcut; no attribute is labelled.
 
     A shortcut is what a simple head finds first. The head is a Gaussian for each class on the mean over the tokens of what enters
-    the encoder, or of what one of the first half of its blocks gives. It is fitted across folds, again and again without the rows
-    that it misreads (`trimmed.trimmed_margins`). The rows that it still misreads contradict the shortcut, the others teach it. The
-    former are retained, with so many of the latter that the shortcut tells as little there as can be. Of the depths the one is
-    taken whose misread rows are furthest in another class (`trimmed.distance_ratio`); no attribute and no test row has a say.
+    the encoder, or of what one of the first half of its blocks gives; or a linear one on the places of a picture, or on the tokens
+    that a text has (`looks.looks`). It is fitted across folds, again and again without the rows that it misreads
+    (`trimmed.trimmed_margins`). The rows that it still misreads contradict the shortcut, the others teach it. The former are
+    retained, with so many of the latter that the shortcut tells as little there as can be. Of all that is looked at that is taken
+    whose misread rows are furthest in another class (`trimmed.distance_ratio`); no attribute and no test row has a say.
 
     Args:
         model: checkpoint that was trained on the rows: model, folder or Hub id.
@@ -73,9 +72,8 @@ def discover(
     _, classes = np.unique(labels, return_inverse=True)  # without gaps
     best: tuple | None = None
     depths = []
-    for name, features in mean_features(classifier, encoded, processing_class, batch_size).items():
-        x = principal_components(features)
-        found = trimmed_margins(x, classes, seed)
+    for name, (x, margins_of) in looks(classifier, encoded, processing_class, batch_size).items():
+        found = trimmed_margins(x, classes, seed, margins_of)
         if found is None:
             depths.append(Depth(name, None, None))
             continue
@@ -105,44 +103,3 @@ def _labels(encoded, num_labels: int) -> np.ndarray:
     if labels.min() == labels.max():
         raise ValueError("All rows of train have one label; discover needs two classes or more.")
     return labels
-
-
-@torch.no_grad()
-def mean_features(model: nn.Module, dataset, processing_class=None, batch_size: int = 256) -> dict[str, np.ndarray]:
-    """Means over the tokens of what enters the encoder's first block, and of what each block of its first half gives, by name:
-    ``[n, width]``. Padding does not count.
-
-    Raises:
-        ValueError: the model has no list of blocks.
-    """
-    blocks = blocks_of(model)
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no list of blocks, whose inputs discover looks at.")
-    watched = dict(list(blocks.items())[: (len(blocks) + 1) // 2])
-    seen: dict[str, list[np.ndarray]] = {name: [] for name in ("input", *watched)}
-    mask: Any = None
-
-    def note(batch):
-        nonlocal mask
-        mask = batch.get("attention_mask")
-        return batch
-
-    def keep(name, hidden):
-        seen[name].append(pooled(hidden, mask).cpu().numpy())
-
-    def on_block(name):
-        return lambda module, inputs, output: keep(name, output[0] if isinstance(output, tuple) else output)
-
-    first = next(iter(blocks.values()))
-    handles = [module.register_forward_hook(on_block(name)) for name, module in watched.items()]
-    handles.append(
-        first.register_forward_pre_hook(
-            lambda _, args, named: keep("input", block_input(args, named)), with_kwargs=True
-        )
-    )
-    try:
-        predict(model, dataset, processing_class, batch_size, "Reading the training set", note=note)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: np.concatenate(parts) for name, parts in seen.items()}

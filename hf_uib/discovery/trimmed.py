@@ -1,5 +1,7 @@
 """A simple head that is fitted without the rows that it misreads, and how far these are from chance. NumPy alone."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ..contrast import CHUNKS
@@ -8,11 +10,12 @@ from ..mean_tokens import centred, contrast_z
 FOLDS = 5
 ROUNDS = 10  # of trimming, at most
 FLOOR = 0.05  # added to every variance, in units of that of a standardised feature
+TO_DIAGONAL = 0.03  # of a covariance that classes share
 MOST_MISREAD = 1 / 3  # a head that misreads more of the rows has not found what gives the label away
 MASKS = 199  # random ones
 
 
-def held_out_margins(
+def quadratic_margins(
     x: np.ndarray, labels: np.ndarray, kept: np.ndarray, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """How much more likely a row's features are in its own class than in the most likely other one, in nats, and which one that is.
@@ -27,11 +30,10 @@ def held_out_margins(
     Returns:
         Margins ``[n]`` and classes ``[n]``.
     """
-    n, classes = len(x), int(labels.max()) + 1
-    logs, fold = np.full((n, classes), -np.inf), np.random.default_rng(seed).permutation(n) % FOLDS
+    logs, fold = _no_logs(labels), _folds(len(x), seed)
     for k in range(FOLDS):
         unseen = fold == k
-        for label in range(classes):
+        for label in range(logs.shape[1]):
             rows = x[~unseen & kept & (labels == label)]
             if not len(rows):
                 continue
@@ -39,17 +41,61 @@ def held_out_margins(
             factor = np.linalg.cholesky((rows - mean).T @ (rows - mean) / len(rows) + FLOOR * np.eye(x.shape[1]))
             distance = np.square(np.linalg.solve(factor, (x[unseen] - mean).T)).sum(0)
             logs[unseen, label] = np.log(len(rows)) - np.log(factor.diagonal()).sum() - distance / 2
-    own = logs[np.arange(n), labels]
-    logs[np.arange(n), labels] = -np.inf
+    return _margins(logs, labels)
+
+
+def linear_margins(
+    x: np.ndarray, labels: np.ndarray, kept: np.ndarray, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`quadratic_margins` of classes that share one covariance (linear discriminant analysis), for features that are many. A small
+    part of it (`TO_DIAGONAL`) is given up for its diagonal, and a thousandth of the mean variance is added."""
+    logs, fold = _no_logs(labels), _folds(len(x), seed)
+    classes, d = logs.shape[1], x.shape[1]
+    sums, counts, squares = np.zeros((FOLDS, classes, d)), np.zeros((FOLDS, classes)), np.zeros((FOLDS, d, d))
+    for k in range(FOLDS):
+        rows = x[kept & (fold == k)]
+        mine = np.eye(classes)[labels[kept & (fold == k)]]
+        sums[k], counts[k], squares[k] = mine.T @ rows, mine.sum(0), rows.T @ rows
+    for k in range(FOLDS):
+        count = counts.sum(0) - counts[k]
+        there = np.flatnonzero(count)
+        means = (sums.sum(0) - sums[k])[there] / count[there, None]
+        covariance = (squares.sum(0) - squares[k] - (means.T * count[there]) @ means) / count.sum()
+        variance = covariance.diagonal()
+        covariance = (1 - TO_DIAGONAL) * covariance + np.diag(TO_DIAGONAL * variance + 1e-3 * variance.mean())
+        directions = np.linalg.solve(covariance, means.T)
+        offset = np.log(count[there]) - (means.T * directions).sum(0) / 2
+        logs[np.ix_(fold == k, there)] = x[fold == k] @ directions + offset
+    return _margins(logs, labels)
+
+
+def _folds(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(n) % FOLDS
+
+
+def _no_logs(labels: np.ndarray) -> np.ndarray:
+    return np.full((len(labels), int(labels.max()) + 1), -np.inf)
+
+
+def _margins(logs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Margins and most likely other classes of log densities ``[n, classes]``, which it changes."""
+    rows = np.arange(len(logs))
+    own = logs[rows, labels]
+    logs[rows, labels] = -np.inf
     margins = np.where(np.isneginf(own), np.finfo(np.float64).min, own) - logs.max(1)
     return margins, logs.argmax(1)
 
 
-def trimmed_margins(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray] | None:
-    """`held_out_margins` of classes that are fitted again and again without the rows that they misread, until these stay the same.
+def trimmed_margins(
+    x: np.ndarray, labels: np.ndarray, seed: int = 0, margins_of: Callable = quadratic_margins
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Margins of classes that are fitted again and again without the rows that they misread, until these stay the same.
 
     What most rows of a class share becomes sharper with each round: rows that conflict with it move far away, rows that are only
     hard do not.
+
+    Args:
+        margins_of: `quadratic_margins` or `linear_margins`.
 
     Returns:
         None where more than a third of the rows, or more than half of those of a class, are misread.
@@ -57,7 +103,7 @@ def trimmed_margins(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[n
     rows = np.bincount(labels)
     kept = np.ones(len(x), dtype=bool)
     for _ in range(ROUNDS):
-        margins, others = held_out_margins(x, labels, kept, seed)
+        margins, others = margins_of(x, labels, kept, seed)
         if (margins < 0).mean() > MOST_MISREAD or (np.bincount(labels, margins < 0) > rows / 2).any():
             return None
         if (kept == (margins >= 0)).all():

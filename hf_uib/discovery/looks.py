@@ -1,0 +1,124 @@
+"""What a simple head may read of each row: mean tokens, places of a picture, tokens of a text."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from ..inference import pooled, predict
+from ..mean_tokens import principal_components
+from ..models import blocks_of, input_kind
+from ..pattern_tokens import block_input
+from .trimmed import linear_margins, quadratic_margins
+
+GRID = 4  # a picture's places: so many rows of so many
+PLACE_WIDTH = 64  # features of a place
+PLACE_DIRECTIONS = 512  # principal components of all places
+MOST_TOKENS = 1024  # the most frequent ones that are looked for
+RARE = 0.01  # share of the texts: a token in fewer, or that is missing in fewer, tells of too few rows
+
+
+class Look(NamedTuple):
+    """Features ``[n, d]``, and the head that reads them, `trimmed.quadratic_margins` or `trimmed.linear_margins`."""
+
+    x: np.ndarray
+    margins_of: Callable
+
+
+def looks(model: nn.Module, dataset, processing_class=None, batch_size: int = 256) -> dict[str, Look]:
+    """All that is looked at, by name, from one pass of the model over the rows.
+
+    ``input`` and ``block 1``, ``block 2``, ...: means over the tokens of what enters the encoder's first block, and of what each
+    block of its first half gives, which a Gaussian for each class reads. ``places``: of pictures, what enters the first block in
+    each of 4 x 4 places. ``tokens``: of texts, which tokens they have. Both are wide, so a linear head reads them.
+
+    Raises:
+        ValueError: the model has no list of blocks.
+    """
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no list of blocks, whose inputs discover looks at.")
+    watched = dict(list(blocks.items())[: (len(blocks) + 1) // 2])
+    kind = input_kind(model)
+    means: dict[str, list[np.ndarray]] = {name: [] for name in ("input", *watched)}
+    places: list[np.ndarray] = []
+    texts: list[np.ndarray] = []
+    mask: Any = None
+
+    def note(batch):
+        nonlocal mask
+        mask = batch.get("attention_mask")
+        if kind == "text" and "input_ids" in batch:
+            texts.extend(tokens_of(batch["input_ids"].cpu().numpy(), None if mask is None else mask.cpu().numpy()))
+        return batch
+
+    def keep(name, hidden):
+        means[name].append(pooled(hidden, mask).cpu().numpy())
+
+    def on_input(module, args, named):
+        hidden = block_input(args, named)
+        keep("input", hidden)
+        if kind == "image" and hidden.ndim > 2:
+            places.append(by_place(hidden).cpu().numpy())
+
+    def on_block(name):
+        return lambda module, inputs, output: keep(name, output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(on_block(name)) for name, module in watched.items()]
+    handles.append(next(iter(blocks.values())).register_forward_pre_hook(on_input, with_kwargs=True))
+    try:
+        predict(model, dataset, processing_class, batch_size, "Reading the training set", note=note)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {
+        name: Look(principal_components(np.concatenate(parts)), quadratic_margins) for name, parts in means.items()
+    }
+    if places:
+        found["places"] = Look(principal_components(np.concatenate(places), PLACE_DIRECTIONS), linear_margins)
+    if texts and (x := present(texts)).shape[1]:
+        found["tokens"] = Look(x, linear_margins)
+    return found
+
+
+@torch.no_grad()
+def by_place(hidden: Tensor) -> Tensor:
+    """A picture's tokens ``[n, tokens, width]``, or its channels ``[n, width, h, w]``, as means over `GRID` x `GRID` places:
+    ``[n, places * features]``. A projection that is drawn at random, always the same, makes `PLACE_WIDTH` features of more.
+    Tokens before the square, such as the class token, do not count."""
+    hidden = hidden.float()
+    if hidden.ndim == 3:
+        side = int(hidden.shape[1] ** 0.5)
+        hidden = hidden[:, -side * side :].mT.unflatten(-1, (side, side))
+    width, sides = hidden.shape[1], (min(GRID, hidden.shape[2]), min(GRID, hidden.shape[3]))
+    hidden = adaptive_avg_pool2d(hidden, sides).flatten(2)
+    if width > PLACE_WIDTH:
+        drawn = torch.randn(PLACE_WIDTH, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+        hidden = drawn.to(hidden.device) @ hidden
+    return hidden.flatten(1)
+
+
+def tokens_of(ids: np.ndarray, mask: np.ndarray | None) -> list[np.ndarray]:
+    """The tokens that each row has, once each; padding is none."""
+    mask = np.ones(ids.shape, dtype=bool) if mask is None or mask.shape != ids.shape else mask.astype(bool)
+    return [np.unique(row[there]) for row, there in zip(ids, mask, strict=True)]
+
+
+def present(texts: list[np.ndarray]) -> np.ndarray:
+    """Whether a row has a token, less the share of the rows that do: ``[n, tokens]``, of the most frequent tokens that are neither
+    rare nor rarely missing.
+
+    >>> present([np.array([1, 5])] * 2 + [np.array([1, 6])] * 2).tolist()
+    [[0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [-0.5, 0.5]]
+    """
+    tokens, counts = np.unique(np.concatenate(texts), return_counts=True)
+    telling = np.flatnonzero((counts >= RARE * len(texts)) & (counts <= (1 - RARE) * len(texts)))
+    telling = telling[np.argsort(-counts[telling], kind="stable")[:MOST_TOKENS]]
+    x = np.zeros((len(texts), len(telling)))
+    column = {token: i for i, token in enumerate(tokens[telling])}
+    for row, mine in zip(x, texts, strict=True):
+        row[[column[token] for token in mine if token in column]] = 1
+    return x - x.mean(0)
