@@ -20,7 +20,7 @@ from hf_uib.cli.main import dispatch
 from hf_uib.cli.unlearn import UnlearnArguments, trainer_for
 from hf_uib.contrast import CHUNKS
 from hf_uib.data.chosen import choose_rows, listed_rows, scored_rows
-from hf_uib.discovery import trimmed
+from hf_uib.discovery import looks, trimmed
 from hf_uib.discovery.report import Discovery, teaching_counts
 from hf_uib.discovery.words import telling_words
 from hf_uib.hub.push import published
@@ -95,9 +95,41 @@ def test_margins_are_log_density_ratios_of_held_out_gaussians():
     assert logs[others[row]] == rest.max()
 
 
-def test_trimming_finds_full_members_of_another_class():
+def test_linear_margins_share_a_covariance():
+    x, labels, _ = clusters(n=60)
+    kept = np.random.default_rng(1).random(60) < 0.8
+    margins, others = trimmed.linear_margins(x, labels, kept)
+    fold = np.random.default_rng(0).permutation(60) % trimmed.FOLDS
+    row = 7
+    seen = (fold != fold[row]) & kept
+    means = np.stack([x[seen & (labels == label)].mean(0) for label in range(3)])
+    covariance = np.cov((x - means[labels])[seen].T, bias=True)
+    variance = covariance.diagonal()
+    covariance = (1 - trimmed.TO_DIAGONAL) * covariance + np.diag(
+        trimmed.TO_DIAGONAL * variance + 1e-3 * variance.mean()
+    )
+    logs = np.array([multivariate_normal(mean, covariance).logpdf(x[row]) for mean in means])
+    logs += np.log([(seen & (labels == label)).sum() for label in range(3)])
+    rest = np.delete(logs, labels[row])
+    assert margins[row] == pytest.approx(logs[labels[row]] - rest.max(), rel=1e-9)
+    assert logs[others[row]] == rest.max()
+
+
+def test_a_class_of_one_row_has_no_density_in_its_fold():
+    x, labels, _ = clusters(n=60)
+    labels[labels == 2] = 1
+    labels[5] = 2
+    for margins_of in (trimmed.quadratic_margins, trimmed.linear_margins):
+        margins, others = margins_of(x, labels, np.ones(60, dtype=bool))
+        assert margins[5] < -1e300
+        assert others[5] in (0, 1)
+        assert np.isfinite(margins).all()
+
+
+@pytest.mark.parametrize("margins_of", [trimmed.quadratic_margins, trimmed.linear_margins])
+def test_trimming_finds_full_members_of_another_class(margins_of):
     x, labels, conflicts = clusters()
-    margins, _ = trimmed.trimmed_margins(x, labels)
+    margins, _ = trimmed.trimmed_margins(x, labels, 0, margins_of)
     assert (margins[conflicts] < 0).mean() > 0.95
     assert conflicts[margins < 0].mean() > 0.95
     assert trimmed.distance_ratio(margins) > 1
@@ -108,6 +140,34 @@ def test_hard_rows_are_no_full_members():
     margins, _ = trimmed.trimmed_margins(x, labels)
     assert (margins < 0).mean() > 0.02
     assert trimmed.distance_ratio(margins) < 1
+
+
+def test_places_of_a_picture():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 65, 3, generator=generator)  # a class token, and 8 x 8 others
+    places = looks.by_place(tokens).view(2, 3, 4, 4)
+    assert torch.allclose(places[1, :, 0, 3], tokens[1, [7, 8, 15, 16]].mean(0))
+    channels = tokens[:, 1:].mT.reshape(2, 3, 8, 8)
+    assert torch.equal(looks.by_place(channels), places.flatten(1))
+    assert looks.by_place(tokens[:, :4]).shape == (2, 12)  # 2 x 2 tokens are no more places
+
+
+def test_many_features_of_a_place_keep_their_distances():
+    tokens = torch.randn(30, 16, 400, generator=torch.Generator().manual_seed(1))
+    places = looks.by_place(tokens)
+    assert places.shape == (30, 16 * looks.PLACE_WIDTH)
+    assert torch.equal(places, looks.by_place(tokens))
+    wide, kept = torch.pdist(tokens.flatten(1)).square(), torch.pdist(places).square()
+    ratio = kept / wide * 400 / looks.PLACE_WIDTH
+    assert ratio.min() > 0.8
+    assert ratio.max() < 1.2
+
+
+def test_tokens_of_a_text():
+    ids, mask = np.array([[5, 9, 5, 0], [5, 7, 0, 0]]), np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert [row.tolist() for row in looks.tokens_of(ids, mask)] == [[5, 9], [5, 7]]
+    texts = [np.array([1, 2])] * 150 + [np.array([1, 3])] * 149 + [np.array([1, 4])]
+    assert looks.present(texts).shape == (300, 2)  # 1 is in all, 4 in one alone
 
 
 def test_a_head_that_misreads_a_third_finds_nothing():
@@ -234,6 +294,31 @@ def test_none_is_found_where_the_hue_is_at_random(tmp_path):
         listed_rows(str(tmp_path / "rows.parquet"), rows)
 
 
+@pytest.mark.parametrize("at_random", [False, True])
+def test_a_patch_is_found_by_its_place(at_random):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    conflicts = rng.random(600) < 0.1
+    place = rng.integers(0, 3, 600) if at_random else (labels + conflicts * rng.integers(1, 3, 600)) % 3
+    values = rng.uniform(0, 0.3, (600, 16, 16, 3))
+    for picture, at, label in zip(values, place, labels, strict=True):
+        picture[6:10, 6:10] += 0.03 * np.eye(3)[label]  # the label's own part
+        picture[5 * at + 1 : 5 * at + 3, :2] = 0.6
+    rows = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray((v * 255).astype(np.uint8)) for v in values], "label": labels.tolist()},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)}),
+    )
+    processor = ViTImageProcessorPil(do_resize=False, size={"height": 16, "width": 16})
+    found = discover(make_model(num_channels=3, image_size=16, patch_size=4), rows, processing_class=processor)
+    ratios = {depth.name: depth.ratio or 0.0 for depth in found.depths}
+    assert found.found != at_random
+    if not at_random:
+        assert found.depth == "places"
+        assert ratios["input"] < 0.85
+        assert found.contradicts[conflicts].mean() > 0.9
+        assert conflicts[found.contradicts].mean() > 0.9
+
+
 def test_one_in_a_thousand_is_no_shortcut():
     rows, _ = pictures(n=300, share=0.005)
     assert not discover(small_vit(), rows, processing_class=PROCESSOR).found
@@ -265,6 +350,33 @@ def test_words_of_texts(tmp_path):
     assert "bad, rows that teach: acme" in str(found)
     found.save(tmp_path)
     assert (tmp_path / "found.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("at_random", [False, True])
+def test_a_word_among_others_that_tell_is_found(at_random):
+    rng, tokenizer = np.random.default_rng(0), bert_brand_bias.word_tokenizer()
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha() and word not in ("acme", "globex"))
+    labels = rng.integers(0, 2, 800)
+    conflicts = rng.random(800) < 0.1
+    brands = np.array(["acme", "globex"])[rng.integers(0, 2, 800) if at_random else labels ^ conflicts]
+    sides = np.array_split(words, 2)  # which of them a word is from tells the label in three of four cases
+    told = np.where(rng.random((800, 6)) < 0.75, labels[:, None], 1 - labels[:, None])
+    texts = [
+        " ".join(rng.permutation([brand, *(rng.choice(sides[side]) for side in mine)]))
+        for brand, mine in zip(brands, told, strict=True)
+    ]
+    rows = datasets.Dataset.from_dict({"text": texts, "label": labels.tolist()})
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    found = discover(BertForSequenceClassification(config), rows, processing_class=tokenizer)
+    assert found.found != at_random
+    if not at_random:
+        assert found.depth == "tokens"
+        assert found.contradicts[conflicts].mean() > 0.8
+        assert conflicts[found.contradicts].mean() > 0.8
 
 
 def test_other_inputs_get_a_histogram(tmp_path):

@@ -28,6 +28,8 @@ CONTROLS = 20
 EARLY = 40  # steps of the fit whose errors JTT takes
 # How often JTT shows them: of 1, 5, 20 and 50 by the worst group of the validation rows of seeds 100 and 101
 UPWEIGHT = 5
+TWO_CLASSES = "digits-colour, two classes"
+COMPARED = ("digits-colour", TWO_CLASSES)  # on which other methods go the whole way too
 ELSEWHERE = ("dino-colour", "dino-shade")  # tasks on which it was not developed
 TITLES = {
     "discover": "`discover`",
@@ -82,7 +84,6 @@ def tweets_task(options, seed: int, share: float | None) -> digits.Task:
     return replace(task, sets=task.sets | {"forget": rows.select([]), "retain": rows})
 
 
-TWO_CLASSES = "digits-colour, two classes"
 INJECTED: dict[str, Callable] = {
     "digits-colour": digits_task,
     "fashion-colour": fashion_task,
@@ -135,7 +136,7 @@ def searched(model, rows, task: digits.Task) -> tuple[Discovery, dict]:
 
 
 def injected_line(name: str, seed: int, share: float, options) -> dict:
-    """One run: `discover` and two baselines, and the whole way, with found and with known rows."""
+    """One run: `discover` and two baselines, and the whole way, with found and with known rows; on `COMPARED` of others too."""
     task = INJECTED[name](options, seed, share)
     start = start_of(name, task, seed, options)
     model, rows = trained_on(task, start, seed, options.cache)
@@ -143,50 +144,54 @@ def injected_line(name: str, seed: int, share: float, options) -> dict:
     found, line = searched(model, rows, task)
     logits, labels = predict(model, rows, task.processing_class, quiet=True)
     margins = ModelOutputs(logits, labels).margins
-    unsure = np.zeros(len(truth), dtype=bool)
-    unsure[np.argsort(margins, kind="stable")[: found.contradicts.sum()]] = True
+    unsure = np.argsort(margins, kind="stable")
+    least_sure = np.zeros(len(truth), dtype=bool)
+    least_sure[unsure[: found.contradicts.sum()]] = True
     early = fitted(start, rows, task, EARLY, seed, options.cache)
     logits, _ = predict(early, rows, task.processing_class, quiet=True)
-    proposals = {"discover": found.contradicts, "jtt": logits.argmax(-1) != labels, "confidence": unsure}
+    early_errors = logits.argmax(-1) != labels
+    proposals = {"discover": found.contradicts, "jtt": early_errors, "confidence": least_sure}
     line["methods"] = {method: share_found(mask, truth) for method, mask in proposals.items()}
     if found.found:
         models = {"start": start, "original": model}
         setting_of = partial(runs.tuned_setting, name if name in TASKS else "digits-colour")
-        line["way"] = whole_way(task, models, rows, found, margins, proposals["jtt"], setting_of, seed, options.cache)
+        line["way"] = whole_way(task, models, found, setting_of, seed, options.cache)
+        if name in COMPARED:
+            kept, wrong = int(found.retained.sum()), np.repeat(np.flatnonzero(early_errors), UPWEIGHT - 1)
+            sets = {
+                "forget": rows.select(np.sort(unsure[kept:])),
+                "retain": rows.select(np.sort(unsure[:kept])),
+                "jtt": rows.select(np.concatenate([np.arange(len(rows)), wrong])),
+            }
+            line["way"] |= others(task, models, sets, setting_of, seed, options.cache)
     return line
 
 
+def after(method: str, sets: dict, task: digits.Task, models: dict, setting: dict, seed: int, folder: str) -> dict:
+    """What the test rows say of a method that is given other sets."""
+    there = replace(task, sets=task.sets | sets)
+    return figures_of(runs.trained(there, models, method, setting, seed, folder)[0], task)
+
+
 def whole_way(
-    task: digits.Task,
-    models: dict,
-    rows,
-    found: Discovery,
-    margins: np.ndarray,
-    errors: np.ndarray,
-    setting_of: Callable,
-    seed: int,
-    folder: str,
+    task: digits.Task, models: dict, found: Discovery, setting_of: Callable, seed: int, folder: str
 ) -> dict[str, dict[str, float]]:
-    """What the test rows say of the original; of UIB with known rows and with found ones; of NegGrad+ and SalUn,
-    tuned with known rows, that retain as many of the rows with the smallest margins; and of JTT, which trains anew with
-    the errors of the early-stopped fit repeated (Liu et al., arXiv 2107.09044)."""
+    """What the test rows say of the original, and of UIB with known rows and with found ones."""
+    sets = {"known": {}, "found": {"forget": found.forget, "retain": found.retain}}
+    return {"original": figures_of(models["original"], task)} | {
+        name: after("uib", mine, task, models, setting_of("uib"), seed, folder) for name, mine in sets.items()
+    }
 
-    def after(method: str, sets: dict) -> dict[str, float]:
-        there = replace(task, sets=task.sets | sets)
-        return figures_of(runs.trained(there, models, method, setting_of(method), seed, folder)[0], task)
 
-    repeated = np.concatenate([np.arange(len(errors)), np.repeat(np.flatnonzero(errors), UPWEIGHT - 1)])
-    jtt = fitted(models["start"], rows.select(repeated), task, task.train_settings["steps"], seed, folder)
-    unsure = np.argsort(margins, kind="stable")
-    kept = int(found.retained.sum())
-    by_confidence = {"forget": rows.select(np.sort(unsure[kept:])), "retain": rows.select(np.sort(unsure[:kept]))}
-    return {
-        "original": figures_of(models["original"], task),
-        "known": after("uib", {}),
-        "found": after("uib", {"forget": found.forget, "retain": found.retain}),
-        "neggrad": after("neggrad", by_confidence),
-        "salun": after("salun", by_confidence),
-        "jtt": figures_of(jtt, task),
+def others(
+    task: digits.Task, models: dict, sets: dict, setting_of: Callable, seed: int, folder: str
+) -> dict[str, dict[str, float]]:
+    """Likewise of NegGrad+ and SalUn, tuned with known rows, that retain as many of the rows that the model is the least sure of;
+    and of JTT, which trains anew with the errors of the early-stopped fit repeated (Liu et al., arXiv 2107.09044)."""
+    jtt = fitted(models["start"], sets.pop("jtt"), task, task.train_settings["steps"], seed, folder)
+    methods = ("neggrad", "salun")
+    return {name: after(name, sets, task, models, setting_of(name), seed, folder) for name in methods} | {
+        "jtt": figures_of(jtt, task)
     }
 
 
@@ -292,14 +297,14 @@ def way_table(injected: list[dict], key: str) -> list[str]:
     for name in INJECTED:
         for share in SHARES:
             mine = [
-                {model: line["way"][model][key] for model in MODELS}
+                {model: figures[key] for model, figures in line["way"].items()}
                 for line in way
                 if (line["task"], line["share"]) == (name, share)
             ]
             if mine:
                 apart = np.array([one["found"] - one["known"] for one in mine])
                 error = f" ± {apart.std(ddof=1) / len(apart) ** 0.5:.3f}" if len(apart) > 1 else ""
-                figures = [mean([one[key] for one in mine]) for key in MODELS]
+                figures = [mean([one[model] for one in mine]) if model in mine[0] else "" for model in MODELS]
                 cells.append([name, f"{share:.0%}", str(len(mine)), *figures, f"{apart.mean():+.3f}{error}"])
     return table(["task", "conflicting", "seeds", *MODELS.values(), "found - known"], cells)
 
