@@ -88,14 +88,20 @@ def common_part(contrasts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def principal_components(features: np.ndarray, most: int = DIRECTIONS) -> np.ndarray:
     """The standardised features' first principal components, ``[n, d]`` with ``d`` at most ``most``."""
+    return projected(features, features[:0], most)[0]
+
+
+def projected(features: np.ndarray, others: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """`principal_components` of features ``[n, width]``, and what other rows ``[m, width]`` have of the same components."""
     x = features.astype(np.float64)
     mean, scale = x.mean(0), x.std(0)
     differ = scale > 1e-6 * np.abs(mean)  # else what differs is rounding
-    x = (x - mean)[:, differ] / scale[differ]
+    x, y = ((rows - mean)[:, differ] / scale[differ] for rows in (x, others.astype(np.float64)))
     wide = len(x) < x.shape[1]  # then the smaller of the two products tells the same
     values, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
     kept = np.flatnonzero(values > 1e-9 * values.max(initial=0))[::-1][:most]
-    return vectors[:, kept] * np.sqrt(values[kept]) if wide else x @ vectors[:, kept]
+    vectors, roots = vectors[:, kept], np.sqrt(values[kept])
+    return (vectors * roots, y @ (x.T @ vectors / roots)) if wide else (x @ vectors, y @ vectors)
 
 
 def centred(x: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -167,7 +167,9 @@ def test_tokens_of_a_text():
     ids, mask = np.array([[5, 9, 5, 0], [5, 7, 0, 0]]), np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
     assert [row.tolist() for row in looks.tokens_of(ids, mask)] == [[5, 9], [5, 7]]
     texts = [np.array([1, 2])] * 150 + [np.array([1, 3])] * 149 + [np.array([1, 4])]
-    assert looks.present(texts).shape == (300, 2)  # 1 is in all, 4 in one alone
+    telling = looks.telling_tokens(texts)
+    assert telling.tolist() == [2, 3]  # 1 is in all, 4 in one alone
+    assert looks.present([*texts[-2:], np.array([9])], telling).tolist() == [[0, 1], [0, 0], [0, 0]]
 
 
 def test_a_head_that_misreads_a_third_finds_nothing():
@@ -314,9 +316,25 @@ def test_a_patch_is_found_by_its_place(at_random):
     assert found.found != at_random
     if not at_random:
         assert found.depth == "places"
+        again = discover(
+            make_model(num_channels=3, image_size=16, patch_size=4), rows, unseen=rows, processing_class=processor
+        )
+        assert (again.unseen_looks == place).mean() > 0.95
         assert ratios["input"] < 0.85
         assert found.contradicts[conflicts].mean() > 0.9
         assert conflicts[found.contradicts].mean() > 0.9
+
+
+def test_the_attribute_of_unseen_rows_is_told(coloured, found):
+    rows, _ = coloured
+    unseen, conflicts = pictures(n=150, at_random=True, seed=1)
+    hues = np.asarray(unseen["label"])
+    again = discover(small_vit(), rows, unseen=unseen, processing_class=PROCESSOR)
+    assert np.array_equal(again.scores, found.scores)
+    assert found.unseen_looks is None
+    assert np.array_equal(again.unseen_looks != hues, conflicts)  # the class of the hue, where it is not the label's
+    alone = discover(small_vit(), rows, unseen=unseen.select(range(3)), processing_class=PROCESSOR)
+    assert np.array_equal(alone.unseen_looks, again.unseen_looks[:3])
 
 
 def test_one_in_a_thousand_is_no_shortcut():
@@ -377,6 +395,14 @@ def test_a_word_among_others_that_tell_is_found(at_random):
         assert found.depth == "tokens"
         assert found.contradicts[conflicts].mean() > 0.8
         assert conflicts[found.contradicts].mean() > 0.8
+        brands = datasets.Dataset.from_dict({"text": ["acme globex acme", "globex"], "label": [0, 0]})
+        again = discover(
+            BertForSequenceClassification(config),
+            rows,
+            unseen=brands.select([1] * 3 + [0]),
+            processing_class=tokenizer,
+        )
+        assert again.unseen_looks[:3].tolist() == [1] * 3
 
 
 def test_other_inputs_get_a_histogram(tmp_path):

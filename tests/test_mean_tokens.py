@@ -9,7 +9,7 @@ import torch
 from conftest import make_model
 
 from hf_uib import UIBConfig, UIBTrainer
-from hf_uib.mean_tokens import DIFFERENT_Z, DIRECTIONS, MeanTokens, principal_components
+from hf_uib.mean_tokens import DIFFERENT_Z, DIRECTIONS, MeanTokens, principal_components, projected
 from hf_uib.measurements import Measurements
 
 CLASSES, WIDTH = 3, 10
@@ -116,6 +116,7 @@ def test_principal_components_of_few_and_of_many_features(shape):
     found = principal_components(x)
     assert found.shape == expected.shape
     assert np.allclose(np.abs(found), np.abs(expected), atol=1e-6)
+    assert np.allclose(projected(x, x[:7], DIRECTIONS)[1], found[:7], atol=1e-8)
 
 
 def pictures(n: int, seed: int, aligned: float) -> datasets.Dataset:

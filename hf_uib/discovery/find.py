@@ -13,7 +13,7 @@ from ..data.sources import load_processor
 from ..inference import reader_of
 from ..models import Name, input_kind, labels_tokens, load_classifier, name_of, num_labels_of
 from ..processes import processes
-from .looks import looks
+from .looks import Look, looks
 from .report import FEWEST_SHARE, Depth, Discovery
 from .trimmed import distance_ratio, mask_p_value, trimmed_margins
 
@@ -24,6 +24,7 @@ def discover(
     model: Name | nn.Module,
     train: datasets.Dataset,
     *,
+    unseen: datasets.Dataset | None = None,
     processing_class: Any = None,
     columns: Columns | None = None,
     seed: int = 0,
@@ -42,6 +43,8 @@ def discover(
     Args:
         model: checkpoint that was trained on the rows: model, folder or Hub id.
         train: its training set, with labels; raw or encoded.
+        unseen: rows that the model never saw, such as a test set. `Discovery.unseen_looks` says which class each looks like by the
+            shortcut: that stands for the attribute where nothing labels it.
         processing_class: image processor, feature extractor or tokenizer; by default that of the checkpoint, where it has a name.
         columns: names of columns that are not the usual ones.
         seed: of folds and random masks.
@@ -68,29 +71,47 @@ def discover(
     read = reader_of(classifier, processing_class, columns or Columns())
     encoded = read(train, "train")
     check_inputs("train", encoded, read.main_input)
+    others_encoded = None
+    if unseen is not None:
+        others_encoded = read(unseen, "unseen")
+        check_inputs("unseen", others_encoded, read.main_input)
     labels = _labels(encoded, num_labels_of(classifier))
-    _, classes = np.unique(labels, return_inverse=True)  # without gaps
+    names, classes = np.unique(labels, return_inverse=True)  # without gaps
     best: tuple | None = None
     depths = []
-    for name, (x, margins_of) in looks(classifier, encoded, processing_class, batch_size).items():
-        found = trimmed_margins(x, classes, seed, margins_of)
+    for name, look in looks(classifier, encoded, others_encoded, processing_class, batch_size).items():
+        found = trimmed_margins(look.x, classes, seed, look.margins_of)
         if found is None:
             depths.append(Depth(name, None, None))
             continue
         ratio = distance_ratio(found[0])
         depths.append(Depth(name, ratio, float((found[0] < 0).mean())))
         if best is None or ratio > best[0]:
-            best = ratio, name, found, x
+            best = ratio, name, found, look
     if best is None:
         margins, others, p_value, at = np.zeros(len(labels)), classes, 1.0, None
+        unseen_looks = None
     else:
-        ratio, at, (margins, others), x = best
+        ratio, at, (margins, others), look = best
         misread = margins < 0
         enough = misread.mean() >= FEWEST_SHARE
-        p_value = mask_p_value(x, classes, misread, seed) if enough else 1.0
+        p_value = mask_p_value(look.x, classes, misread, seed) if enough else 1.0
+        unseen_looks = None if unseen is None else names[read_as(look, classes, ~misread, seed)]
     return Discovery(
-        train, encoded, classifier.config, labels, margins, np.unique(labels)[others], p_value, at, depths
+        train, encoded, classifier.config, labels, margins, names[others], p_value, at, depths, unseen_looks
     )
+
+
+def read_as(look: Look, classes: np.ndarray, kept: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The class as which a head reads each unseen row, ``[m]``; it is fitted on the kept training rows."""
+    new = np.zeros(len(look.unseen), dtype=int)  # read as the first class where that is the most likely one
+    margins, others = look.margins_of(
+        np.concatenate([look.x, look.unseen]),
+        np.concatenate([classes, new]),
+        np.concatenate([kept, new > 0]),
+        seed,
+    )
+    return np.where(margins >= 0, 0, others)[len(classes) :]
 
 
 def _labels(encoded, num_labels: int) -> np.ndarray:

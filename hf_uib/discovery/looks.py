@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..inference import pooled, predict
-from ..mean_tokens import principal_components
+from ..mean_tokens import DIRECTIONS, projected
 from ..models import blocks_of, input_kind
 from ..pattern_tokens import block_input
 from .trimmed import linear_margins, quadratic_margins
@@ -22,14 +22,17 @@ RARE = 0.01  # share of the texts: a token in fewer, or that is missing in fewer
 
 
 class Look(NamedTuple):
-    """Features ``[n, d]``, and the head that reads them, `trimmed.quadratic_margins` or `trimmed.linear_margins`."""
+    """Features of the training rows ``[n, d]`` and of unseen ones ``[m, d]``, and the head that reads them,
+    `trimmed.quadratic_margins` or `trimmed.linear_margins`."""
 
     x: np.ndarray
+    unseen: np.ndarray
     margins_of: Callable
 
 
-def looks(model: nn.Module, dataset, processing_class=None, batch_size: int = 256) -> dict[str, Look]:
-    """All that is looked at, by name, from one pass of the model over the rows.
+def looks(model: nn.Module, train, unseen=None, processing_class=None, batch_size: int = 256) -> dict[str, Look]:
+    """All that is looked at, by name, from one pass of the model over the rows of both sets. What is looked for is chosen by the
+    training rows alone.
 
     ``input`` and ``block 1``, ``block 2``, ...: means over the tokens of what enters the encoder's first block, and of what each
     block of its first half gives, which a Gaussian for each class reads. ``places``: of pictures, what enters the first block in
@@ -38,11 +41,35 @@ def looks(model: nn.Module, dataset, processing_class=None, batch_size: int = 25
     Raises:
         ValueError: the model has no list of blocks.
     """
-    blocks = blocks_of(model)
+    sets = {"Reading the training set": train} | ({"Reading the unseen rows": unseen} if unseen is not None else {})
+    means, places, texts = rows_read(model, sets, processing_class, batch_size)
+
+    def components(parts: list[np.ndarray], most: int) -> tuple[np.ndarray, np.ndarray]:
+        features = np.concatenate(parts)
+        return projected(features[: len(train)], features[len(train) :], most)
+
+    found = {name: Look(*components(parts, DIRECTIONS), quadratic_margins) for name, parts in means.items()}
+    if places:
+        found["places"] = Look(*components(places, PLACE_DIRECTIONS), linear_margins)
+    if texts and len(telling := telling_tokens(texts[: len(train)])):
+        x = present(texts, telling)
+        x -= x[: len(train)].mean(0)
+        found["tokens"] = Look(x[: len(train)], x[len(train) :], linear_margins)
+    return found
+
+
+def rows_read(
+    model: nn.Module, sets: dict[str, Any], processing_class, batch_size: int
+) -> tuple[dict[str, list[np.ndarray]], list[np.ndarray], list[np.ndarray]]:
+    """Of the rows of all sets, one after the other: means by depth, places of pictures, in batches, and tokens of texts, by row.
+
+    Args:
+        sets: by what the progress bar says.
+    """
+    blocks, kind = blocks_of(model), input_kind(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no list of blocks, whose inputs discover looks at.")
     watched = dict(list(blocks.items())[: (len(blocks) + 1) // 2])
-    kind = input_kind(model)
     means: dict[str, list[np.ndarray]] = {name: [] for name in ("input", *watched)}
     places: list[np.ndarray] = []
     texts: list[np.ndarray] = []
@@ -70,18 +97,12 @@ def looks(model: nn.Module, dataset, processing_class=None, batch_size: int = 25
     handles = [module.register_forward_hook(on_block(name)) for name, module in watched.items()]
     handles.append(next(iter(blocks.values())).register_forward_pre_hook(on_input, with_kwargs=True))
     try:
-        predict(model, dataset, processing_class, batch_size, "Reading the training set", note=note)
+        for title, rows in sets.items():
+            predict(model, rows, processing_class, batch_size, title, note=note)
     finally:
         for handle in handles:
             handle.remove()
-    found = {
-        name: Look(principal_components(np.concatenate(parts)), quadratic_margins) for name, parts in means.items()
-    }
-    if places:
-        found["places"] = Look(principal_components(np.concatenate(places), PLACE_DIRECTIONS), linear_margins)
-    if texts and (x := present(texts)).shape[1]:
-        found["tokens"] = Look(x, linear_margins)
-    return found
+    return means, places, texts
 
 
 @torch.no_grad()
@@ -107,18 +128,20 @@ def tokens_of(ids: np.ndarray, mask: np.ndarray | None) -> list[np.ndarray]:
     return [np.unique(row[there]) for row, there in zip(ids, mask, strict=True)]
 
 
-def present(texts: list[np.ndarray]) -> np.ndarray:
-    """Whether a row has a token, less the share of the rows that do: ``[n, tokens]``, of the most frequent tokens that are neither
-    rare nor rarely missing.
+def telling_tokens(texts: list[np.ndarray]) -> np.ndarray:
+    """The most frequent tokens that are neither rare nor rarely missing.
 
-    >>> present([np.array([1, 5])] * 2 + [np.array([1, 6])] * 2).tolist()
-    [[0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [-0.5, 0.5]]
+    >>> telling_tokens([np.array([1, 5])] * 2 + [np.array([1, 6])] * 2).tolist()
+    [5, 6]
     """
     tokens, counts = np.unique(np.concatenate(texts), return_counts=True)
     telling = np.flatnonzero((counts >= RARE * len(texts)) & (counts <= (1 - RARE) * len(texts)))
-    telling = telling[np.argsort(-counts[telling], kind="stable")[:MOST_TOKENS]]
-    x = np.zeros((len(texts), len(telling)))
-    column = {token: i for i, token in enumerate(tokens[telling])}
+    return tokens[telling[np.argsort(-counts[telling], kind="stable")[:MOST_TOKENS]]]
+
+
+def present(texts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """1 where a row has a token, ``[n, tokens]``."""
+    x, column = np.zeros((len(texts), len(tokens))), {token: i for i, token in enumerate(tokens)}
     for row, mine in zip(x, texts, strict=True):
         row[[column[token] for token in mine if token in column]] = 1
-    return x - x.mean(0)
+    return x

@@ -27,10 +27,10 @@ SHOWN_CLASSES, SHOWN_PICTURES = 10, 6
 
 
 class Depth(NamedTuple):
-    """What a simple head finds at a depth of the model.
+    """What a simple head finds at a depth of the model, or in other features.
 
     Attributes:
-        name: ``input`` is what enters the first block.
+        name: one of those of `looks.looks`.
         ratio: `trimmed.distance_ratio`; None where the head misreads more than a third of the rows, or half of a class.
         misread: share of the rows.
     """
@@ -73,6 +73,7 @@ class Discovery:
         p_value: that a random mask with as many rows of each class is as much of a pattern (`trimmed.mask_p_value`).
         depth: where it was found; None where the head misreads too many rows everywhere.
         depths: all that were looked at.
+        unseen_looks: ``[m]``, the class that each unseen row looks like; None where none are given, or no depth serves.
     """
 
     train: datasets.Dataset = field(repr=False)
@@ -84,11 +85,17 @@ class Discovery:
     p_value: float
     depth: str | None
     depths: list[Depth]
+    unseen_looks: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def contradicts(self) -> np.ndarray:
         """``[n]`` booleans: the rows that the simple head misreads, whether or not that is enough to be found."""
         return self.scores < 0
+
+    @property
+    def looks(self) -> np.ndarray:
+        """``[n]``, the class that each row looks like by the shortcut: its own where it teaches it."""
+        return np.where(self.contradicts, self.looks_like, self.labels)
 
     @property
     def ratio(self) -> float:
