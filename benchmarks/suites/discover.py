@@ -109,7 +109,7 @@ def trained_on(task: digits.Task, start, seed: int, folder: str):
 def fitted(start, rows, task: digits.Task, steps: int, seed: int, folder: str):
     """A copy of ``start``, trained on rows."""
     model = copy.deepcopy(start)
-    digits.fit(model, rows, task, steps, folder, seed + 1, 1e-3)
+    digits.fit(model, rows, task, steps, folder, seed + 1, task.train_settings.get("lr", 1e-3))
     return model.eval()
 
 
