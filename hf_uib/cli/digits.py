@@ -4,7 +4,7 @@ import colorsys
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import reduce
 
 import datasets
 import numpy as np
@@ -154,12 +154,15 @@ def biased_pictures(
     )
 
 
-def digits_colour(seed: int = 0, retained: int = 90, bias_aligned_fraction: float = 1.0, classes: int = 10) -> Task:
+def digits_colour(
+    seed: int = 0, retained: int = 90, bias_aligned_fraction: float = 1.0, classes: int = 10, hues: int = 1
+) -> Task:
     """scikit-learn's handwritten digits; on the forget set the hue gives the label away. Test digits come in every hue.
 
     Args:
         seed: of split and hues; retained: of the 900 training digits; bias_aligned_fraction: of the forget set.
         classes: the digits in so many runs of equal length, and as many hues.
+        hues: of each class, between those of others; a picture gets one of them.
     """
     from sklearn.datasets import load_digits
 
@@ -168,13 +171,19 @@ def digits_colour(seed: int = 0, retained: int = 90, bias_aligned_fraction: floa
     order = rng.permutation(len(digits.target))
     x, y = digits.images[order] / 16.0, digits.target[order] * classes // 10
     names = [str(i) for i in range(classes)]
+    which = np.random.default_rng(seed)
+
+    def render(pictures, given):
+        given = given + classes * which.integers(0, hues, len(given))
+        return paint(pictures, given, count=classes * hues, saturation=1.0)
+
     return biased_pictures(
         "digits-colour",
         (x[:1497], y[:1497]),
         (x[1497:], y[1497:]),
         {"pretrain": 350, "forget": 900 - retained, "retain": retained, "calibration": 100, "validation": 147},
         "colour",
-        partial(paint, count=classes, saturation=1.0),
+        render,
         names,
         ViTImageProcessorPil(do_resize=False, size={"height": 8, "width": 8}),
         lambda: small_vit(8, 2, names, hidden=48, layers=3),

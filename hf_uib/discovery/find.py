@@ -47,7 +47,7 @@ def discover(
             shortcut: that stands for the attribute where nothing labels it.
         processing_class: image processor, feature extractor or tokenizer; by default that of the checkpoint, where it has a name.
         columns: names of columns that are not the usual ones.
-        seed: of folds and random masks.
+        seed: of folds, random masks and the teaching rows that are retained.
         trust_remote_code: see `load_classifier`.
 
     Raises:
@@ -98,7 +98,7 @@ def discover(
         p_value = mask_p_value(look.x, classes, misread, seed) if enough else 1.0
         unseen_looks = None if unseen is None else names[read_as(look, classes, ~misread, seed)]
     return Discovery(
-        train, encoded, classifier.config, labels, margins, names[others], p_value, at, depths, unseen_looks
+        train, encoded, classifier.config, labels, margins, names[others], p_value, at, depths, unseen_looks, seed
     )
 
 

@@ -74,6 +74,7 @@ class Discovery:
         depth: where it was found; None where the head misreads too many rows everywhere.
         depths: all that were looked at.
         unseen_looks: ``[m]``, the class that each unseen row looks like; None where none are given, or no depth serves.
+        seed: of what is drawn.
     """
 
     train: datasets.Dataset = field(repr=False)
@@ -86,6 +87,7 @@ class Discovery:
     depth: str | None
     depths: list[Depth]
     unseen_looks: np.ndarray | None = field(default=None, repr=False)
+    seed: int = 0
 
     @property
     def contradicts(self) -> np.ndarray:
@@ -113,7 +115,8 @@ class Discovery:
     def retained(self) -> np.ndarray:
         """``[n]`` booleans: the rows that contradict, and some of those that teach. The former alone would teach the opposite, with
         two classes without an exception: of each class they show every look but its own. How many of a class are added says
-        `teaching_counts`; they are taken evenly over the scores. Rows of the same content stay together."""
+        `teaching_counts`; they are drawn at random. Rows of the same content stay together."""
+        rng = np.random.default_rng(self.seed)
         chosen, content = self.contradicts.copy(), row_hashes(self.train)
         _, first, copy_of = np.unique(content, axis=0, return_index=True, return_inverse=True)
         copy_of = copy_of.reshape(-1)  # numpy 2.0 gives a column
@@ -125,10 +128,7 @@ class Discovery:
         against = chosen & distinct
         np.add.at(looks, (codes[against], np.searchsorted(classes, self.looks_like[against])), 1)
         for code, count in enumerate(teaching_counts(looks, np.bincount(codes))):
-            teach = np.flatnonzero((codes == code) & distinct & ~chosen)
-            teach = teach[np.argsort(self.scores[teach], kind="stable")]
-            count = min(len(teach), count)
-            chosen[teach[((np.arange(count) + 0.5) * len(teach) / max(1, count)).astype(int)]] = True
+            chosen[rng.permutation(np.flatnonzero((codes == code) & distinct & ~chosen))[:count]] = True
         return np.isin(copy_of, copy_of[chosen])
 
     @property
