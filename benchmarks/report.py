@@ -102,7 +102,7 @@ dynamic quantiser, on the same test rows. Mean ± standard deviation over seeds;
 """
 DISCOVER = f"""# Rows that teach a shortcut, found without attribute labels
 
-{WRITTEN} `hf_uib.discover` on training sets in which an attribute gives the label away, except in a share of the rows; these conflict.
+{WRITTEN} `hf_uib.discover` on training sets in which an attribute gives the label away, except in some rows; these conflict.
 Recall and precision are of the rows that are said to contradict; some that teach are retained beside them. Mean ± standard
 deviation over seeds. It was developed on seeds from 100 on. The least confident rows are as many as those; the early-stopped fit
 takes 40 steps.

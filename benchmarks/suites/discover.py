@@ -327,4 +327,8 @@ def failures(lines: list[dict]) -> list[str]:
             cells.append([name, f"{sum(line['found'] for line in mine)} of {len(mine)}", ratios, *figures])
     if not cells:
         return []
-    return ["## On tasks on which it was not developed\n", *table(["task", "found", "distance ratio", "recall", "precision"], cells), ""]
+    return [
+        "## On tasks on which it was not developed\n",
+        *table(["task", "found", "distance ratio", "recall", "precision"], cells),
+        "",
+    ]
