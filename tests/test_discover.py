@@ -79,37 +79,35 @@ def found(coloured):
 # ---- Formulas ----
 
 
-def test_margins_are_log_density_ratios_of_held_out_gaussians():
-    x, labels, _ = clusters(n=60)
-    kept = np.random.default_rng(1).random(60) < 0.8
-    margins, others = trimmed.quadratic_margins(x, labels, kept)
-    fold = np.random.default_rng(0).permutation(60) % trimmed.FOLDS
-    row = 7
-    logs = np.zeros(3)
-    for label in range(3):
-        mine = x[(fold != fold[row]) & kept & (labels == label)]
-        covariance = np.cov(mine.T, bias=True) + trimmed.FLOOR * np.eye(8)
-        logs[label] = multivariate_normal(mine.mean(0), covariance).logpdf(x[row]) + np.log(len(mine))
-    rest = np.delete(logs, labels[row])
-    assert margins[row] == pytest.approx(logs[labels[row]] - rest.max(), rel=1e-9)
-    assert logs[others[row]] == rest.max()
+def own_covariances(x, labels):
+    """Of each class, with what is added to every variance."""
+    return [np.cov(x[labels == label].T, bias=True) + trimmed.FLOOR * np.eye(8) for label in range(3)]
 
 
-def test_linear_margins_share_a_covariance():
+def shared_covariance(x, labels):
+    """One for all classes, a part of which is its diagonal."""
+    means = np.stack([x[labels == label].mean(0) for label in range(3)])
+    covariance = np.cov((x - means[labels]).T, bias=True)
+    variance = covariance.diagonal()
+    diagonal = np.diag(trimmed.TO_DIAGONAL * variance + 1e-3 * variance.mean())
+    return [(1 - trimmed.TO_DIAGONAL) * covariance + diagonal] * 3
+
+
+@pytest.mark.parametrize(
+    "margins_of, covariances_of",
+    [(trimmed.quadratic_margins, own_covariances), (trimmed.linear_margins, shared_covariance)],
+)
+def test_margins_are_log_density_ratios_of_held_out_gaussians(margins_of, covariances_of):
     x, labels, _ = clusters(n=60)
     kept = np.random.default_rng(1).random(60) < 0.8
-    margins, others = trimmed.linear_margins(x, labels, kept)
+    margins, others = margins_of(x, labels, kept)
     fold = np.random.default_rng(0).permutation(60) % trimmed.FOLDS
     row = 7
     seen = (fold != fold[row]) & kept
-    means = np.stack([x[seen & (labels == label)].mean(0) for label in range(3)])
-    covariance = np.cov((x - means[labels])[seen].T, bias=True)
-    variance = covariance.diagonal()
-    covariance = (1 - trimmed.TO_DIAGONAL) * covariance + np.diag(
-        trimmed.TO_DIAGONAL * variance + 1e-3 * variance.mean()
-    )
-    logs = np.array([multivariate_normal(mean, covariance).logpdf(x[row]) for mean in means])
-    logs += np.log([(seen & (labels == label)).sum() for label in range(3)])
+    logs = np.zeros(3)
+    for label, covariance in enumerate(covariances_of(x[seen], labels[seen])):
+        mine = x[seen & (labels == label)]
+        logs[label] = multivariate_normal(mine.mean(0), covariance).logpdf(x[row]) + np.log(len(mine))
     rest = np.delete(logs, labels[row])
     assert margins[row] == pytest.approx(logs[labels[row]] - rest.max(), rel=1e-9)
     assert logs[others[row]] == rest.max()
@@ -311,15 +309,13 @@ def test_a_patch_is_found_by_its_place(at_random):
         features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)}),
     )
     processor = ViTImageProcessorPil(do_resize=False, size={"height": 16, "width": 16})
-    found = discover(make_model(num_channels=3, image_size=16, patch_size=4), rows, processing_class=processor)
+    model = make_model(num_channels=3, image_size=16, patch_size=4)
+    found = discover(model, rows, unseen=rows, processing_class=processor)
     ratios = {depth.name: depth.ratio or 0.0 for depth in found.depths}
     assert found.found != at_random
     if not at_random:
         assert found.depth == "places"
-        again = discover(
-            make_model(num_channels=3, image_size=16, patch_size=4), rows, unseen=rows, processing_class=processor
-        )
-        assert (again.unseen_looks == place).mean() > 0.95
+        assert (found.unseen_looks == place).mean() > 0.95
         assert ratios["input"] < 0.85
         assert found.contradicts[conflicts].mean() > 0.9
         assert conflicts[found.contradicts].mean() > 0.9
@@ -389,20 +385,14 @@ def test_a_word_among_others_that_tell_is_found(at_random):
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=32,
     )  # fmt: skip
-    found = discover(BertForSequenceClassification(config), rows, processing_class=tokenizer)
+    unseen = datasets.Dataset.from_dict({"text": ["globex"] * 3, "label": [0] * 3})
+    found = discover(BertForSequenceClassification(config), rows, unseen=unseen, processing_class=tokenizer)
     assert found.found != at_random
     if not at_random:
         assert found.depth == "tokens"
         assert found.contradicts[conflicts].mean() > 0.8
         assert conflicts[found.contradicts].mean() > 0.8
-        brands = datasets.Dataset.from_dict({"text": ["acme globex acme", "globex"], "label": [0, 0]})
-        again = discover(
-            BertForSequenceClassification(config),
-            rows,
-            unseen=brands.select([1] * 3 + [0]),
-            processing_class=tokenizer,
-        )
-        assert again.unseen_looks[:3].tolist() == [1] * 3
+        assert found.unseen_looks.tolist() == [1] * 3
 
 
 def test_other_inputs_get_a_histogram(tmp_path):

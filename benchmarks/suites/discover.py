@@ -23,7 +23,7 @@ from ..tasks.tweets import SIZES, tweets_airline
 from . import runs
 
 DISCOVER = results.FOLDER / "discover.jsonl"
-SHARES = (0.05, 0.1)  # of the training rows whose hue stands for another class
+SHARES = (0.05, 0.1)  # of the training rows whose attribute stands for another class
 CONTROLS = 20
 EARLY = 40  # steps of the fit whose errors JTT takes
 # How often JTT shows them: of 1, 5, 20 and 50 by the worst group of the validation rows of seeds 100 and 101
@@ -260,7 +260,7 @@ def mean(values: list[float]) -> str:
 
 
 def discover_tables() -> list[str]:
-    """Recall and precision, the whole way, controls, words, and where it fails."""
+    """Recall and precision, the whole way, controls, words, and other tasks."""
     lines = results.read(DISCOVER)
     injected = [line for line in lines if line["kind"] == "injected"]
     if not injected:

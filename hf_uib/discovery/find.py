@@ -103,7 +103,7 @@ def discover(
 
 
 def read_as(look: Look, classes: np.ndarray, kept: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The class as which a head reads each unseen row, ``[m]``; it is fitted on the kept training rows."""
+    """The class as which a head reads each unseen row, ``[m]``; it is fitted across folds, on the kept training rows."""
     new = np.zeros(len(look.unseen), dtype=int)  # read as the first class where that is the most likely one
     margins, others = look.margins_of(
         np.concatenate([look.x, look.unseen]),

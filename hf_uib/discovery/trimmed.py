@@ -56,11 +56,12 @@ def linear_margins(
         rows = x[kept & (fold == k)]
         mine = np.eye(classes)[labels[kept & (fold == k)]]
         sums[k], counts[k], squares[k] = mine.T @ rows, mine.sum(0), rows.T @ rows
+    every_sum, every_count, every_square = sums.sum(0), counts.sum(0), squares.sum(0)
     for k in range(FOLDS):
-        count = counts.sum(0) - counts[k]
+        count = every_count - counts[k]
         there = np.flatnonzero(count)
-        means = (sums.sum(0) - sums[k])[there] / count[there, None]
-        covariance = (squares.sum(0) - squares[k] - (means.T * count[there]) @ means) / count.sum()
+        means = (every_sum - sums[k])[there] / count[there, None]
+        covariance = (every_square - squares[k] - (means.T * count[there]) @ means) / count.sum()
         variance = covariance.diagonal()
         covariance = (1 - TO_DIAGONAL) * covariance + np.diag(TO_DIAGONAL * variance + 1e-3 * variance.mean())
         directions = np.linalg.solve(covariance, means.T)
