@@ -21,6 +21,7 @@ from hf_uib.cli.unlearn import UnlearnArguments, trainer_for
 from hf_uib.contrast import CHUNKS
 from hf_uib.data.chosen import choose_rows, listed_rows, scored_rows
 from hf_uib.discovery import looks, trimmed
+from hf_uib.discovery.find import Seen, chosen
 from hf_uib.discovery.report import Discovery, teaching_counts
 from hf_uib.discovery.words import telling_words
 from hf_uib.hub.push import published
@@ -138,6 +139,29 @@ def test_hard_rows_are_no_full_members():
     margins, _ = trimmed.trimmed_margins(x, labels)
     assert (margins < 0).mean() > 0.02
     assert trimmed.distance_ratio(margins) < 1
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ({"input": 1.0, "places": 1.2, "block 1": 3.0}, "places"),  # a block has been fitted to the rows
+        ({"input": 0.5, "places": 0.5, "block 1": 1.0, "block 2": 3.0}, "block 1"),
+        ({"input": 0.5, "places": 0.7, "block 1": 0.8}, "block 1"),  # nothing tells of a shortcut
+    ],
+)
+def test_what_fewest_blocks_have_worked_on_comes_first(ratios, expected):
+    def seen(name, ratio, misread=10):
+        margins = np.ones(100)
+        margins[:misread] = -ratio
+        blocks = int(name[-1]) if name.startswith("block") else 0
+        look = looks.Look(np.zeros(0), np.zeros(0), trimmed.quadratic_margins, blocks)
+        return Seen(name, look, margins, np.zeros(100))
+
+    every = [seen(name, ratio) for name, ratio in ratios.items()]
+    assert chosen(every).name == expected
+    assert chosen(every[::-1]).name == expected
+    too_few = seen("input", 5.0, misread=0)
+    assert chosen([too_few, *every]).name == expected
 
 
 def test_places_of_a_picture():

@@ -1,6 +1,6 @@
 """From a checkpoint and its training data to the rows that teach a shortcut."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -14,7 +14,7 @@ from ..inference import reader_of
 from ..models import Name, input_kind, labels_tokens, load_classifier, name_of, num_labels_of
 from ..processes import processes
 from .looks import Look, looks
-from .report import FEWEST_SHARE, Depth, Discovery
+from .report import FEWEST_SHARE, FULL_MEMBERS, Depth, Discovery
 from .trimmed import distance_ratio, mask_p_value, trimmed_margins
 
 FEWEST_ROWS = 100
@@ -37,8 +37,8 @@ def discover(
     the encoder, or of what one of the first half of its blocks gives; or a linear one on the places of a picture, or on the tokens
     that a text has (`looks.looks`). It is fitted across folds, again and again without the rows that it misreads
     (`trimmed.trimmed_margins`). The rows that it still misreads contradict the shortcut, the others teach it. The former are
-    retained, with so many of the latter that the shortcut tells as little there as can be. Of all that is looked at that is taken
-    whose misread rows are furthest in another class (`trimmed.distance_ratio`); no attribute and no test row has a say.
+    retained, with so many of the latter that the shortcut tells as little there as can be. Of all that is looked at `chosen` takes
+    one; no attribute and no test row has a say.
 
     Args:
         model: checkpoint that was trained on the rows: model, folder or Hub id.
@@ -77,22 +77,20 @@ def discover(
         check_inputs("unseen", others_encoded, read.main_input)
     labels = _labels(encoded, num_labels_of(classifier))
     names, classes = np.unique(labels, return_inverse=True)  # without gaps
-    best: tuple | None = None
+    seen: list[Seen] = []
     depths = []
     for name, look in looks(classifier, encoded, others_encoded, processing_class, batch_size).items():
         found = trimmed_margins(look.x, classes, seed, look.margins_of)
         if found is None:
             depths.append(Depth(name, None, None))
             continue
-        ratio = distance_ratio(found[0])
-        depths.append(Depth(name, ratio, float((found[0] < 0).mean())))
-        if best is None or ratio > best[0]:
-            best = ratio, name, found, look
-    if best is None:
+        seen.append(Seen(name, look, *found))
+        depths.append(Depth(name, seen[-1].ratio, seen[-1].misread))
+    if not seen:
         margins, others, p_value, at = np.zeros(len(labels)), classes, 1.0, None
         unseen_looks = None
     else:
-        ratio, at, (margins, others), look = best
+        at, look, margins, others = chosen(seen)
         misread = margins < 0
         enough = misread.mean() >= FEWEST_SHARE
         p_value = mask_p_value(look.x, classes, misread, seed) if enough else 1.0
@@ -100,6 +98,37 @@ def discover(
     return Discovery(
         train, encoded, classifier.config, labels, margins, names[others], p_value, at, depths, unseen_looks, seed
     )
+
+
+class Seen(NamedTuple):
+    """What a head makes of a `Look`: margins ``[n]`` and most likely other classes ``[n]``."""
+
+    name: str
+    look: Look
+    margins: np.ndarray
+    others: np.ndarray
+
+    @property
+    def ratio(self) -> float:
+        """`trimmed.distance_ratio`."""
+        return distance_ratio(self.margins)
+
+    @property
+    def misread(self) -> float:
+        """Share of the rows."""
+        return float((self.margins < 0).mean())
+
+
+def chosen(seen: list[Seen]) -> Seen:
+    """Of what tells of a shortcut that on which the fewest blocks have worked, since a block is fitted to the rows, and takes some
+    that contradict for their own class. Then, or where nothing tells of one, where the misread rows are the furthest in another
+    class."""
+
+    def rank(one: Seen) -> tuple:
+        telling = one.ratio >= FULL_MEMBERS and one.misread >= FEWEST_SHARE
+        return telling, -one.look.blocks * telling, one.ratio
+
+    return max(seen, key=rank)
 
 
 def read_as(look: Look, classes: np.ndarray, kept: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -22,12 +22,13 @@ RARE = 0.01  # share of the texts: a token in fewer, or that is missing in fewer
 
 
 class Look(NamedTuple):
-    """Features of the training rows ``[n, d]`` and of unseen ones ``[m, d]``, and the head that reads them,
-    `trimmed.quadratic_margins` or `trimmed.linear_margins`."""
+    """Features of the training rows ``[n, d]`` and of unseen ones ``[m, d]``, the head that reads them,
+    `trimmed.quadratic_margins` or `trimmed.linear_margins`, and after how many of the model's blocks it does."""
 
     x: np.ndarray
     unseen: np.ndarray
     margins_of: Callable
+    blocks: int = 0
 
 
 def looks(model: nn.Module, train, unseen=None, processing_class=None, batch_size: int = 256) -> dict[str, Look]:
@@ -48,7 +49,10 @@ def looks(model: nn.Module, train, unseen=None, processing_class=None, batch_siz
         features = np.concatenate(parts)
         return projected(features[: len(train)], features[len(train) :], most)
 
-    found = {name: Look(*components(parts, DIRECTIONS), quadratic_margins) for name, parts in means.items()}
+    found = {
+        name: Look(*components(parts, DIRECTIONS), quadratic_margins, blocks)
+        for blocks, (name, parts) in enumerate(means.items())
+    }
     if places:
         found["places"] = Look(*components(places, PLACE_DIRECTIONS), linear_margins)
     if texts and len(telling := telling_tokens(texts[: len(train)])):
