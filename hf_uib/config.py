@@ -196,7 +196,19 @@ class UIBConfig(TrainingArguments):
             value = getattr(args, setting.name)
             if setting.init and value != default and value != getattr(_plain_arguments(), setting.name):
                 changed[setting.name] = value
-        return cls(**{"output_dir": args.output_dir} | changed)
+        own = cls(**{"output_dir": args.output_dir} | changed)
+        taken = [
+            f"{name} {getattr(own, name)}"
+            for name in ("learning_rate", "per_device_train_batch_size")
+            if getattr(own, name) != getattr(args, name)
+        ]
+        if taken:
+            warnings.warn(
+                f"What TrainingArguments leave at their defaults is that of UIBConfig: {', '.join(taken)}. Give a UIBConfig to set "
+                "it.",
+                stacklevel=3,
+            )
+        return own
 
     @property
     def channel(self) -> ChannelSettings:
@@ -255,6 +267,11 @@ def refuse_unsupported(args: UIBConfig) -> None:
             "UIBTrainer does not run with auto_find_batch_size: a second try would go on from weights the first one moved. Set "
             "per_device_train_batch_size (with gradient_accumulation_steps the trajectory is that of the larger batch)."
         )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"UIBTrainer does not run with train_sampling_strategy '{args.train_sampling_strategy}': retained and forget rows are "
+            "paired at random; leave it out."
+        )
     if getattr(args.accelerator_config, "split_batches", False):
         raise ValueError(
             "UIBTrainer does not run with split_batches: set per_device_train_batch_size to a process's share instead."
@@ -305,6 +322,11 @@ def set_default_steps(args: UIBConfig, rows: int) -> None:
         rows: of an epoch.
     """
     per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if args.dataloader_drop_last and rows < args.train_batch_size * args.world_size:
+        raise ValueError(
+            f"{rows} rows make no whole batch of {args.train_batch_size * args.world_size}, and dataloader_drop_last leaves out "
+            "the rest; lower per_device_train_batch_size, or leave dataloader_drop_last out."
+        )
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / per_step))
     if args.max_steps <= 0 and args.num_train_epochs == USUAL_EPOCHS and steps < MIN_STEPS:
         args.max_steps = MIN_STEPS

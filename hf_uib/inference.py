@@ -16,12 +16,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import ProcessorMixin
 
 from .data.columns import Columns
 from .data.labels import IGNORED, several_labels
 from .data.pairing import Subset, UIBCollator, collator_for
 from .data.reading import Reader
-from .models import blocks_of, forward_columns, labels_tokens, num_labels_of
+from .models import blocks_of, forward_columns, input_kind, labels_tokens, num_labels_of
 from .processes import processes
 from .quantised import keep_codes
 from .sharding import is_sharded
@@ -29,13 +30,19 @@ from .sharding import is_sharded
 
 def collator_of(model: nn.Module, processing_class=None, collator: Callable | None = None) -> UIBCollator:
     """What makes encoded rows a batch for a model: see `collator_for`."""
-    return collator_for(forward_columns(model), processing_class, collator, labels_tokens(model))
+    return collator_for(forward_columns(model), part_for(model, processing_class), collator, labels_tokens(model))
 
 
 def reader_of(model: Any, processing_class=None, columns: Columns = Columns()) -> Reader:  # noqa: B008
     """What makes raw sets ready for a model: see `Reader`."""
     main_input = getattr(model, "main_input_name", "input_ids")
-    return Reader(model.config, main_input, processing_class, columns, of_tokens=labels_tokens(model))
+    return Reader(model.config, main_input, part_for(model, processing_class), columns, of_tokens=labels_tokens(model))
+
+
+def part_for(model: Any, processing_class: Any) -> Any:
+    """What a processor of several kinds of input, as CLIP's, has for those of a model; others as they are."""
+    part = {"text": "tokenizer", "audio": "feature_extractor"}.get(input_kind(model), "image_processor")
+    return getattr(processing_class, part, None) if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -86,7 +93,8 @@ def batches_of(
 def forward(
     model: nn.Module, batches: Iterable[dict], context: Callable[[], AbstractContextManager] = nullcontext
 ) -> tuple[Tensor, Tensor]:
-    """Logits ``[n, classes]`` in float32 and labels ``[n]`` of all batches, in eval mode; the model's mode is restored.
+    """Logits ``[n, classes]`` in float32 and labels ``[n]`` of all batches, in eval mode; the model's mode is restored. Without
+    labels these are -100.
 
     Of a model that labels tokens: ``[n, length, classes]`` and ``[n, length]``, padded to the longest row (-100).
 
@@ -97,9 +105,10 @@ def forward(
     model.eval()
     logits, labels = [], []
     for inputs in batches:
-        labels.append(inputs.pop("labels"))
+        given = inputs.pop("labels", None)
         with context():
             logits.append(model(**inputs).logits.float())
+        labels.append(torch.full((len(logits[-1]),), IGNORED) if given is None else given)
     model.train(training)
     if not logits:  # no row is this process's
         device, config = device_of(model), getattr(model, "config", None)
@@ -266,6 +275,13 @@ def head_of(model: Any) -> nn.Module:
     return linear[-1]
 
 
+def hidden_of(output: Any) -> Tensor:
+    """The tokens that a block gives, which may stand first in a tuple."""
+    while isinstance(output, tuple):
+        output = output[0]
+    return output
+
+
 def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """``[n, tokens, width]`` to ``[n, width]``; padding does not count."""
     hidden = hidden.float()
@@ -309,7 +325,7 @@ def observe(
             seen[key].append(hidden[mask].float().cpu().numpy())
 
     def on_block(key):
-        return lambda module, inputs, output: keep(key, output[0] if isinstance(output, tuple) else output)
+        return lambda module, inputs, output: keep(key, hidden_of(output))
 
     handles = [module.register_forward_hook(on_block(key)) for key, module in watched.items()]
     if head is not None:

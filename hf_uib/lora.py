@@ -232,6 +232,8 @@ def attach_adapter(
         if peft_config != SERVING:
             raise ValueError(f"peft_config is '{peft_config}'; give '{SERVING}', a LoraConfig or nothing.")
         peft_config = serving_peft_config(model, rank)
+    if not isinstance(peft_config, (PeftConfig, type(None))):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}; give a LoraConfig, '{SERVING}', or nothing.")
     # A copy: PEFT writes to the one it is given
     settings = copy.deepcopy(peft_config) if peft_config else default_peft_config(model, rank)
     require_additive(settings)
@@ -263,7 +265,10 @@ def require_additive(config: PeftConfig) -> None:
             default = field.default_factory()
         if field.name == "init_lora_weights":
             default = value if value in ADDITIVE_INITS else default
-        if field.name not in ADDITIVE_FIELDS and value != default:
+        unset = (
+            default is None and isinstance(value, (set, list, dict)) and not value
+        )  # PEFT's, of a mixture of experts
+        if field.name not in ADDITIVE_FIELDS and value != default and not unset:
             raise ValueError(
                 f"The adapter has {field.name}={value!r}, which changes more than W + s B A; leave it at its default, "
                 "or merge the adapter (merge_and_unload) and pass the result."

@@ -398,12 +398,14 @@ def input_kind(model: Any) -> str:
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of the encoder, first to last: the items of the longest list of modules (empty if there is none)."""
+    """The blocks of the encoder, first to last: the items of the longest list of modules (empty if there is none). A list of
+    lists is one of all their items."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     if not lists:
         return {}
     _, longest = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
-    return {f"block {i + 1}": block for i, block in enumerate(longest)}
+    blocks = [module for item in longest for module in (item if isinstance(item, nn.ModuleList) else [item])]
+    return {f"block {i + 1}": block for i, block in enumerate(blocks)}
 
 
 def is_adapters(name: str) -> bool:

@@ -47,6 +47,8 @@ def _number_of(model: Any, label: str | int) -> int:
     names = {name: number for number, name in model_names(model.config).items()}
     if label in names:
         return names[str(label)]
+    if len(alike := [number for name, number in names.items() if name.casefold() == str(label).casefold()]) == 1:
+        return alike[0]
     if str(label).isdecimal() and int(label) < num_labels_of(model):
         return int(label)
     raise ValueError(f"The model has no label '{label}'; it has {known(model.config)}.")

@@ -18,12 +18,13 @@ from .data.streams import StreamFolder
 from .hub.card import results_of
 from .lora import AdaptedLayer, copy_without_hooks, is_fresh
 from .measurements import Measurements
-from .models import fingerprint
+from .models import fingerprint, num_labels_of
 from .posterior import ChannelPosterior
 from .priors import Prior
 from .priors.calibrated import quantiles
 from .provenance import RequestRecord, detached, full_precision_base, merged, merged_copy, requests_of
 from .quantised import dequantised, is_quantised
+from .unlearning_task import UnlearningTask
 
 if TYPE_CHECKING:
     from .audit.report import AuditReport
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 EFFECT_LEFT = 1.0  # nats that the pattern's tokens may still move unseen rows' margins after a run,
 EFFECT_FRACTION = 0.25  # or this share of what they moved before it
+ASTRAY = 2.0  # times the nats of equal chances, and of the first steps
 LEVEL_REACHED = 0.5  # nats that the forget margins may lie above their level, on average, at the end of a run
 
 
@@ -48,6 +50,7 @@ class ResultsMixin(AtomicCheckpoints):
     fingerprints: dict[str, str]
     request: str
     layers: dict[str, AdaptedLayer]
+    task: UnlearningTask
     measurements: Measurements
     _posterior: ChannelPosterior | None
     contrast_norms: dict[str, float]
@@ -188,7 +191,12 @@ class ResultsMixin(AtomicCheckpoints):
                 f"{steps} steps are fewer than one refresh of the prior ({every}): hardly anything can have been unlearned. "
                 "Raise max_steps."
             )
-        if self._excess is not None and self._excess > LEVEL_REACHED:
+        if self._fits_worse_than_guessing:
+            found.append(
+                "The retained rows are fitted worse than by guessing: the run went astray. Lower learning_rate, and see that the "
+                "checkpoint is the one that was trained on them."
+            )
+        elif self._excess is not None and self._excess > LEVEL_REACHED:
             found.append(
                 f"The level to forget to was not reached: the forget set's margins still lie {self._excess:.1f} nats above it on "
                 "average. Raise max_steps, prior_strength or learning_rate."
@@ -200,6 +208,14 @@ class ResultsMixin(AtomicCheckpoints):
                 + ("Raise max_steps or learning_rate." if left > 0 else "The bias is reversed: lower learning_rate.")
             )
         return found
+
+    @property
+    def _fits_worse_than_guessing(self) -> bool:
+        """Whether the last logged fit of the retained rows is far worse than that of equal chances, and than the first one was."""
+        fits = [entry["fit_nats"] for entry in self.state.log_history if "fit_nats" in entry]
+        if not self._trained or self.retain_dataset is None or len(fits) < 2:
+            return False
+        return fits[-1] > ASTRAY * max(fits[0], self.task.guess_nats(num_labels_of(self.model)))
 
     def refuse_unmoved(self) -> None:
         """A model that is the one before unlearning is not published as one that unlearned.

@@ -19,8 +19,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import align_special_tokens, get_last_checkpoint
 from transformers.training_args import ParallelMode
 
 from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
@@ -461,6 +461,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         """As in Trainer. A fresh run measures the contrast first."""
         if self.is_deepspeed_enabled:  # which places the model itself, but later
             self.model.to(self.args.device)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):  # Trainer does so too, but later
+            align_special_tokens(self.model, self.processing_class)
         resume_from_checkpoint = name_of(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True

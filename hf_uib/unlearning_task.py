@@ -1,5 +1,7 @@
 """What kind of labels a model gives: the one place where the loss and the margin of training are decided."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,10 @@ class UnlearningTask:
     def compares_rows(self) -> bool:
         """Whether there is a `divergence`."""
         return type(self).divergence is not UnlearningTask.divergence
+
+    def guess_nats(self, num_labels: int) -> float:
+        """The fit term of a model that gives every class the same probability, in nats."""
+        return math.log(num_labels)
 
     def labels_given(self, labels: Tensor, retained: bool = True) -> Tensor:
         """How many labels of a batch the fit term is the mean of: a step's mean is over all of its labels, however its rows are
@@ -151,6 +157,10 @@ class MultiLabel(UnlearningTask):
     def check_labels(self, name: str, dataset, model: PreTrainedModel) -> np.ndarray:
         """Label vectors, ``[n, labels]``; -1 where a label is not given."""
         return check_label_vectors(name, dataset, num_labels_of(model))
+
+    def guess_nats(self, num_labels: int) -> float:
+        """Of each label."""
+        return math.log(2)
 
     def fit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Binary cross-entropy, mean over the labels that are given."""

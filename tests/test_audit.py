@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -215,18 +217,33 @@ def test_copies_are_sampled_together():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(reference_model=None), "Give reference_model"),
+        (dict(reference_model=None), "Give the model before unlearning"),
         (dict(bias_column="hue"), "bias_column 'hue' is not among"),
         (dict(forget_dataset=make_rows(n=0)), "forget_dataset has no examples"),
         (dict(reference_model=make_model(num_labels=5)), "different numbers of classes"),
         (dict(example_column="copy"), "example_column 'copy' is not among"),
         (dict(test_dataset=make_rows(n=60, num_labels=9, seed=3)), "outside the model's 3 classes"),
         (dict(reference_model=injected()), "has an adapter injected"),
+        (dict(reference_model=make_model("bert")), "different kinds of input"),
+        (dict(test_dataset=datasets.DatasetDict(test=make_rows())), "test_dataset is a DatasetDict; give one set"),
+        (
+            dict(test_dataset=make_rows().rename_column("pixel_values", "pixels")),
+            "has no pixel_values .* processing_class",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(change, message):
     with pytest.raises(ValueError, match=message):
         small(**change)
+
+
+def test_test_rows_that_are_forget_rows_are_told():
+    forget = make_rows(n=40, seed=1)
+    with pytest.warns(UserWarning, match="40 test rows are forget rows too"):
+        small(test_dataset=datasets.concatenate_datasets([make_rows(n=60, seed=3), forget]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*forget rows too.*")
+        small()
 
 
 def test_auc_is_resampled_by_example():

@@ -178,7 +178,7 @@ TRAINER = {
     "a broken config": (lambda p: load_classifier(broken(p, "config.json")), "config.json"),
     "broken weights": (lambda p: load_classifier(broken(p, "model.safetensors")), "model.safetensors"),
     "an audit without a reference": (
-        lambda p: audit_model(make_model(), forget_dataset=make_rows(), test_dataset=make_rows(seed=3)), "Give reference_model",
+        lambda p: audit_model(make_model(), forget_dataset=make_rows(), test_dataset=make_rows(seed=3)), "Give the model before",
     ),
     "an audit of other classes": (
         lambda p: audit_model(

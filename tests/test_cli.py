@@ -79,6 +79,24 @@ def pictures(tmp_path_factory):
     return root
 
 
+def test_the_test_rows_choose_no_checkpoint(pictures, tmp_path):
+    with pytest.raises(ValueError, match="--load_best_model_at_end would choose by the test rows"):
+        call(
+            "unlearn", "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data",
+            "--forget_where", "source=clinic_a", "--output_dir", tmp_path / "out", "--load_best_model_at_end",
+            "--eval_strategy", "steps", "--save_strategy", "steps", *FAST,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_test_split_that_is_the_training_split_is_told(pictures, tmp_path):
+    with pytest.raises(ValueError, match="Every test row is in the forgotten or retained set too"):
+        call(
+            "unlearn", "--model_name_or_path", pictures / "model", "--dataset_name", pictures / "data",
+            "--forget_where", "source=clinic_a", "--test_split", "train", "--output_dir", tmp_path / "out", *FAST,
+        )  # fmt: skip
+
+
 def test_picture_folder_from_checkpoint_to_card(pictures, tmp_path, capsys):
     out = tmp_path / "out"
     call(

@@ -99,6 +99,8 @@ def test_the_best_checkpoint_comes_back(tmp_path):
         (dict(auto_find_batch_size=True), "does not run with auto_find_batch_size"),
         (dict(label_smoothing_factor=0.1), "no label_smoothing_factor"),
         (dict(accelerator_config={"split_batches": True}), "does not run with split_batches"),
+        (dict(train_sampling_strategy="group_by_length"), "does not run with train_sampling_strategy"),
+        (dict(dataloader_drop_last=True, per_device_train_batch_size=64), "make no whole batch of 64"),
     ],
 )
 def test_refused(tmp_path, settings, message):

@@ -194,6 +194,27 @@ def test_tokens_of_a_text():
     assert looks.present([*texts[-2:], np.array([9])], telling).tolist() == [[0, 1], [0, 0], [0, 0]]
 
 
+def test_places_of_a_picture_that_is_no_square():
+    tokens = torch.randn(2, 33, 3, generator=torch.Generator().manual_seed(0))  # a class token, and 4 x 8 others
+    places = looks.by_place(tokens, 32, 64).view(2, 3, 4, 4)
+    assert torch.allclose(places[1, :, 2, 3], tokens[1, [23, 24]].mean(0))
+    turned = looks.by_place(tokens, 64, 32).view(2, 3, 4, 4)  # 8 x 4
+    assert torch.allclose(turned[1, :, 1, 2], tokens[1, [11, 15]].mean(0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 20])
+@pytest.mark.parametrize("margins_of", [trimmed.quadratic_margins, trimmed.linear_margins])
+def test_a_rare_class_that_cannot_be_told_is_left_out(margins_of, count):
+    x, labels, conflicts = clusters(n=1200)
+    labels = labels.copy()
+    labels[np.flatnonzero(~conflicts)[:count]] = labels.max() + 1
+    margins, _ = trimmed.trimmed_margins(x, labels, 0, margins_of)
+    rare = labels == labels.max()
+    assert not margins[rare].any() and margins[~rare].all()
+    assert (margins[conflicts] < 0).mean() > 0.95 and conflicts[margins < 0].mean() > 0.95
+    assert trimmed.distance_ratio(margins) == trimmed.distance_ratio(margins[~rare])
+
+
 def test_a_head_that_misreads_a_third_finds_nothing():
     x, labels, _ = clusters(apart=0.2)
     assert trimmed.trimmed_margins(x, labels) is None
@@ -288,6 +309,17 @@ def test_copies_of_a_row_stay_together():
     assert len(found.retain) == 2 * 2 * 3 * 3 and not set(found.retain["text"][:]) & set(found.forget["text"][:])
 
 
+def test_where_all_would_be_retained_nothing_is_found():
+    """Texts of one word: all rows of a class are copies."""
+    labels, shown = np.repeat([0, 1], 500), np.repeat([0, 1], 500)
+    shown[:55], shown[500:555] = 1, 0
+    rows = datasets.Dataset.from_dict({"text": [("red", "blue")[i] for i in shown], "label": labels})
+    scores = np.where(labels == shown, 1.0, -1.0)
+    found = Discovery(rows, rows, make_model("bert").config, labels, scores, 1 - labels, 0.005, "tokens", [])
+    assert not found.found and not found.retained.any() and len(found.forget) == len(found.retain) == 0
+    assert "copies" in found.verdict
+
+
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_in_the_retained_rows_the_shortcut_tells_nothing(classes):
     """The rows that contradict it alone would teach the opposite: with two classes, without an exception."""
@@ -316,6 +348,17 @@ def test_none_is_found_where_the_hue_is_at_random(tmp_path):
     none.save(tmp_path)
     with pytest.raises(ValueError, match="nothing was found"):
         listed_rows(str(tmp_path / "rows.parquet"), rows)
+
+
+def test_a_model_without_blocks_is_looked_at_by_its_tokens():
+    rng = np.random.default_rng(0)
+    labels, ids = rng.integers(0, 2, 400), rng.integers(10, 60, (400, 8))
+    conflicts = rng.random(400) < 0.1
+    ids[:, 2] = 5 + (labels ^ conflicts)
+    ids[:, 4] = np.where(rng.random(400) < 0.4, 7 + labels, ids[:, 4])
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": np.ones_like(ids), "label": labels})
+    found = discover(make_model("albert", num_labels=2), rows.with_format("torch"))
+    assert found.depth == "tokens" and found.contradicts[conflicts].mean() > 0.9
 
 
 @pytest.mark.parametrize("at_random", [False, True])
@@ -353,8 +396,12 @@ def test_the_attribute_of_unseen_rows_is_told(coloured, found):
     assert np.array_equal(again.scores, found.scores)
     assert found.unseen_looks is None
     assert np.array_equal(again.unseen_looks != hues, conflicts)  # the class of the hue, where it is not the label's
-    alone = discover(small_vit(), rows, unseen=unseen.select(range(3)), processing_class=PROCESSOR)
+    bare = unseen.select(range(3)).remove_columns("label")
+    alone = discover(small_vit(), rows, unseen=bare, processing_class=PROCESSOR)
     assert np.array_equal(alone.unseen_looks, again.unseen_looks[:3])
+    for wrong in (datasets.DatasetDict(test=unseen), unseen.to_iterable_dataset(), unseen.select([])):
+        with pytest.raises(ValueError, match=r"unseen is a datasets\.Dataset of one row or more"):
+            discover(small_vit(), rows, unseen=wrong, processing_class=PROCESSOR)
 
 
 def test_one_in_a_thousand_is_no_shortcut():
@@ -471,6 +518,19 @@ def test_scores_from_elsewhere(coloured, tmp_path):
         forget, retain = scored_rows(str(path), rows, 5)
         assert set(scores[forget]) == set(sorted(scores)[-5:])
         assert len(forget) + len(retain) == len(rows)
+
+
+def test_scores_with_the_numbers_of_their_rows(coloured, tmp_path):
+    """As a table has them that was sorted by its scores."""
+    rows, path = coloured[0], tmp_path / "scores.csv"
+    scores = np.random.default_rng(0).permutation(len(rows))
+    order = np.argsort(scores)
+    path.write_text("row,score\n" + "\n".join(f"{i},{scores[i]}" for i in order))
+    forget, _ = scored_rows(str(path), rows, 5)
+    assert set(scores[forget]) == set(sorted(scores)[-5:])
+    path.write_text("row,score\n" + "\n".join(f"{i + 1},{scores[i]}" for i in order))
+    with pytest.raises(ValueError, match="Column `row` .* 0 to 239 once"):
+        scored_rows(str(path), rows, 5)
 
 
 @pytest.mark.parametrize(

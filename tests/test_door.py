@@ -5,22 +5,35 @@ import pickle
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import make_model, make_rows
+from peft import LoraConfig
 from PIL import Image
 from test_trainer import adapter_weights, config, same
-from transformers import BertTokenizerFast, TrainingArguments, ViTImageProcessorPil
+from transformers import (
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ProcessorMixin,
+    TrainingArguments,
+    ViTImageProcessorPil,
+)
 
 from hf_uib import UIBConfig, UIBTrainer, audit_model
 from hf_uib.data.columns import Columns, image_column, label_column, text_columns
 from hf_uib.data.labels import class_ids, labels_of, named_config
 from hf_uib.data.reading import Reader
 from hf_uib.data.sources import load_splits, matching_rows, near_misses, split_forget, without_rows_of
-from hf_uib.data.transforms import to_channels
+from hf_uib.data.transforms import to_channels, waveform
+from hf_uib.inference import part_for
+from hf_uib.lora import require_additive
+from hf_uib.models import blocks_of
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "crew", "late", "seat"]
 
@@ -51,6 +64,69 @@ def picture_of(value, mode="L", size=(8, 8)):
 
 
 # ---- Columns ----
+
+
+@pytest.mark.parametrize(
+    "names", [("question", "sentence"), ("question", "passage"), ("text", "text_pair"), ("premise", "hypothesis")]
+)
+def test_both_texts_of_a_pair_are_read(names):
+    columns = {name: [f"{name} {i}" for i in range(3)] for name in reversed(names)}
+    rows = datasets.Dataset.from_dict({"idx": [0, 1, 2], **columns, "label": [0, 1, 0]})
+    assert text_columns(rows) == names
+
+
+def test_pictures_in_a_column_with_the_input_s_own_name():
+    pictures = [picture_of(value) for value in range(24)]
+    rows = datasets.Dataset.from_dict({"pixel_values": pictures, "label": [i % 3 for i in range(24)]})
+    rows = rows.cast_column("pixel_values", datasets.Image())
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    one = Reader(make_model(num_channels=3).config, "pixel_values", processor)(rows)[0]
+    assert one["pixel_values"].shape == (3, 8, 8) and one["labels"] == 0
+
+
+def test_a_collator_of_one_s_own_gets_what_trainer_would_give_it(tmp_path):
+    seen = []
+
+    def collate(rows):
+        seen.append(set(rows[0]))
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "labels": torch.stack([row["label"] for row in rows]),
+        }
+
+    forget, retain = (make_rows(n=16, seed=seed).rename_column("labels", "label") for seed in (1, 2))
+    UIBTrainer(make_model(), config(tmp_path), forget, retain, data_collator=collate).train()
+    assert all(columns == {"pixel_values", "label"} for columns in seen)
+
+
+def test_a_processor_of_several_parts(tokenizer):
+    class Both(ProcessorMixin):
+        attributes = ("image_processor", "tokenizer")
+
+        def __init__(self, image_processor, tokenizer):
+            self.image_processor, self.tokenizer = image_processor, tokenizer
+
+    images = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    both = Both(images, tokenizer)
+    assert part_for(make_model(), both) is images and part_for(make_model("bert"), both) is tokenizer
+    assert part_for(make_model(), images) is images and part_for(make_model(), None) is None
+
+
+@pytest.mark.parametrize(
+    "columns, said",
+    [
+        ({"picture": ["a.png"] * 12}, "no column of pictures .*--image_column"),
+        ({"image": [[[1]]] * 12}, "--image_column"),
+    ],
+)
+def test_what_is_missing_is_named_where_a_processor_was_given(tmp_path, columns, said):
+    rows = datasets.Dataset.from_dict({**columns, "label": [0, 1, 2] * 4, "i": range(12)})
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    with pytest.raises(ValueError, match=said):
+        UIBTrainer(make_model(), config(tmp_path), rows, processing_class=processor)
+    listed = [dict(row) for row in rows]
+    with pytest.raises(ValueError, match="datasets.Dataset"):
+        UIBTrainer(make_model(), config(tmp_path), listed, processing_class=processor)
 
 
 def test_a_column_of_a_condition_or_the_bias_is_never_the_text():
@@ -526,6 +602,8 @@ def test_training_arguments_are_taken_over(tmp_path):
     explicit = UIBConfig.from_training_arguments(
         TrainingArguments(str(tmp_path), learning_rate=3e-4, eval_strategy="steps")
     )
+    with pytest.warns(UserWarning, match=r"UIBConfig: learning_rate 0\.002, per_device_train_batch_size 32"):
+        UIBConfig.from_training_arguments(TrainingArguments(str(tmp_path), learning_rate=5e-5))
     assert explicit.learning_rate == 3e-4 and explicit.eval_strategy == "steps"
 
 
@@ -625,3 +703,54 @@ def test_the_audit_reads_as_the_trainer_does(tokenizer):
         model, reference_model=make_model("bert", seed=1), forget_dataset=ids, test_dataset=ids, **settings
     )
     assert report.metrics["test"] == again.metrics["test"]
+
+
+def test_a_decoder_whose_config_has_no_padding_token(tmp_path, tokenizer):
+    """As with Trainer the tokenizer's is taken."""
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, num_labels=3, n_positions=32)
+    )
+    assert model.config.pad_token_id is None
+    forget, retain = texts(12), texts(24).select(range(12, 24))
+    trainer = UIBTrainer(model, config(tmp_path), forget, retain, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("positions, longest", [(-1, None), (None, None), (24, 24)])
+def test_truncation_where_a_model_has_no_number_of_positions(tokenizer, positions, longest):
+    """XLNet's config says -1."""
+    described = SimpleNamespace(max_position_embeddings=positions, model_type="xlnet", pad_token_id=5)
+    assert Reader(described, "input_ids", tokenizer).longest() == longest
+
+
+def test_blocks_in_lists_of_lists():
+    """As PoolFormer's and PVT's: the lists are never called, their items are."""
+    block = lambda: torch.nn.Linear(4, 4)
+    model = torch.nn.ModuleDict(
+        {"stages": torch.nn.ModuleList([torch.nn.ModuleList([block(), block()]) for _ in range(2)])}
+    )
+    blocks = blocks_of(model)
+    assert list(blocks) == [f"block {i}" for i in (1, 2, 3, 4)]
+    assert blocks["block 3"] is model["stages"][1][0]
+
+
+def test_an_adapter_for_which_peft_set_nothing(tmp_path):
+    """Of a mixture of experts it sets an empty set of parameters."""
+    require_additive(LoraConfig(r=2, target_parameters=set()))
+    with pytest.raises(ValueError, match="target_parameters"):
+        require_additive(LoraConfig(r=2, target_parameters={"experts"}))
+    with pytest.raises(ValueError, match="peft_config is a dict; give a LoraConfig"):
+        UIBTrainer(make_model(), config(tmp_path), make_rows(n=12, seed=1), peft_config={"r": 2})
+
+
+def test_a_table_is_told_how_to_become_a_set(tmp_path):
+    with pytest.raises(ValueError, match="from_pandas"):
+        UIBTrainer(make_model(), config(tmp_path), pandas.DataFrame({"label": [0, 1, 2]}))
+
+
+def test_a_sound_as_an_array(tmp_path):
+    array = np.sin(np.arange(80) / 5)
+    assert np.allclose(waveform({"array": array, "path": None, "sampling_rate": 16000}, 16000), array)
+    assert len(waveform({"array": array, "sampling_rate": 8000}, 16000)) == 160

@@ -12,6 +12,7 @@ from test_demo_app import WORDS
 from transformers import BertTokenizerFast, ViTImageProcessorPil
 
 from hf_uib import audit_model
+from hf_uib.audit.gather import loaded
 from hf_uib.cli.audit import AuditArguments, audit
 from hf_uib.cli.export import ExportArguments, bias_figures, export, plain_checkpoint
 from hf_uib.cli.main import dispatch
@@ -198,6 +199,11 @@ def test_the_file_is_audited_as_the_model_is(picture, tmp_path):
     assert not any("logits alone" in text for text in reports[0].not_measured)
 
 
+def test_the_folder_of_an_export_is_its_file(picture):
+    assert all(isinstance(loaded(str(name)), ExportedClassifier) for name in (picture.onnx, picture.onnx / MODEL))
+    assert not isinstance(loaded(str(picture.run / "merged")), ExportedClassifier)
+
+
 def test_bias_figures_side_by_side(picture):
     sets = {"forget": make_rows(n=60, seed=1), "test": make_rows(n=200, seed=2)}
     table = bias_figures(picture.model, picture.onnx, sets, "source", processing_class=PROCESSOR)
@@ -210,7 +216,10 @@ def test_the_command_prints_the_table(picture, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hf_uib.exported._write_onnx", lambda model, inputs, path: os.link(picture.onnx / MODEL, path))
     data = rows_on_disk(tmp_path / "data")
     words = ["export", str(picture.run), "--onnx", str(tmp_path / "onnx"), "--int8", "--dataset_name", data]
-    dispatch([*words, "--forget_where", "source=1", "--bias_column", "source"])
+    (tmp_path / "scores.csv").write_text("score\n" + "\n".join(map(str, range(120))))
+    dispatch(
+        [*words, "--forget_scores", str(tmp_path / "scores.csv"), "--forget_top", "60", "--bias_column", "source"]
+    )
     told = capsys.readouterr().out
     assert "rows of the data: logits differ by up to" in told and "Tolerance of model.onnx: 0.001" in told
     assert all(name in told for name in ("PyTorch", "ONNX", "int8", "Cramér's V"))
@@ -223,6 +232,7 @@ def test_the_command_prints_the_table(picture, tmp_path, capsys, monkeypatch):
         (["nowhere", "--onnx", "OUT"], "No checkpoint nowhere"),
         (["RUN", "--onnx", "OUT", "--bias_column", "source"], "go together"),
         (["RUN", "--onnx", "OUT", "--forget_where", "a=b"], "go together"),
+        (["RUN", "--onnx", "OUT", "--forget_rows", "rows.parquet"], "go together"),
     ],
 )
 def test_a_bad_job_is_one_line(words, message, picture, tmp_path):
@@ -241,7 +251,7 @@ def test_a_file_that_is_no_model_is_one_line(picture, tmp_path):
     picture.model.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be read by onnxruntime"):
         ExportedClassifier(tmp_path / "bad.onnx")
-    with pytest.raises(ValueError, match="Give reference_model"):
+    with pytest.raises(ValueError, match="Give the model before unlearning"):
         audit_model(str(picture.onnx / MODEL), forget_dataset=make_rows(), test_dataset=make_rows())
 
 

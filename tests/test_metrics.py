@@ -60,6 +60,8 @@ def test_worst_group_by_hand():
     )
     assert result["groups"]["0/0"] == {"accuracy": 1.0, "size": 2}
     assert result["worst_group_accuracy"] == 0.0 and result["worst_group"] == "0/1"
+    missing = worst_group_accuracy([0, 1, 1], [0, 1, 0], np.array(["a", None, "a"], dtype=object))
+    assert missing["worst_group"] == "0/a" and missing["groups"]["1/None"] == {"accuracy": 1.0, "size": 1}
     assert result["mean_group_accuracy"] == pytest.approx(0.5)
     assert result["weighted_accuracy"] == pytest.approx(4 / 6)
 
@@ -89,6 +91,8 @@ def test_klom_by_hand():
     second = np.log(0.5 / 0.25)
     mine, theirs = [[0.0, 4.0]], [[0.5, 1.5]]
     assert klom(mine, theirs, bins=4)["klom"] == pytest.approx(first, abs=1e-12)
+    with pytest.raises(ValueError, match="bins is 0"):
+        klom(mine, theirs, bins=0)
     four = klom([[1.2, 2.2]], [[0.0, 1.0, 2.0, 4.0]], bins=4)
     assert four["klom"] == pytest.approx(second, abs=1e-12)
     both = klom([[0.0, 4.0, 0.0, 4.0], [1.2, 2.2, 1.2, 2.2]], [[0.5, 1.5, 0.5, 1.5], [0.0, 1.0, 2.0, 4.0]], bins=4)

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from bert_brand_bias import word_tokenizer
 from hf_uib import UIBConfig, UIBTrainer, audit_model
 from hf_uib.cli.main import dispatch
 from hf_uib.data.labels import labels_of
+from hf_uib.data.reading import Reader
 from hf_uib.models import load_classifier
 from hf_uib.unlearning_task import MultiLabel, task_of
 
@@ -100,6 +102,40 @@ def test_a_step_is_the_mean_over_its_given_labels_however_it_is_split(tmp_path, 
     assert max((value - split[name]).abs().max() for name, value in weights.items()) < 1e-6
     monkeypatch.setattr(MultiLabel, "labels_given", lambda self, labels, retained: torch.tensor(1))  # each batch alike
     assert max(abs(a - b) for a, b in zip(nats, run("old", 2)[1], strict=True)) > 1e-4
+
+
+NAMES = ["toxic", "Severe toxic", "insult"]
+VECTORS = [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]] * 4
+SHAPES = {
+    "vectors": {"labels": VECTORS},
+    "class labels": {"labels": [[i for i, given in enumerate(row) if given] for row in VECTORS]},
+    "ids": {"label": [[i for i, given in enumerate(row) if given] for row in VECTORS]},
+    "names": {"labels": [[NAMES[i].upper() for i, given in enumerate(row) if given] for row in VECTORS]},
+    "columns": {"severe_toxic": [v[1] for v in VECTORS], "toxic": [v[0] for v in VECTORS], "insult": [int(v[2]) for v in VECTORS]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_labels_in_the_shapes_that_data_have(tmp_path, shape):
+    """Numbers for each label, lists of those that a row has (GoEmotions), and a column for each (Jigsaw)."""
+    model = multi_model()
+    model.config.id2label, model.config.label2id = dict(enumerate(NAMES)), {name: i for i, name in enumerate(NAMES)}
+    given = make_rows(n=16).with_format(None).remove_columns("labels").to_dict() | SHAPES[shape]
+    rows = datasets.Dataset.from_dict(given)
+    if shape == "class labels":
+        rows = rows.cast_column("labels", datasets.List(datasets.ClassLabel(names=NAMES)))
+    read = Reader(model.config, "pixel_values")(rows)
+    assert labels_of(read).tolist() == VECTORS
+    trainer = UIBTrainer(model, config(tmp_path, max_steps=2), rows.select(range(8)), rows.select(range(8, 16)))
+    trainer.train()
+    assert labels_of(trainer.forget_dataset).tolist() == VECTORS[:8]
+
+
+@pytest.mark.parametrize("labels", [[[0, 1, 0], [1, 0]] * 8, [[0, 1]] * 16, [[0, 7], [1]] * 8])
+def test_lists_that_are_neither_are_refused(tmp_path, labels):
+    rows = datasets.Dataset.from_dict(make_rows(n=16).with_format(None).to_dict() | {"labels": labels})
+    with pytest.raises(ValueError, match=r"takes 3 numbers a row"):
+        UIBTrainer(multi_model(), config(tmp_path), rows)
 
 
 @pytest.mark.parametrize("architecture", ["vit", "bert"])

@@ -67,6 +67,13 @@ def test_a_measured_level_is_met_rank_by_rank(tmp_path):
     assert trainer._level_excess() == pytest.approx(expected, abs=0.05)
 
 
+def test_a_run_that_went_astray_is_not_told_to_learn_faster(tmp_path):
+    rates = {rate: trained(tmp_path, learning_rate=rate, max_steps=8, logging_steps=2) for rate in (1e-3, 3.0)}
+    assert not any("guessing" in text for text in rates[1e-3].run_warnings)
+    (text,) = rates[3.0].run_warnings
+    assert "fitted worse than by guessing" in text and "Lower learning_rate" in text
+
+
 def test_fewer_steps_than_a_refresh(tmp_path):
     (text,) = trained(tmp_path, max_steps=3, prior_update_steps=4, forget_target=50.0).run_warnings
     assert text.startswith("3 steps are fewer than one refresh of the prior (4)")

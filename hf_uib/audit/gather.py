@@ -1,5 +1,7 @@
 """From models and data sets to the `AuditContext`."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +14,15 @@ from torch import nn
 from torch.utils.data import Subset
 
 from ..data.columns import Columns
+from ..data.fingerprints import row_hashes, rows_in_common
 from ..data.labels import model_names, named_config
 from ..data.pairing import sample_indices
-from ..data.reading import Reader
-from ..exported import ExportedClassifier, is_onnx
+from ..data.reading import Reader, check_inputs
+from ..exported import EXPORT, MODEL, ExportedClassifier, is_onnx
 from ..inference import ModelOutputs, observe, reader_of
 from ..lora import require_base_below
 from ..metrics.bias import attribute_classes, cramers_v
-from ..models import Name, load_classifier, name_of, num_labels_of
+from ..models import Name, input_kind, load_classifier, name_of, num_labels_of
 from ..one_label import label_number, positive_class, rows_with_label, two_classes
 from ..processes import processes
 from ..provenance import detached, merged_copy
@@ -33,10 +36,12 @@ from .thresholds import AuditThresholds
 
 
 def loaded(model: Name | nn.Module, trust_remote_code: bool = False) -> nn.Module:
-    """A model by folder, Hub id or ONNX file, on this process's device; a model that is given stays where it is."""
+    """A model by folder, Hub id, ONNX file or folder of an export, on this process's device; one that is given stays as it is."""
     given: Any = name_of(model)
     if not isinstance(given, str):
         return given
+    if os.path.isfile(os.path.join(given, EXPORT)):  # the folder of an export
+        given = os.path.join(given, MODEL)
     if is_onnx(given):
         return ExportedClassifier(given)
     return load_classifier(given, trust_remote_code=trust_remote_code).to(processes().device)
@@ -59,11 +64,16 @@ def plain_models(
             require_base_below(model)  # else what lies there is not the model before
         models = {"model": _plain(model), "reference": detached(model)}
     else:
-        raise ValueError("Give reference_model: the model before unlearning.")
+        raise ValueError("Give the model before unlearning: --reference MODEL, in Python reference_model=...")
     retrained = retrained_model if isinstance(retrained_model, (list, tuple)) else [retrained_model]
     given = [m for m in retrained if m is not None]
     oracles = ["retrained" if len(given) == 1 else f"retrained {i + 1}" for i in range(len(given))]
     models |= {name: _plain(m) for name, m in zip(oracles, given, strict=True)}
+    kinds = {input_kind(m) for m in models.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The models take different kinds of input ({', '.join(sorted(kinds))}); audit models of one task."
+        )
     classes = {num_labels_of(m) for m in models.values()}
     if len(classes) > 1:
         raise ValueError(
@@ -199,6 +209,7 @@ def _samples(
         if rows is None or len(rows) == 0:
             raise ValueError(f"{part}_dataset has no examples; the audit needs some.")
         encoded = read(rows, f"{part}_dataset")
+        check_inputs(f"{part}_dataset", encoded, read)
         labels = task.check_labels(f"{part}_dataset", encoded, model)
         if isinstance(task, MultiLabel):
             number = label_number(model, label, labels) if number is None else number
@@ -214,6 +225,10 @@ def _samples(
             count = max(1, wanted[part] * (ids.max() + 1) // len(ids))
             chosen = np.flatnonzero(np.isin(ids, sample_indices(int(ids.max()) + 1, count, seed))).tolist()
         sets[part] = _selected(encoded, chosen)
+    if shared := rows_in_common(*(row_hashes(datasets[part]) for part in ("test", "forget"))):
+        warnings.warn(
+            f"{shared} test rows are forget rows too; give test rows that no model was trained on.", stacklevel=2
+        )
     return sets, number
 
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from ..data.columns import Columns
 from ..data.fingerprints import fingerprint
+from ..data.reading import check_inputs
 from ..data.streams import StreamFolder
 from ..inference import collator_of, reader_of
 from ..models import Name, load_classifier, name_of
@@ -59,6 +60,7 @@ def retrain(
     read = reader_of(trained, processing_class, columns)
     streams = StreamFolder()  # on disk until the model is trained
     rows = read(streams.stored(retain_dataset, "retain_dataset"), "retain_dataset")
+    check_inputs("retain_dataset", rows, read)
     folder = None
     if cache_dir is not None:
         folder = os.path.join(cache_dir, f"retrained-{_key(trained, rows, args)}")

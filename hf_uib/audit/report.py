@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import __version__
 from ..checkpointing import write_json
+from ..data.checks import check_one_set
 from ..data.columns import Columns
 from ..data.streams import StreamFolder
 from ..metrics.strata import STRATA
@@ -70,6 +71,8 @@ def audit_model(
     """
     models, oracles = plain_models(loaded(model), reference_model, retrained_model)
     streams, sets = StreamFolder(), {"forget": forget_dataset, "retain": retain_dataset, "test": test_dataset}
+    for name, dataset in sets.items():
+        check_one_set(f"{name}_dataset", dataset)
     context = gather(
         models,
         oracles,

@@ -19,7 +19,7 @@ from ..inference import reader_of
 from ..processes import processes
 from .outputs import check_writable, quiet
 from .parser import parse
-from .unlearn import chosen_rows, columns_of, complete, processor_for
+from .unlearn import chosen_rows, columns_of, complete, processor_for, without_shared_rows
 
 
 @dataclass
@@ -146,6 +146,8 @@ def audit(job: AuditArguments) -> AuditReport:
         read = reader_of(model, processor, columns)
         forget, retain = complete(forget, read, "the forget set"), complete(retain, read, "the retained set")
         test = complete(test, read, f"split '{job.test_split}'")
+    sets = without_shared_rows({"forgotten": forget, "retained": retain, "test": test})
+    forget, retain, test = sets.values()
     report = audit_model(
         model,
         reference_model=reference,

@@ -21,8 +21,8 @@ from transformers.utils import CONFIG_NAME
 from ..audit.context import AuditContext
 from ..audit.gather import gather
 from ..checkpointing import write_json
-from ..data.labels import has_labels
-from ..data.sources import load_splits, split_forget, split_of
+from ..data.labels import has_labels, with_label_vectors
+from ..data.sources import load_splits, split_of
 from ..exported import EXPORT, INT8, MODEL, TOLERANCE, ExportedClassifier, export_onnx
 from ..hub.push import MERGED
 from ..inference import reader_of
@@ -33,7 +33,7 @@ from ..provenance import merged_copy, next_base
 from ..quantised import dequantised
 from .outputs import quiet
 from .parser import parse
-from .unlearn import check_bias_columns, columns_of, processor_for, remote_code
+from .unlearn import check_bias_columns, chosen_rows, columns_of, processor_for, remote_code
 
 MOST_ROWS = 2000  # of the test split, that logits are compared on
 
@@ -62,6 +62,14 @@ class ExportArguments:
         default_factory=list,
         metadata={"help": "COLUMN=VALUE of the rows to forget, with --bias_column: they say what the bias is."},
     )
+    forget_rows: str | None = field(
+        default=None, metadata={"help": "rows.parquet of `hf-uib discover`, in place of --forget_where."}
+    )
+    forget_scores: str | None = field(
+        default=None,
+        metadata={"help": "File with a score for each row, in place of --forget_where; with --forget_top."},
+    )
+    forget_top: int | None = field(default=None, metadata={"help": "That many rows with the highest scores."})
     bias_column: list[str] = field(
         default_factory=list,
         metadata={"help": "Column with the bias attribute: the audit's bias figures of every file."},
@@ -103,8 +111,11 @@ def export(job: ExportArguments) -> dict[str, Any]:
         ValueError: in one line, what is wrong with the job; nothing is written then.
     """
     quiet()
-    if bool(job.bias_column) != bool(job.forget_where) or (job.bias_column and not job.dataset_name):
-        raise ValueError("--dataset_name, --forget_where and --bias_column go together; give all three.")
+    chosen = bool(job.forget_where or job.forget_rows or job.forget_scores)
+    if bool(job.bias_column) != chosen or (job.bias_column and not job.dataset_name):
+        raise ValueError(
+            "--dataset_name, --bias_column and --forget_where (or --forget_rows, --forget_scores) go together; give all three."
+        )
     model, source = plain_checkpoint(job.model, **remote_code(job))
     processor = processor_for(job, model, source)
     columns = columns_of(job)
@@ -115,9 +126,9 @@ def export(job: ExportArguments) -> dict[str, Any]:
         test = split_of(splits, job.test_split)
         if job.bias_column:
             check_bias_columns(job.bias_column, test)
-            forget, _ = split_forget(split_of(splits, job.train_split), job.forget_where, job.train_split)
+            forget, _ = chosen_rows(split_of(splits, job.train_split), job)
             sets = {"forget": forget, "test": test}
-        if not has_labels(test, columns):
+        if not has_labels(with_label_vectors(test, model.config, columns), columns):
             raise ValueError(f"Split '{job.test_split}' has no column of labels; name it: --label_column NAME.")
         read = reader_of(model, processor, columns)
         rows = read(test.select(range(min(len(test), MOST_ROWS))), job.test_split)

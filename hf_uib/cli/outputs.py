@@ -142,14 +142,15 @@ def save_adapter(trainer: UIBTrainer) -> None:
 
 
 def _remove_merged(folder: str) -> None:
-    """Config and weights of a merged model of ours, whose config names its requests; other files of the folder stay."""
+    """Config, weights, card and figures of a merged model of ours, whose config names its requests; other files of the folder
+    stay."""
     try:
         with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
             ours = "unlearning" in json.load(file)
     except (OSError, ValueError):
         return
     for name in os.listdir(folder) if ours else ():
-        if name == CONFIG_NAME or ".safetensors" in name:
+        if name in (CONFIG_NAME, "README.md") or name.endswith(".png") or ".safetensors" in name:
             os.remove(os.path.join(folder, name))
 
 

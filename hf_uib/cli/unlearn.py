@@ -194,6 +194,11 @@ def unlearn(args: UIBConfig, job: UnlearnArguments) -> dict[str, dict]:
     """
     quiet()
     check_job(job)
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "--load_best_model_at_end would choose by the test rows, which the report is about; leave it out, or choose in Python "
+            "by an eval_dataset of your own."
+        )
     check_writable(str(args.output_dir))
     oracle = _retrained(job)  # before the model, whose training would else begin with other random numbers
     trainer = trainer_for(args, job)
@@ -346,6 +351,11 @@ def processor_for(job: Any, model: Any, *sources: str) -> Any:
     """The processor that lies beside one of the checkpoints or the model's base, with the truncation length that a job gives."""
     base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
     processor = load_processor(*sources, base, kind=input_kind(model), **remote_code(job))
+    if (
+        input_kind(model) == "text" and processor.pad_token is None
+    ):  # a decoder's, which the model pads by the id in its config
+        number = model.config.get_text_config().pad_token_id
+        processor.pad_token = processor.eos_token if number is None else processor.convert_ids_to_tokens(number)
     if (longest := getattr(job, "max_length", None)) is not None:
         if longest < 3:
             raise ValueError(f"--max_length is {longest}; a text needs 3 tokens or more, its marks included.")
@@ -414,6 +424,8 @@ def without_shared_rows(sets: dict[str, Dataset]) -> dict[str, Dataset]:
     for name, dataset in sets.items():
         rest = without_rows_of(dataset, list(kept.values()))
         if len(rest) < len(dataset):
+            if not len(rest):
+                raise ValueError(f"Every {name} row is in the {' or '.join(kept)} set too; give other rows.")
             print(f"{len(dataset) - len(rest)} {name} rows are in a more important set too, and are left out here.")
         kept[name] = rest
     return kept

@@ -10,6 +10,13 @@ from .fingerprints import rows_in_common
 from .labels import IGNORED, labels_of
 
 
+def check_one_set(name: str, dataset) -> None:
+    """Refuse what is no set of rows: the name of one, a dictionary of splits, a table of another library."""
+    if isinstance(dataset, (str, dict)) or hasattr(dataset, "iloc"):
+        said = ": datasets.Dataset.from_pandas(...)" if hasattr(dataset, "iloc") else ", a split of a data set"
+        raise ValueError(f"{name} is a {type(dataset).__name__}; give one set of rows{said}.")
+
+
 def of_tokens(labels: np.ndarray) -> bool:
     """Whether labels of a set are those of tokens, as `check_token_labels` gives them: ``[n, classes]`` booleans."""
     return labels.dtype == bool and labels.ndim == 2

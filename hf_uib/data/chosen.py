@@ -72,7 +72,8 @@ def scored_rows(path: str, train: Dataset, top: int) -> tuple[np.ndarray, np.nda
     """Numbers of the ``top`` rows with the highest scores, and of the others.
 
     Args:
-        path: CSV, JSON or Parquet file with a score for each row, in their order: its column ``score``, or its only one.
+        path: CSV, JSON or Parquet file with a score for each row: its column ``score``, or its only one. They are in the rows'
+            order, or there is a column ``row`` with their numbers.
 
     Raises:
         ValueError: it cannot be read, has not a finite number for each row, or ``top`` is none of 1 to all rows but one.
@@ -101,5 +102,13 @@ def scored_rows(path: str, train: Dataset, top: int) -> tuple[np.ndarray, np.nda
         raise ValueError(
             f"All scores of {path} are {scores[0]:g}, which puts no row before another; give other scores."
         )
+    if "row" in table.column_names:
+        numbers = np.asarray(table.with_format(None)["row"][:])
+        if not np.array_equal(np.sort(numbers), np.arange(len(train))):
+            raise ValueError(
+                f"Column `row` of {path} does not hold each number from 0 to {len(train) - 1} once; mend it, or leave it out where "
+                "the scores are in the rows' order."
+            )
+        scores = scores[np.argsort(numbers)]
     order = np.argsort(-scores, kind="stable")
     return np.sort(order[:top]), np.sort(order[top:])

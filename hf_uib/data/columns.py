@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import datasets
 
-PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))
+PAIRS = (
+    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
+    ("question", "passage"), ("text", "text_pair"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def text_columns(dataset: datasets.Dataset, columns: Columns = Columns()) -> tup
         raise ValueError(
             f"Column '{hidden[0]}' is used in a condition, so say which column is the input: --text_column NAME."
         )
-    for usual in (("text",), ("sentence",), *PAIRS):
+    for usual in (*PAIRS, ("text",), ("sentence",)):
         if set(usual) <= set(strings):
             return usual
     only = _only(strings, "text", "text")
@@ -147,6 +150,11 @@ def words_column(dataset: datasets.Dataset, columns: Columns = Columns()) -> str
 def holds_pictures(feature) -> bool:
     """Whether a column holds pictures, or lists of them: the frames of a video."""
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
+
+
+def is_raw(feature) -> bool:
+    """Whether a column holds what a processor still has to encode: pictures, sounds or strings."""
+    return holds_pictures(feature) or isinstance(feature, datasets.Audio) or is_string(feature)
 
 
 def undecoded(feature):

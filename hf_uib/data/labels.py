@@ -24,7 +24,8 @@ def class_ids(
     """What each label of a data set is in the model: ``{label: class id}``; None where the labels are ids already.
 
     Names (class labels, strings) are matched to the model's, whatever their case and order. Integers, whole floats and booleans are
-    ids, and so are class labels of which the model knows no name.
+    ids, and so are class labels of which the model knows no name. Of a model of several labels a row those that a row has may be
+    listed by name or id; None where the rows hold a number for each label.
 
     Args:
         config: of the model.
@@ -36,10 +37,13 @@ def class_ids(
     """
     column = label_column(dataset, columns)
     feature = dataset.features[column]
-    if several_labels(config) and not of_tokens:
-        return None
     values: Iterable = values_of(dataset, column)
-    if of_tokens:
+    if several_labels(config) and not of_tokens:
+        if not lists_labels(dataset, column, config):
+            return None
+        feature = feature.feature
+        values = (value for row in values_of(dataset, column) for value in row or ())
+    elif of_tokens:
         if not is_list(feature):
             raise ValueError(
                 f"The labels of {name} (column '{column}') are no lists; a model that labels tokens takes a label for each word."
@@ -74,6 +78,40 @@ def class_ids(
             raise ValueError(f"The label '{values[0]}' of {name} is no class of the model; it has {known(config)}.")
         return found
     return _ids_of_numbers(values, config, f"{name} (column '{column}')")
+
+
+def lists_labels(dataset: datasets.Dataset, column: str, config) -> bool:
+    """Whether each row lists the labels that it has, by name or id: the items are class labels or strings, or the lists are ids
+    without a repetition and differ in their lengths."""
+    feature = dataset.features[column]
+    if not is_list(feature):
+        return False
+    item, labels = feature.feature, len(model_names(config))
+    if isinstance(item, datasets.ClassLabel) or is_string(item):
+        return True
+    if not (isinstance(item, datasets.Value) and "int" in item.dtype):
+        return False
+    rows = [row for row in values_of(dataset, column) if row is not None]
+    ids = all(len(set(row)) == len(row) and all(v is not None and 0 <= v < labels for v in row) for row in rows)
+    return ids and len({len(row) for row in rows}) > 1
+
+
+def with_label_vectors(dataset: datasets.Dataset, config, columns: Columns) -> datasets.Dataset:
+    """Where a model gives several labels a row, and a set has a column of numbers for each by its name: with ``labels`` made of
+    these, -1 where one is missing. Other sets as they are."""
+    if not several_labels(config) or not has_own_names(config) or has_labels(dataset, columns):
+        return dataset
+    by_name = {_plain(name): name for name, kind in dataset.features.items() if _is_number(kind)}
+    names = [by_name.get(_plain(name)) for name in model_names(config).values()]
+    if None in names:
+        return dataset
+    raw = dataset.with_format(None)
+    vectors = zip(*(values_of(raw, str(name)) for name in names), strict=True)
+    return dataset.add_column("labels", [[-1.0 if v is None else float(v) for v in row] for row in vectors])
+
+
+def _is_number(feature) -> bool:
+    return isinstance(feature, datasets.Value) and re.match(r"(u?int|float|bool)", feature.dtype) is not None
 
 
 def _ids_of_numbers(values: list, config, name: str) -> dict | None:

@@ -158,10 +158,11 @@ class UIBCollator:
     Args:
         collator: the user's, or Transformers' default.
         columns: what the model's forward takes, and the label names.
+        renames: a column ``label`` becomes ``labels``; a collator of the user's gets it as Trainer would give it.
     """
 
-    def __init__(self, collator: Callable, columns: set[str]):
-        self.collator, self.columns = collator, columns
+    def __init__(self, collator: Callable, columns: set[str], renames: bool = True):
+        self.collator, self.columns, self.names = collator, columns, {"label": "labels"} if renames else {}
 
     def __call__(self, features: list[dict]) -> dict:
         if "retain" not in features[0]:
@@ -173,8 +174,7 @@ class UIBCollator:
 
     def collate(self, rows: list[dict]) -> dict:
         """Drop the columns the model does not take and collate the rest."""
-        named = [{"labels" if k == "label" else k: v for k, v in row.items() if k in self.columns} for row in rows]
-        return self.collator(named)
+        return self.collator([{self.names.get(k, k): v for k, v in row.items() if k in self.columns} for row in rows])
 
 
 def collator_for(
@@ -185,6 +185,7 @@ def collator_for(
     Args:
         of_tokens: labels are padded too.
     """
+    own = collator is None
     if collator is None:
         collator = default_data_collator
         if isinstance(processing_class, PreTrainedTokenizerBase):
@@ -192,7 +193,7 @@ def collator_for(
             collator = padding(processing_class)
         elif isinstance(processing_class, SequenceFeatureExtractor):
             collator = SoundCollator(processing_class)
-    return UIBCollator(collator, columns)
+    return UIBCollator(collator, columns, renames=own)
 
 
 class Subset(Dataset):

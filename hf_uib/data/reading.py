@@ -17,6 +17,7 @@ from .columns import (
     audio_column,
     image_column,
     is_list,
+    is_raw,
     is_string,
     label_column,
     names_of,
@@ -25,7 +26,16 @@ from .columns import (
     values_of,
     words_column,
 )
-from .labels import NOT_LABELLED, class_ids, has_labels, transform_of
+from .labels import (
+    NOT_LABELLED,
+    class_ids,
+    has_labels,
+    lists_labels,
+    model_names,
+    several_labels,
+    transform_of,
+    with_label_vectors,
+)
 from .transforms import AudioInput, PictureInput, RowTransform, TextInput, WordsInput, range_of, waveform
 
 # Models whose positions are counted from the padding token's id on
@@ -60,7 +70,7 @@ class Reader:
         """
         if not isinstance(dataset, datasets.Dataset) or transform_of(dataset) is not None or len(dataset) == 0:
             return dataset
-        dataset = self._with_files(dataset)
+        dataset = with_label_vectors(self._with_files(dataset), self.config, self.columns)
         missing = self.incomplete_rows(dataset)
         if missing:
             row, what = next(iter(missing.items()))
@@ -71,16 +81,19 @@ class Reader:
                 f"Row {row} of {name} has {what}{more}; fill it, or leave it out (`hf-uib unlearn`, `hf-uib discover` "
                 "and `hf-uib audit` have --drop_incomplete_rows)."
             )
-        label, ids = None, None
+        label, ids, several = None, None, None
         if has_labels(dataset, self.columns):
             label, ids = (
                 label_column(dataset, self.columns),
                 class_ids(dataset, self.config, self.columns, name, self.of_tokens),
             )
+            if several_labels(self.config) and not self.of_tokens and lists_labels(dataset, label, self.config):
+                several = len(model_names(self.config))
         make_input = self._input_of(dataset)
-        if make_input is None and (label is None or (ids is None and label in ("label", "labels"))):
+        ready = label is None or (ids is None and several is None and label in ("label", "labels"))
+        if make_input is None and ready:
             return dataset
-        return dataset.with_transform(RowTransform(make_input, label, ids))
+        return dataset.with_transform(RowTransform(make_input, label, ids, several))
 
     def _with_files(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """A column of paths that was named as the picture's or the sound's holds these."""
@@ -108,7 +121,9 @@ class Reader:
         return replace(self, columns=columns)
 
     def _input_of(self, dataset: datasets.Dataset) -> PictureInput | AudioInput | TextInput | None:
-        if self.processing_class is None or self.main_input in dataset.column_names:
+        if self.processing_class is None:
+            return None
+        if self.main_input in dataset.column_names and not is_raw((dataset.features or {}).get(self.main_input)):
             return None
         if isinstance(self.processing_class, BaseImageProcessor):
             column = image_column(dataset, self.columns)
@@ -128,8 +143,8 @@ class Reader:
 
     def longest(self) -> int | None:
         """Truncation length of texts: as given, or what the model has positions for; None: the tokenizer's own."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        if self.max_length is not None or positions is None or self.processing_class.model_max_length <= positions:
+        positions = getattr(self.config, "max_position_embeddings", None) or 0
+        if self.max_length is not None or positions <= 0 or self.processing_class.model_max_length <= positions:
             return self.max_length
         first = (self.config.pad_token_id or 0) + 1 if self.config.model_type in AFTER_PADDING else 0
         return positions - first
@@ -218,7 +233,11 @@ def fault_of_sound(sound: Any, rate: int) -> str | None:
     Raises:
         ValueError: soundfile is not installed.
     """
-    if sound is None or isinstance(sound, dict) and sound.get("bytes") is None and not sound.get("path"):
+    if (
+        sound is None
+        or isinstance(sound, dict)
+        and not any(sound.get(k) is not None for k in ("array", "bytes", "path"))
+    ):
         return "no sound"
     try:
         wave = waveform(sound, rate)
@@ -247,9 +266,24 @@ def encode(dataset, processing_class, main_input: str, max_length: int | None = 
     return dataset if make_input is None else dataset.with_transform(RowTransform(make_input))
 
 
-def check_inputs(name: str, dataset, main_input: str) -> None:
+def check_inputs(name: str, dataset, read: Reader) -> None:
     """Refuse rows that the model cannot take; ``name`` is what the message calls the set."""
-    if dataset is not None and not {main_input, "inputs_embeds"} & set(dataset[0]):
+    if dataset is None or {read.main_input, "inputs_embeds"} & set(dataset[0]):
+        return
+    has = f"{name} has no {read.main_input} among {', '.join(names_of(dataset))}"
+    kinds: dict[type, tuple[str, str]] = {
+        BaseImageProcessor: ("image", "pictures (datasets.Image), or of their paths"),
+        SequenceFeatureExtractor: ("audio", "sounds (datasets.Audio), of their paths or of waveforms"),
+        PreTrainedTokenizerBase: ("text", "texts"),
+    }
+    flag, what = next((v for kind, v in kinds.items() if isinstance(read.processing_class, kind)), ("", ""))
+    if not flag:
+        raise ValueError(f"{has}; encode it, or give this model's processing_class.")
+    if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
-            f"{name} has no {main_input} among {', '.join(names_of(dataset))}; encode it, or give this model's processing_class."
+            f"{has}; encode it, or give a datasets.Dataset (select, from_list), whose rows are then encoded."
         )
+    raise ValueError(
+        f"{has}, and no column of {what}; name one: --{flag}_column NAME, in Python columns=Columns({flag}=...), or give this "
+        "model's processing_class."
+    )

@@ -8,10 +8,18 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .checks import check_overlap, comparable, compared_classes, one_label, removed_classes, unretained_classes
+from .checks import (
+    check_one_set,
+    check_overlap,
+    comparable,
+    compared_classes,
+    one_label,
+    removed_classes,
+    unretained_classes,
+)
 from .columns import label_column
 from .fingerprints import fingerprint_of, row_hashes
-from .labels import model_names, transform_of
+from .labels import model_names, transform_of, with_label_vectors
 from .pairing import sample_indices
 from .reading import Reader, check_inputs
 from .streams import StreamFolder
@@ -72,15 +80,12 @@ class UnlearningSets:
         for name, dataset in given.items():
             if dataset is None:
                 continue
-            if isinstance(dataset, (str, dict)):
-                raise ValueError(
-                    f"{name}_dataset is a {type(dataset).__name__}; give one set of rows, a split of a data set."
-                )
+            check_one_set(f"{name}_dataset", dataset)
             dataset = streams.stored(dataset, f"{name}_dataset")
             if len(dataset) == 0:
                 raise ValueError(f"{name}_dataset has no examples; check the condition that selects it.")
             if isinstance(dataset, datasets.Dataset) and transform_of(dataset) is None:
-                label_column(dataset, read.columns)
+                label_column(with_label_vectors(dataset, read.config, read.columns), read.columns)
             encoded[name] = read(dataset, f"{name}_dataset")
             read = read.settled(dataset)
             labels[name] = check_labels(f"{name}_dataset", encoded[name])
@@ -88,7 +93,7 @@ class UnlearningSets:
         check_overlap(hashes)
         evaluation = prepare_evaluation(eval_dataset, read, check_labels)
         for name, dataset in encoded.items():
-            check_inputs(f"{name}_dataset", dataset, read.main_input)
+            check_inputs(f"{name}_dataset", dataset, read)
         removed = removed_classes(labels["forget"], labels.get("retain"))
         if not removed and (gone := unretained_classes(labels["forget"], labels.get("retain"))):
             names = model_names(read.config)
@@ -145,5 +150,5 @@ def prepare_evaluation(eval_dataset, read: Reader, check_labels: Callable[[str, 
         encoded[name] = read(dataset, what)
         if isinstance(dataset, datasets.Dataset):  # of other kinds one row could cost as much as a step
             check_labels(what, encoded[name])
-            check_inputs(what, encoded[name], read.main_input)
+            check_inputs(what, encoded[name], read)
     return encoded if isinstance(eval_dataset, dict) else encoded[""]

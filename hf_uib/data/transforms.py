@@ -81,18 +81,22 @@ def waveform(sound, rate: int) -> np.ndarray:
     """A sound as numbers, ``[n]`` in float32 at ``rate``; channels are averaged.
 
     Args:
-        sound: ``{"bytes": ..., "path": ...}`` of an audio file, or the numbers themselves.
+        sound: ``{"bytes": ..., "path": ...}`` of an audio file, ``{"array": ..., "sampling_rate": ...}``, or the numbers
+            themselves.
 
     Raises:
         ImportError: soundfile is not installed.
     """
     if not isinstance(sound, dict):
         return np.asarray(sound, dtype=np.float32)
-    import soundfile
+    if sound.get("array") is not None:
+        values, own = np.asarray(sound["array"], dtype=np.float32), sound.get("sampling_rate") or rate
+    else:
+        import soundfile
 
-    source = sound["path"] if sound.get("bytes") is None else io.BytesIO(sound["bytes"])
-    values, own = soundfile.read(source, dtype="float32", always_2d=True)
-    values = values.mean(1)
+        source = sound["path"] if sound.get("bytes") is None else io.BytesIO(sound["bytes"])
+        values, own = soundfile.read(source, dtype="float32", always_2d=True)
+        values = values.mean(1)
     if own == rate:
         return values
     from scipy.signal import resample_poly
@@ -176,17 +180,29 @@ class RowTransform:
         make_input: `PictureInput`, `AudioInput`, `TextInput` or `WordsInput`; None leaves the columns as they are.
         label: the label's column, if there is one.
         ids: class ids by label; None where the labels are ids already.
+        several: how many labels there are where a row lists those that it has; it then gets a number for each, 0 or 1.
     """
 
-    def __init__(self, make_input: Callable[[dict], dict] | None, label: str | None = None, ids: dict | None = None):
-        self.make_input, self.label, self.ids = make_input, label, ids
+    def __init__(
+        self,
+        make_input: Callable[[dict], dict] | None,
+        label: str | None = None,
+        ids: dict | None = None,
+        several: int | None = None,
+    ):
+        self.make_input, self.label, self.ids, self.several = make_input, label, ids, several
 
     def __deepcopy__(self, memo: dict) -> "RowTransform":
         """Itself: `datasets` copies a set for each view of it, and a tokenizer is large."""
         return self
 
     def labels(self, values: list) -> list:
-        """Class ids of raw labels, or of lists of them."""
+        """Class ids of raw labels, or of lists of them; of listed labels a number for each label there is."""
+        if self.several is not None:
+            ids = self.ids or {}
+            return [
+                np.isin(range(self.several), [ids.get(v, v) for v in value]).astype(float).tolist() for value in values
+            ]
         if self.ids is None:
             return list(values)
         return [

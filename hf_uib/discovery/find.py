@@ -6,8 +6,8 @@ import datasets
 import numpy as np
 from torch import nn
 
-from ..data.columns import Columns
-from ..data.labels import labels_of, several_labels
+from ..data.columns import Columns, label_column
+from ..data.labels import has_labels, labels_of, several_labels, transform_of
 from ..data.reading import check_inputs
 from ..data.sources import load_processor
 from ..inference import reader_of
@@ -43,8 +43,8 @@ def discover(
     Args:
         model: checkpoint that was trained on the rows: model, folder or Hub id.
         train: its training set, with labels; raw or encoded.
-        unseen: rows that the model never saw, such as a test set. `Discovery.unseen_looks` says which class each looks like by the
-            shortcut: that stands for the attribute where nothing labels it.
+        unseen: rows that the model never saw, such as a test set; labels are not needed. `Discovery.unseen_looks` says which class
+            each looks like by the shortcut: that stands for the attribute where nothing labels it.
         processing_class: image processor, feature extractor or tokenizer; by default that of the checkpoint, where it has a name.
         columns: names of columns that are not the usual ones.
         seed: of folds, random masks and the teaching rows that are retained.
@@ -70,11 +70,15 @@ def discover(
         raise ValueError(f"discover needs a datasets.Dataset of {FEWEST_ROWS} rows or more.")
     read = reader_of(classifier, processing_class, columns or Columns())
     encoded = read(train, "train")
-    check_inputs("train", encoded, read.main_input)
+    check_inputs("train", encoded, read)
     others_encoded = None
     if unseen is not None:
-        others_encoded = read(unseen, "unseen")
-        check_inputs("unseen", others_encoded, read.main_input)
+        if not isinstance(unseen, datasets.Dataset) or not len(unseen):
+            raise ValueError(
+                "unseen is a datasets.Dataset of one row or more; give a split of a data set, or leave it out."
+            )
+        others_encoded = read.settled(train)(_without_labels(unseen, read.columns), "unseen")
+        check_inputs("unseen", others_encoded, read)
     labels = _labels(encoded, num_labels_of(classifier))
     names, classes = np.unique(labels, return_inverse=True)  # without gaps
     seen: list[Seen] = []
@@ -94,7 +98,7 @@ def discover(
         misread = margins < 0
         enough = misread.mean() >= FEWEST_SHARE
         p_value = mask_p_value(look.x, classes, misread, seed) if enough else 1.0
-        unseen_looks = None if unseen is None else names[read_as(look, classes, ~misread, seed)]
+        unseen_looks = None if unseen is None else names[read_as(look, classes, margins > 0, seed)]
     return Discovery(
         train, encoded, classifier.config, labels, margins, names[others], p_value, at, depths, unseen_looks, seed
     )
@@ -141,6 +145,14 @@ def read_as(look: Look, classes: np.ndarray, kept: np.ndarray, seed: int = 0) ->
         seed,
     )
     return np.where(margins >= 0, 0, others)[len(classes) :]
+
+
+def _without_labels(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
+    """A set without its labels, of which some may be missing; one that is encoded stays as it is."""
+    if transform_of(rows) is not None:
+        return rows
+    label = {label_column(rows, columns)} if has_labels(rows, columns) else set()
+    return rows.remove_columns([name for name in rows.column_names if name in {"label", "labels", *label}])
 
 
 def _labels(encoded, num_labels: int) -> np.ndarray:

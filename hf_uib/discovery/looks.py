@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ..inference import pooled, predict
+from ..inference import hidden_of, pooled, predict
 from ..mean_tokens import DIRECTIONS, projected
 from ..models import blocks_of, input_kind
 from ..pattern_tokens import block_input
@@ -66,22 +66,26 @@ def rows_read(
     model: nn.Module, sets: dict[str, Any], processing_class, batch_size: int
 ) -> tuple[dict[str, list[np.ndarray]], list[np.ndarray], list[np.ndarray]]:
     """Of the rows of all sets, one after the other: means by depth, places of pictures, in batches, and tokens of texts, by row.
+    Of a model of texts that has no list of blocks there are tokens alone.
 
     Args:
         sets: by what the progress bar says.
     """
     blocks, kind = blocks_of(model), input_kind(model)
-    if not blocks:
+    if not blocks and kind != "text":
         raise ValueError(f"{type(model).__name__} has no list of blocks, whose inputs discover looks at.")
     watched = dict(list(blocks.items())[: (len(blocks) + 1) // 2])
-    means: dict[str, list[np.ndarray]] = {name: [] for name in ("input", *watched)}
+    means: dict[str, list[np.ndarray]] = {name: [] for name in ("input", *watched) if watched}
     places: list[np.ndarray] = []
     texts: list[np.ndarray] = []
     mask: Any = None
+    sides = (1, 1)
 
     def note(batch):
-        nonlocal mask
+        nonlocal mask, sides
         mask = batch.get("attention_mask")
+        if (pixels := batch.get("pixel_values")) is not None and pixels.ndim == 4:
+            sides = pixels.shape[2:]
         if kind == "text" and "input_ids" in batch:
             texts.extend(tokens_of(batch["input_ids"].cpu().numpy(), None if mask is None else mask.cpu().numpy()))
         return batch
@@ -93,13 +97,14 @@ def rows_read(
         hidden = block_input(args, named)
         keep("input", hidden)
         if kind == "image" and hidden.ndim > 2:
-            places.append(by_place(hidden).cpu().numpy())
+            places.append(by_place(hidden, *sides).cpu().numpy())
 
     def on_block(name):
-        return lambda module, inputs, output: keep(name, output[0] if isinstance(output, tuple) else output)
+        return lambda module, inputs, output: keep(name, hidden_of(output))
 
     handles = [module.register_forward_hook(on_block(name)) for name, module in watched.items()]
-    handles.append(next(iter(blocks.values())).register_forward_pre_hook(on_input, with_kwargs=True))
+    if (first := next(iter(blocks.values()), None)) is not None:
+        handles.append(first.register_forward_pre_hook(on_input, with_kwargs=True))
     try:
         for title, rows in sets.items():
             predict(model, rows, processing_class, batch_size, title, note=note)
@@ -110,14 +115,19 @@ def rows_read(
 
 
 @torch.no_grad()
-def by_place(hidden: Tensor) -> Tensor:
+def by_place(hidden: Tensor, high: int = 1, wide: int = 1) -> Tensor:
     """A picture's tokens ``[n, tokens, width]``, or its channels ``[n, width, h, w]``, as means over `GRID` x `GRID` places:
     ``[n, places * features]``. A projection that is drawn at random, always the same, makes `PLACE_WIDTH` features of more.
-    Tokens before the square, such as the class token, do not count."""
+    Tokens before the picture's, such as the class token, do not count.
+
+    Args:
+        high, wide: of the picture, or in the same proportion.
+    """
     hidden = hidden.float()
     if hidden.ndim == 3:
-        side = int(hidden.shape[1] ** 0.5)
-        hidden = hidden[:, -side * side :].mT.unflatten(-1, (side, side))
+        rows = max(1, int((hidden.shape[1] * high / wide) ** 0.5 + 1e-6))
+        across = max(1, min(rows * wide // high, hidden.shape[1] // rows))
+        hidden = hidden[:, -rows * across :].mT.unflatten(-1, (rows, across))
     width, sides = hidden.shape[1], (min(GRID, hidden.shape[2]), min(GRID, hidden.shape[3]))
     hidden = adaptive_avg_pool2d(hidden, sides).flatten(2)
     if width > PLACE_WIDTH:

@@ -68,7 +68,7 @@ class Discovery:
         train: as it was given; encoded: as the model takes it; config: of the model.
         labels: ``[n]``.
         scores: ``[n]``, how much a row teaches the shortcut, in nats: by how much more likely its features are in its own class
-            than in the next one. Below 0 the row contradicts it.
+            than in the next one. Below 0 the row contradicts it. 0 in classes of few rows that the head cannot tell.
         looks_like: ``[n]``, the most likely other class.
         p_value: that a random mask with as many rows of each class is as much of a pattern (`trimmed.mask_p_value`).
         depth: where it was found; None where the head misreads too many rows everywhere.
@@ -107,15 +107,21 @@ class Discovery:
     @property
     def found(self) -> bool:
         """Whether the rows that contradict are no random ones, are full members of another class by what the head reads, and are
-        more than a hundredth of all."""
+        more than a hundredth of all; and whether there is a row to forget."""
         enough = self.contradicts.mean() >= FEWEST_SHARE
-        return bool(self.p_value <= SURE and self.ratio >= FULL_MEMBERS and enough)
+        telling = self.p_value <= SURE and self.ratio >= FULL_MEMBERS and enough
+        return bool(telling and not self._drawn.all())
+
+    @property
+    def retained(self) -> np.ndarray:
+        """``[n]`` booleans: the rows that contradict, and some of those that teach; none where none was found. The former alone
+        would teach the opposite, with two classes without an exception: of each class they show every look but its own. How many
+        of a class are added says `teaching_counts`; they are drawn at random. Rows of the same content stay together."""
+        return self._drawn & self.found
 
     @cached_property
-    def retained(self) -> np.ndarray:
-        """``[n]`` booleans: the rows that contradict, and some of those that teach. The former alone would teach the opposite, with
-        two classes without an exception: of each class they show every look but its own. How many of a class are added says
-        `teaching_counts`; they are drawn at random. Rows of the same content stay together."""
+    def _drawn(self) -> np.ndarray:
+        """`retained`, whether or not there is enough to be found."""
         rng = np.random.default_rng(self.seed)
         chosen, content = self.contradicts.copy(), row_hashes(self.train)
         _, first, copy_of = np.unique(content, axis=0, return_index=True, return_inverse=True)
@@ -134,12 +140,12 @@ class Discovery:
     @property
     def forget(self) -> datasets.Dataset:
         """The rows that are not `retained`, all of which teach the shortcut; none where none was found."""
-        return self.train.select(np.flatnonzero(~self.retained) if self.found else [])
+        return self.train.select(np.flatnonzero(self.found & ~self.retained))
 
     @property
     def retain(self) -> datasets.Dataset:
         """The rows that are `retained`; none where none was found."""
-        return self.train.select(np.flatnonzero(self.retained) if self.found else [])
+        return self.train.select(np.flatnonzero(self.retained))
 
     def name(self, label: int) -> str:
         """Of a class."""
@@ -194,6 +200,8 @@ class Discovery:
             return (
                 f"None found: the {against} rows that stand out are no more of a pattern than random rows ({facts})."
             )
+        if self.ratio >= FULL_MEMBERS:
+            return f"None found: {against} rows contradict, but the others are copies of rows that are retained ({facts})."
         return f"None found: the {against} rows that stand out look hard, not like full members of another class ({facts})."
 
     def __str__(self) -> str:
@@ -201,6 +209,11 @@ class Discovery:
         order = sorted(classes, key=lambda label: -int((self.contradicts & (self.labels == label)).sum()))
         width = max(5, *(len(self.name(label)) for label in classes))
         proposed = [f"{len(self.forget)} rows to forget, {len(self.retain)} to retain."] if self.found else []
+        rare = [self.name(label) for label in classes if self.depth and not self.scores[self.labels == label].any()]
+        if rare:
+            proposed.append(
+                f"Not looked at, since their few rows have nothing in common that tells them: {', '.join(rare)}."
+            )
         lines = [self.verdict, *proposed, "", f"{'class':{width}}  teach  contradict  and look like"]
         for label in order:
             mine = self.labels == label

@@ -12,6 +12,7 @@ ROUNDS = 10  # of trimming, at most
 FLOOR = 0.05  # added to every variance, in units of that of a standardised feature
 TO_DIAGONAL = 0.03  # of a covariance that classes share
 MOST_MISREAD = 1 / 3  # a head that misreads more of the rows has not found what gives the label away
+RARE = 0.05  # share of the rows: a class of fewer that is misread is left out, of more it speaks against the head
 MASKS = 199  # random ones
 
 
@@ -99,30 +100,34 @@ def trimmed_margins(
         margins_of: `quadratic_margins` or `linear_margins`.
 
     Returns:
-        None where more than a third of the rows, or more than half of those of a class, are misread.
+        Margins ``[n]`` and the most likely other classes ``[n]``; None where more than a third of the rows, or more than half of
+        those of a class, are misread. A class of few rows (`RARE`) is then left out instead: its margins are 0.
     """
     rows = np.bincount(labels)
-    kept = np.ones(len(x), dtype=bool)
+    kept, without = np.ones(len(x), dtype=bool), np.zeros(len(rows), dtype=bool)
     for _ in range(ROUNDS):
         margins, others = margins_of(x, labels, kept, seed)
-        if (margins < 0).mean() > MOST_MISREAD or (np.bincount(labels, margins < 0) > rows / 2).any():
+        misread = (margins < 0) | without[labels]
+        half = np.bincount(labels, misread) > rows / 2
+        if misread.mean() > MOST_MISREAD or (half & (rows >= RARE * len(x))).any():
             return None
-        if (kept == (margins >= 0)).all():
+        without = half
+        if (kept == ~misread).all():
             break
-        kept = margins >= 0
-    return margins, others
+        kept = ~misread
+    return np.where(without[labels], 0.0, margins), others
 
 
 def distance_ratio(margins: np.ndarray) -> float:
     """How far the misread rows are in another class, as a share of how far the others are in their own (medians of margins).
 
     1 where they look just like the rows of another class; more where the next class is a near one for most rows and not for these.
-    Hard rows lie between two classes: less.
+    Hard rows lie between two classes: less. Rows with a margin of 0 do not count.
     """
-    misread = margins < 0
-    if not misread.any() or misread.all():
+    misread, others = margins < 0, margins > 0
+    if not misread.any() or not others.any():
         return 0.0
-    return float(np.median(-margins[misread]) / max(np.median(margins[~misread]), 1e-12))
+    return float(np.median(-margins[misread]) / max(np.median(margins[others]), 1e-12))
 
 
 def mask_p_value(x: np.ndarray, labels: np.ndarray, mask: np.ndarray, seed: int = 0) -> float:

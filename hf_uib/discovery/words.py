@@ -6,14 +6,20 @@ from collections.abc import Iterable
 
 import numpy as np
 
-WORD = re.compile(r"[^\W\d_](?:[\w'’-]*\w)?", re.UNICODE)
+WORD = re.compile(r"[^\W\d_](?:[\w'’-]*\w)?|[\u2600-\u27bf\U0001f300-\U0001faff]")  # or an emoji
+# Chinese and Japanese characters, of which each is a word: no spaces stand between theirs
+UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 PRIOR = 1000  # words that the prior counts as
 FEWEST = 5  # texts that have a word which is named
 
 
 def words_of(text: str) -> set[str]:
-    """The words of a text in lower case."""
-    return set(WORD.findall(text.lower()))
+    """The words of a text in lower case.
+
+    >>> sorted(words_of("A red car 真好 🙂"))
+    ['a', 'car', 'red', '好', '真', '🙂']
+    """
+    return set(WORD.findall(UNSPACED.sub(r" \g<0> ", text.lower())))
 
 
 def telling_words(first: Iterable[str], second: Iterable[str], count: int = 10) -> list[tuple[str, float]]:
@@ -27,8 +33,8 @@ def telling_words(first: Iterable[str], second: Iterable[str], count: int = 10) 
     'red'
     """
     a, b = (Counter(word for text in texts for word in words_of(text)) for texts in (first, second))
-    names = [word for word, n in (a + b).items() if n >= FEWEST]
-    if not names:
+    names = sorted(word for word, n in (a + b).items() if n >= FEWEST)
+    if len(names) < 2:
         return []
     counts = np.array([[side[word] for word in names] for side in (a, b)], dtype=float)
     totals = np.array([[side.total()] for side in (a, b)], dtype=float)

@@ -6,6 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
+def _in_order(group: tuple) -> list:
+    """A key that also puts a missing attribute somewhere."""
+    return [(value is not None, value if value is not None else 0) for value in group]
+
+
 def worst_group_accuracy(
     predictions: ArrayLike, references: ArrayLike, attributes: ArrayLike, min_group_size: int = 1
 ) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def worst_group_accuracy(
     predictions, references, attributes = (np.asarray(x) for x in (predictions, references, attributes))
     right = predictions == references
     groups = {}
-    for label, attribute in sorted(set(zip(references.tolist(), attributes.tolist(), strict=True))):
+    for label, attribute in sorted(set(zip(references.tolist(), attributes.tolist(), strict=True)), key=_in_order):
         members = (references == label) & (attributes == attribute)
         groups[f"{label}/{attribute}"] = {"accuracy": float(right[members].mean()), "size": int(members.sum())}
     eligible = {name: group["accuracy"] for name, group in groups.items() if group["size"] >= min_group_size}

@@ -36,6 +36,8 @@ def klom(
         raise ValueError(
             f"margins {list(mine.shape)} and retrained_margins {list(theirs.shape)} must be [examples, models] of the same examples"
         )
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; give 1 or more")
     if np.isnan(mine).any() or np.isnan(theirs).any():
         raise ValueError("margins must be numbers: take the label's logit minus the logsumexp of the others")
     both = np.concatenate([mine, theirs], axis=1)

@@ -50,6 +50,10 @@ def memorisation_strata(
         raise ValueError(f"memorisation_strata needs three forget rows or more, not {len(confidences)}")
     right, retrained = (np.asarray(x) == np.asarray(references) for x in (predictions, retrained_predictions))
     nats = np.asarray(margins, dtype=float) - np.asarray(retrained_margins, dtype=float)
+    if not len(confidences) == len(right) == len(nats):
+        raise ValueError(
+            f"{len(right)} references and {len(nats)} margins do not go with {len(confidences)} confidences"
+        )
     if np.isnan(confidences).any() or np.isnan(nats).any():
         raise ValueError("confidences and margins must be numbers")
     gaps = {"accuracy_gap": right.astype(float) - retrained, "margin_gap": nats}
