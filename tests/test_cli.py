@@ -546,7 +546,8 @@ def test_other_people_s_files_in_the_output_folder_stay(pictures, tmp_path):
         (out / name).write_text("mine")
     for merged in (True, False):
         call(*picture_job(pictures, out), *(["--save_merged"] if merged else []))
-        assert (out / "merged" / "model.safetensors").exists() == merged  # that of an adapter before is gone
+        for name in ("model.safetensors", "README.md", "bias.png"):  # those of an adapter before are gone
+            assert (out / "merged" / name).exists() == merged
         assert all((out / name).read_text() == "mine" for name in kept)
 
 

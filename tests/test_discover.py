@@ -12,7 +12,13 @@ import torch
 from conftest import make_model, make_rows
 from PIL import Image
 from scipy.stats import multivariate_normal
-from transformers import BertConfig, BertForSequenceClassification, ViTImageProcessorPil
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ViTImageProcessorPil,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 from hf_uib import UIBConfig, discover, mean_tokens
 from hf_uib.cli.discover import DiscoverArguments, find
@@ -359,6 +365,16 @@ def test_a_model_without_blocks_is_looked_at_by_its_tokens():
     rows = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": np.ones_like(ids), "label": labels})
     found = discover(make_model("albert", num_labels=2), rows.with_format("torch"))
     assert found.depth == "tokens" and found.contradicts[conflicts].mean() > 0.9
+
+
+def test_blocks_that_do_not_take_rows_first_are_not_read():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 60, (120, 8))
+    columns = {"input_ids": ids, "attention_mask": np.ones_like(ids), "label": rng.integers(0, 2, 120)}
+    small = dict(vocab_size=60, d_model=16, n_layer=2, n_head=2, d_inner=24, num_labels=2, pad_token_id=0)
+    model = XLNetForSequenceClassification(XLNetConfig(**small))
+    found = discover(model, datasets.Dataset.from_dict(columns).with_format("torch"))
+    assert [depth.name for depth in found.depths] == ["tokens"]
 
 
 @pytest.mark.parametrize("at_random", [False, True])
