@@ -34,9 +34,12 @@ def collator_of(model: nn.Module, processing_class=None, collator: Callable | No
 
 
 def reader_of(model: Any, processing_class=None, columns: Columns = Columns()) -> Reader:  # noqa: B008
-    """What makes raw sets ready for a model: see `Reader`."""
-    main_input = getattr(model, "main_input_name", "input_ids")
-    return Reader(model.config, main_input, part_for(model, processing_class), columns, of_tokens=labels_tokens(model))
+    """What makes raw sets ready for a model: see `Reader`. A config that names no padding token gets the tokenizer's, as Trainer
+    would set it."""
+    main_input, part = getattr(model, "main_input_name", "input_ids"), part_for(model, processing_class)
+    if getattr(model.config, "pad_token_id", 0) is None and (pad := getattr(part, "pad_token_id", None)) is not None:
+        model.config.pad_token_id = pad
+    return Reader(model.config, main_input, part, columns, of_tokens=labels_tokens(model))
 
 
 def part_for(model: Any, processing_class: Any) -> Any:

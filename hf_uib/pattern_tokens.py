@@ -117,7 +117,7 @@ class PatternTokens(nn.Module):
         present: list[Tensor] = []
         labels: list[Tensor] = []
         for inputs, seen in self._inputs_of_block(model, batches):
-            if seen is None:
+            if seen is None or len(seen) != len(inputs["labels"]):  # XLNet's blocks do not take rows first
                 tokens.clear()
                 break
             ids = inputs.get("input_ids")

@@ -714,8 +714,9 @@ def test_a_decoder_whose_config_has_no_padding_token(tmp_path, tokenizer):
     assert model.config.pad_token_id is None
     forget, retain = texts(12), texts(24).select(range(12, 24))
     trainer = UIBTrainer(model, config(tmp_path), forget, retain, processing_class=tokenizer)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert trainer.predict(retain).predictions.shape == (12, 3)
     trainer.train()
-    assert trainer.model.config.pad_token_id == tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("positions, longest", [(-1, None), (None, None), (24, 24)])

@@ -29,9 +29,15 @@ EARLY = 40  # steps of the fit whose errors JTT takes
 # How often JTT shows them: of 1, 5, 20 and 50 by the worst group of the validation rows of seeds 100 and 101
 UPWEIGHT = 5
 TWO_CLASSES = "digits-colour, two classes"
-WAY = ("digits-colour", TWO_CLASSES, "tweets-airline")  # on which the whole way is gone
+WAY = (
+    "digits-colour",
+    TWO_CLASSES,
+    "fashion-colour",
+    "fashion-patch",
+    "tweets-airline",
+)  # on which the whole way is gone
 COMPARED = ("digits-colour", TWO_CLASSES)  # on which other methods go it too
-ELSEWHERE = ("dino-colour", "dino-shade")  # tasks on which it was not developed
+ELSEWHERE = ("dino-colour", "dino-shade")  # further tasks
 TITLES = {
     "discover": "`discover`",
     "jtt": "errors of an early-stopped fit (JTT)",
@@ -317,7 +323,7 @@ def way_table(injected: list[dict], key: str) -> list[str]:
 
 
 def failures(lines: list[dict]) -> list[str]:
-    """Tasks that have a shortcut and on which `discover` was not developed."""
+    """Further tasks that have a shortcut, in a pre-trained model of pictures."""
     cells = []
     for name in ELSEWHERE:
         mine = [line for line in lines if line["task"] == name]
@@ -328,7 +334,8 @@ def failures(lines: list[dict]) -> list[str]:
     if not cells:
         return []
     return [
-        "## On tasks on which it was not developed\n",
+        "## In a pre-trained model of pictures\n",
+        "That blocks come last was seen on dino-colour's seeds 100 and 101 too.\n",
         *table(["task", "found", "distance ratio", "recall", "precision"], cells),
         "",
     ]

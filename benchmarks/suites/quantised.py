@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from hf_uib.posterior import ChannelPosterior
 from hf_uib.provenance import merged_copy
-from hf_uib.quantised import keep_codes
+from hf_uib.quantised import keep_codes, plain_tensors
 
 from .. import results
 from ..markdown import table
@@ -50,6 +50,7 @@ STAGES = {
 Z = {"z": "pattern_z", "mean_z": "mean_token_z"}
 COLUMNS = [
     "base",
+    "weights, MB",
     "overlap of V_l",
     "output scale, largest change",
     "z of the pattern (of mean tokens)",
@@ -78,9 +79,31 @@ def loaded(folder: str, kind: type[nn.Module], make: Callable | None) -> nn.Modu
     return model
 
 
+def weights_of(model: nn.Module) -> float:
+    """What a model's weights take, codes and scales of quantised ones included, in MB."""
+    parts = [part for weight in model.state_dict().values() for part in plain_tensors(weight)]
+    return sum(part.nelement() * part.element_size() for part in parts) / 2**20
+
+
+def run_weights(options) -> None:
+    """What the weights of each kind of base take; it is the same for every seed."""
+    seed = options.seeds[0]
+    for name in (n for n in TASKS if n in options.tasks):
+        done = {x["kind"] for x in results.read(QUANTISED) if x["task"] == name and "weights" in x}
+        if set(KINDS) <= done:
+            continue
+        task = runs.build(name, seed, options)
+        runs.checkpoints(task, name, seed, options)
+        folder = os.path.join(options.cache, f"{name}-{seed}", "original")
+        for words in (w for w in KINDS if w not in done):
+            model = loaded(folder, type(task.new_model()), KINDS[words])
+            results.append(QUANTISED, {"task": name, "seed": None, "kind": words, "weights": weights_of(model)})
+
+
 def run_quantised(options) -> None:
     """Do what is missing in the results."""
     runs.quiet()
+    run_weights(options)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product with a float32 input
     for name in (n for n in TASKS if n in options.tasks):
         for seed in options.seeds:
@@ -132,7 +155,8 @@ def quantised_tables() -> list[str]:
     """One table a task: a row for each kind of base."""
     lines, found = results.read(QUANTISED), []
     for task in dict.fromkeys(x["task"] for x in lines):
-        there = {(x["seed"], x["kind"]): x for x in lines if x["task"] == task}
+        there = {(x["seed"], x["kind"]): x for x in lines if x["task"] == task and "overlap" in x}
+        weights = {x["kind"]: f"{x['weights']:.2f}" for x in lines if x["task"] == task and "weights" in x}
         seeds = sorted({seed for seed, _ in there if all((seed, kind) in there for kind in KINDS)})  # whole ones alone
         rows = []
         for kind in (CONTROL, *KINDS):
@@ -140,7 +164,9 @@ def quantised_tables() -> list[str]:
             if mine:
                 angles = [] if kind == FULL else [figures([x[key] for x in mine]) for key in ("overlap", "scale")]
                 z = ", ".join(z_words(x) for x in mine if "z" in x) or "-"
-                rows.append([kind, *(angles or ["-", "-"]), z, *(stage(mine, key) for key in STAGES)])
+                rows.append(
+                    [kind, weights.get(kind, "-"), *(angles or ["-", "-"]), z, *(stage(mine, key) for key in STAGES)]
+                )
         named = f"{task}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         found += [f"{named}: accuracy, and in brackets conflicting accuracy (mean ± sd).\n", *table(COLUMNS, rows)]
     head = (
