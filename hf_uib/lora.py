@@ -265,9 +265,8 @@ def require_additive(config: PeftConfig) -> None:
             default = field.default_factory()
         if field.name == "init_lora_weights":
             default = value if value in ADDITIVE_INITS else default
-        unset = (
-            default is None and isinstance(value, (set, list, dict)) and not value
-        )  # PEFT's, of a mixture of experts
+        # PEFT sets an empty set for a mixture of experts
+        unset = default is None and isinstance(value, (set, list, dict)) and not value
         if field.name not in ADDITIVE_FIELDS and value != default and not unset:
             raise ValueError(
                 f"The adapter has {field.name}={value!r}, which changes more than W + s B A; leave it at its default, "

@@ -29,13 +29,8 @@ EARLY = 40  # steps of the fit whose errors JTT takes
 # How often JTT shows them: of 1, 5, 20 and 50 by the worst group of the validation rows of seeds 100 and 101
 UPWEIGHT = 5
 TWO_CLASSES = "digits-colour, two classes"
-WAY = (
-    "digits-colour",
-    TWO_CLASSES,
-    "fashion-colour",
-    "fashion-patch",
-    "tweets-airline",
-)  # on which the whole way is gone
+# On which the whole way is gone
+WAY = ("digits-colour", TWO_CLASSES, "fashion-colour", "fashion-patch", "tweets-airline")
 COMPARED = ("digits-colour", TWO_CLASSES)  # on which other methods go it too
 ELSEWHERE = ("dino-colour", "dino-shade")  # further tasks
 TITLES = {

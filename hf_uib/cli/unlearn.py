@@ -351,9 +351,8 @@ def processor_for(job: Any, model: Any, *sources: str) -> Any:
     """The processor that lies beside one of the checkpoints or the model's base, with the truncation length that a job gives."""
     base = getattr(model.config, "_name_or_path", None)  # an adapter may have come without
     processor = load_processor(*sources, base, kind=input_kind(model), **remote_code(job))
-    if (
-        input_kind(model) == "text" and processor.pad_token is None
-    ):  # a decoder's, which the model pads by the id in its config
+    if input_kind(model) == "text" and processor.pad_token is None:
+        # A decoder's, which the model pads by the id in its config
         number = model.config.get_text_config().pad_token_id
         processor.pad_token = processor.eos_token if number is None else processor.convert_ids_to_tokens(number)
     if (longest := getattr(job, "max_length", None)) is not None:
