@@ -1,5 +1,6 @@
 """`UIBConfig`: TrainingArguments plus the settings of the bound."""
 
+import copy
 import json
 import math
 import warnings
@@ -276,6 +277,11 @@ def refuse_unsupported(args: UIBConfig) -> None:
         raise ValueError(
             "UIBTrainer does not run with split_batches: set per_device_train_batch_size to a process's share instead."
         )
+    for half in ("bf16", "fp16"):
+        if getattr(args, f"{half}_full_eval"):
+            raise ValueError(
+                f"UIBTrainer does not run with {half}_full_eval, which turns base and adapter to {half} for good; set {half}=True."
+            )
     if args.label_smoothing_factor:
         raise ValueError(
             "UIBTrainer has no label_smoothing_factor: the fit term of the bound is the cross-entropy; leave it out."
@@ -314,11 +320,11 @@ MIN_STEPS = 100  # of a run whose length nobody set
 USUAL_EPOCHS = 3.0  # Transformers' default
 
 
-def set_default_steps(args: UIBConfig, rows: int) -> None:
-    """Give a run whose length nobody set at least `MIN_STEPS` steps, and warn where epochs that were set make too few to forget.
+def with_default_steps(args: UIBConfig, rows: int) -> UIBConfig:
+    """Settings that give a run whose length nobody set at least `MIN_STEPS` steps; warns where epochs that were set make too few to
+    forget. The user's own, which may serve another run, stay as they are.
 
     Args:
-        args: ``max_steps`` is set where the default number of epochs makes too few steps.
         rows: of an epoch.
     """
     per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -329,10 +335,12 @@ def set_default_steps(args: UIBConfig, rows: int) -> None:
         )
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(rows / per_step))
     if args.max_steps <= 0 and args.num_train_epochs == USUAL_EPOCHS and steps < MIN_STEPS:
+        args = copy.copy(args)
         args.max_steps = MIN_STEPS
         said = f"{rows} rows make {steps} steps in {USUAL_EPOCHS:.0f} epochs, too few to forget; {MIN_STEPS} steps are taken."
     elif steps < args.prior_update_steps and args.max_steps <= 0:
         said = f"{steps} steps are too few to forget anything; set max_steps to {MIN_STEPS} or more."
     else:
-        return
+        return args
     warnings.warn(said, stacklevel=3)
+    return args

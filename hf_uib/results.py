@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .checkpointing import AtomicCheckpoints
+from .data.reading import Reader
 from .data.streams import StreamFolder
 from .hub.card import results_of
 from .lora import AdaptedLayer, copy_without_hooks, is_fresh
@@ -56,6 +57,7 @@ class ResultsMixin(AtomicCheckpoints):
     contrast_norms: dict[str, float]
     raw_eval_dataset: Any
     streams: StreamFolder
+    reader: Reader
     results: dict[str, dict]
     audit_report: "AuditReport | None"
     results_from_audit: bool
@@ -318,6 +320,7 @@ class ResultsMixin(AtomicCheckpoints):
 
         test_dataset = self.streams.stored(test_dataset, "test_dataset")
         settings.setdefault("processing_class", self.processing_class)
+        settings.setdefault("columns", self.reader.columns)
         settings.setdefault("reference_model", None if self.adapter_before is None else self.detach())
         self.audit_report = audit_model(
             self.adapted_model,

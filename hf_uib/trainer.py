@@ -24,7 +24,7 @@ from transformers.trainer_utils import align_special_tokens, get_last_checkpoint
 from transformers.training_args import ParallelMode
 
 from .callbacks import NoiseDraw, OverUnlearningCorrection, PriorRefresh
-from .config import UIBConfig, refuse_unsupported, set_default_steps
+from .config import UIBConfig, refuse_unsupported, with_default_steps
 from .data.columns import Columns
 from .data.pairing import PairedDataset, PairingSampler, UIBCollator, UnlearningBatch
 from .data.sets import UnlearningSets
@@ -59,7 +59,7 @@ from .unlearning_task import SingleLabel, task_of
 
 
 class UIBTrainer(ResultsMixin, HubMixin):
-    """Trainer that makes a fine-tuned classifier (images, texts, sounds, tokens) unlearn the forget set.
+    """Trainer that makes a fine-tuned classifier (images, videos, texts, sounds, tokens) unlearn the forget set.
 
     Args:
         model: Hub id or folder, `PreTrainedModel` or `PeftModel` with a trainable LoRA adapter.
@@ -170,6 +170,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
                 )
             let_gradients_in(model)
         check_optimizers(model, *optimizers)
+        self._makes_optimizer = optimizers[0] is None
 
         # 4. Prior and posterior
         self.prior = build_prior(prior, args, retained=sets.retain is not None)
@@ -183,7 +184,7 @@ class UIBTrainer(ResultsMixin, HubMixin):
         retained = self.forget_dataset if self.retain_dataset is None else self.retain_dataset
         needs_forget = self.prior.needs_forget_batches and self.retain_dataset is not None
         length = max(len(retained), len(self.forget_dataset)) if needs_forget else len(retained)
-        set_default_steps(args, length)
+        args = with_default_steps(args, length)
         self._hub = HfApi()  # one, so that its background uploads run one after the other
         self.push_in_progress = None  # Trainer sets it on the first process alone
         super().__init__(
@@ -469,6 +470,8 @@ class UIBTrainer(ResultsMixin, HubMixin):
         if isinstance(resume_from_checkpoint, str):
             self.load_state(resume_from_checkpoint)
         elif not resume_from_checkpoint:
+            if self._makes_optimizer:  # a run before this one had its own
+                self.optimizer = None
             self.run_statistics_pass()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)

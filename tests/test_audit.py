@@ -15,14 +15,16 @@ from conftest import make_model, make_rows
 from peft import LoraConfig, get_peft_model
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from transformers import TrainingArguments
+from transformers import TrainingArguments, ViTImageProcessorPil
 
-from hf_uib import audit_model, retrain
+from hf_uib import UIBConfig, UIBTrainer, audit_model, retrain
 from hf_uib.audit.checks import CHECKS, Check, register_check
 from hf_uib.audit.deep import compress, erase
 from hf_uib.audit.gather import gather
+from hf_uib.audit.report import _told_apart
 from hf_uib.audit.statistics import Resampler
 from hf_uib.audit.thresholds import AuditThresholds
+from hf_uib.data.columns import Columns
 from hf_uib.inference import blocks_of, head_of, observe
 from hf_uib.metrics import bias_correlation, klom, membership_attack, unlearning_gap
 from hf_uib.metrics.bias import cramers_v
@@ -156,6 +158,17 @@ def test_retrain_is_cached_by_data_weights_and_settings(tmp_path, monkeypatch):
     args.learning_rate = 1e-4
     retrain(make_model(), rows, args, cache_dir=cache)
     assert len(trained) == 5
+    other = rows.add_column("gold", [(int(y) + 1) % 3 for y in rows["labels"]])
+    retrain(make_model(), other, args, cache_dir=cache)
+    retrain(make_model(), other, args, cache_dir=cache, columns=Columns(label="gold"))
+    for size in (8, 16):
+        retrain(make_model(), rows, args, ViTImageProcessorPil(size={"height": size, "width": size}), cache_dir=cache)
+    assert len(trained) == 9
+    args.output_dir, args.logging_steps, args.eval_strategy = str(tmp_path / "y"), 7, "steps"
+    args.load_best_model_at_end = True  # what the user's own run had; here is nothing to evaluate on
+    retrain(make_model(), rows, args, cache_dir=cache)
+    assert len(trained) == 9
+    retrain(make_model(), rows, args)
 
 
 def injected():
@@ -434,3 +447,72 @@ def test_class_names_of_whichever_model_has_some(tmp_path):
     assert metrics(named, "abc", None) == metrics(named, None, "abc") == metrics(named, "ABC", "abc") == expected
     with pytest.raises(ValueError, match="same names in another order"):
         metrics(named, "cab", "abc")
+
+
+def test_classes_that_nobody_named_get_the_names_of_the_data(tmp_path):
+    """So that an audit sees where a model has them in another order."""
+    names = ["cat", "dog", "cow"]
+    named = lambda seed, n: (
+        make_rows(n=n, seed=seed).with_format(None).cast_column("labels", datasets.ClassLabel(names=names))
+    )
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none")
+    retrained = retrain(make_model(), named(1, 16).with_format("torch"), args)
+    assert retrained.config.id2label == dict(enumerate(names))
+    rows = dict(
+        zip(("forget_dataset", "retain_dataset", "test_dataset"), (named(i, 40) for i in (1, 2, 3)), strict=True)
+    )
+    rows = {name: dataset.with_format("torch") for name, dataset in rows.items()}
+    model = make_model(
+        id2label=dict(enumerate(reversed(names))), label2id={n: i for i, n in enumerate(reversed(names))}
+    )
+    with pytest.raises(ValueError, match="same names in another order"):
+        small(model=model, reference_model=model, retrained_model=retrained, **rows)
+    with pytest.warns(UserWarning, match="retrained: no class names, so the classes are taken to be cow, dog, cat"):
+        small(model=model, reference_model=model, retrained_model=make_model(), **rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small(model=retrained, reference_model=retrained, retrained_model=make_model(), **rows)
+
+
+def test_the_verdict_names_what_still_tells_the_models_apart():
+    report = small(retrained_model=make_model(seed=2))
+    verdict = report.verdict
+    report.metrics["test"]["model"]["accuracy"] = {"value": 0.9, "low": 0.8, "high": 0.95}
+    report.metrics["test"]["retrained"]["accuracy"] = {"value": 0.5, "low": 0.4, "high": 0.79}
+    assert "test: accuracy" in _told_apart(report.metrics, ["retrained"])
+    report.metrics["test"]["retrained"]["accuracy"]["high"] = 0.81
+    assert "test: accuracy" not in _told_apart(report.metrics, ["retrained"])
+    assert report.passed is ("do not meet the retrained model's" in verdict)
+
+
+def test_an_example_without_an_id_is_one_of_its_own():
+    ids = [0, 0, 1, 1, None, None] + [None] * 54
+    rows = make_rows(n=60, seed=3).with_format(None).add_column("pair", ids)
+    context = gather(
+        {"model": make_model(), "reference": make_model()}, [],
+        {"forget": make_rows(n=20, seed=1), "test": rows.with_format("torch")}, example_column="pair",
+    )  # fmt: skip
+    assert len(np.unique(context.examples)) == 58
+    with pytest.raises(ValueError, match="No two test rows have the same pair"):
+        small(test_dataset=make_rows(n=60, seed=3).add_column("pair", list(range(60))), example_column="pair")
+
+
+def test_values_of_an_attribute_are_the_same_whatever_the_type_of_its_column():
+    """A column of integers with a gap is one of floats; a row without a value is in no group."""
+    gaps = [None if i < 30 else float(i % 3) for i in range(60)]
+    test = make_rows(n=60, seed=3).with_format(None).add_column("colour", gaps).with_format("torch")
+    context = gather(
+        {"model": make_model(), "reference": make_model()}, [], {"forget": COLOURED["forget_dataset"], "test": test},
+        bias_column="colour", thresholds=AuditThresholds(min_group_rows=1),
+    )  # fmt: skip
+    assert context.coded and (context.attribute.codes[30:] >= 0).all() and (context.attribute.codes[:30] == -1).all()
+    assert {name for name in context.members if name.startswith("attribute")} == {f"attribute {i}" for i in range(3)}
+
+
+def test_a_trainer_audits_the_columns_it_was_given(tmp_path):
+    wrong = lambda seed: make_rows(n=40, seed=seed).rename_column("labels", "gold").add_column("label", [0] * 40)
+    args = UIBConfig(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no")
+    trainer = UIBTrainer(make_model(), args, wrong(1), wrong(2), columns=Columns(label="gold"))
+    trainer.train()
+    given = trainer.audit(wrong(3)).metrics["test"]["reference"]["accuracy"]["value"]
+    assert given == small(test_dataset=make_rows(n=40, seed=3)).metrics["test"]["reference"]["accuracy"]["value"]

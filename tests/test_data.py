@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_rows
 from PIL import Image
-from transformers import BertTokenizerFast, ViTImageProcessorPil
+from transformers import BatchFeature, BertTokenizerFast, ViTImageProcessorPil
 
 from hf_uib.data import checks, fingerprints, pairing, reading
 
@@ -102,3 +102,34 @@ def test_rows_in_common_and_the_fingerprint_against_plain_sets():
     assert fingerprints.rows_in_common(hashes, fingerprints.row_hashes(rows.select(range(25, 40)))) == 0
     expected = hashlib.blake2b(b"".join(sorted(row.tobytes() for row in hashes)), digest_size=8).hexdigest()
     assert fingerprints.fingerprint(first) == fingerprints.fingerprint(first.select(range(24, -1, -1))) == expected
+
+
+def folder_of_pictures(path, colours):
+    path.mkdir()
+    for i, colour in enumerate(colours):
+        Image.new("L", (8, 8), colour).save(path / f"{path.name}{i}.png")
+    files = sorted(str(file) for file in path.iterdir())
+    return datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+
+
+def test_pictures_in_files_are_known_by_their_content(tmp_path):
+    first, second = (folder_of_pictures(tmp_path / name, (0, 50, 100)) for name in "ab")
+    assert fingerprints.fingerprint(first) == fingerprints.fingerprint(second)
+    other = folder_of_pictures(tmp_path / "c", (0, 50, 101))
+    assert fingerprints.rows_in_common(fingerprints.row_hashes(first), fingerprints.row_hashes(other)) == 2
+    (tmp_path / "c" / "c0.png").unlink()  # the reader refuses it in one line
+    assert len(np.unique(fingerprints.row_hashes(folder_of_pictures(tmp_path / "d", (7, 7))), axis=0)) == 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [BatchFeature({"pixel_values": np.pad([[[i]]], ((0, 0), (31, 31), (31, 31)))}) for i in range(5)],
+        [{"frames": [np.pad([[i]], 40), np.zeros((81, 81))]} for i in range(5)],
+        [{"x": torch.full((3,), i, dtype=torch.bfloat16)} for i in range(5)],
+        [{"x": ([torch.tensor(i)], "a")} for i in range(5)],
+    ],
+)
+def test_rows_of_arrays_have_hashes_of_their_own(rows):
+    assert len(np.unique(fingerprints.row_hashes(rows), axis=0)) == 5
+    assert fingerprints.rows_in_common(fingerprints.row_hashes(rows), fingerprints.row_hashes(rows[:2])) == 2

@@ -261,6 +261,9 @@ def test_numbers_as_class_names():
     stars = named(make_model(num_labels=5), "1", "2", "3", "4", "5").config
     with pytest.raises(ValueError, match="the model calls class 0 .1.: give the labels as text"):
         class_ids(datasets.Dataset.from_dict({"label": [1, 2]}), stars)
+    for others in ([1.0, 2.0], ["1.0", "2.0"]):  # a column of integers with a gap, and as text
+        with pytest.raises(ValueError, match="the model calls class 0 .1.: give the labels as text"):
+            class_ids(datasets.Dataset.from_dict({"label": others}), stars)
     assert class_ids(datasets.Dataset.from_dict({"label": ["1", "5"]}), stars) == {"1": 0, "5": 4}
     assert (
         class_ids(datasets.Dataset.from_dict({"label": [1, 0]}), named(make_model(num_labels=2), "0", "1").config)
@@ -755,3 +758,27 @@ def test_a_sound_as_an_array(tmp_path):
     array = np.sin(np.arange(80) / 5)
     assert np.allclose(waveform({"array": array, "path": None, "sampling_rate": 16000}, 16000), array)
     assert len(waveform({"array": array, "sampling_rate": 8000}, 16000)) == 160
+
+
+def test_a_column_may_have_the_name_of_a_set(tmp_path):
+    rows = [make_rows(n=12, seed=i).rename_column("source", "retain") for i in (1, 2)]
+    trainer = UIBTrainer(make_model(), config(tmp_path, max_steps=2), *rows)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+class Tuples(torch.utils.data.Dataset):
+    """As torchvision gives rows."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return torch.zeros(1, 8, 8), 0
+
+
+@pytest.mark.parametrize("where", ["forget_dataset", "eval_dataset"])
+def test_rows_without_columns_are_refused(tmp_path, where):
+    sets = {"forget_dataset": make_rows(n=8)} | {where: Tuples()}
+    with pytest.raises(ValueError, match=f"The rows of {where} are tuples; give dictionaries, with columns by name"):
+        UIBTrainer(make_model(), config(tmp_path), retain_dataset=make_rows(n=8, seed=2), **sets)

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from bert_brand_bias import word_tokenizer
 
-from hf_uib import UIBConfig, UIBTrainer, audit_model
+from hf_uib import UIBConfig, UIBTrainer, audit_model, retrain
 from hf_uib.cli.main import dispatch
 from hf_uib.data.labels import labels_of
 from hf_uib.data.reading import Reader
@@ -226,3 +226,30 @@ def test_the_command_line(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
     assert isinstance(task_of(load_classifier(str(tmp_path / "out")).get_base_model()), MultiLabel)
+
+
+def listed(labels):
+    return datasets.Dataset.from_dict(make_rows(n=len(labels)).with_format(None).to_dict() | {"labels": labels})
+
+
+def test_what_the_labels_are_is_decided_over_all_sets(tmp_path):
+    """[0, 1] of two labels: two ids where other sets list ids, else a number for each label."""
+    both = listed([[0, 1]] * 8)
+    lists, vectors = listed([[0], [0, 1], [1], [1]] * 2), listed([[0, 1], [1, 1]] * 4)
+    read = Reader(multi_model(num_labels=2).config, "pixel_values")
+    assert labels_of(read.of_sets([both, lists])(both)).tolist() == [[1, 1]] * 8
+    assert labels_of(read.of_sets([both, vectors])(both)).tolist() == [[0, 1]] * 8
+    ones = listed([[2]] * 8)  # lists of one length, one of which is no vector's value
+    assert labels_of(Reader(multi_model().config, "pixel_values")(ones)).tolist() == [[0, 0, 1]] * 8
+
+
+@pytest.mark.parametrize("missing", [-1.0, float("nan")])
+def test_retraining_fits_the_labels_that_are_given(tmp_path, missing):
+    args = TrainingArguments(
+        str(tmp_path), max_steps=20, learning_rate=0.1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    rows, start = listed([[1.0, missing, 0.0]] * 16), multi_model()
+    bias = lambda model: model.classifier.bias.detach()
+    moved = bias(retrain(start, rows, args)) - bias(start)
+    assert moved[0] > 0.1 and moved[2] < -0.1 and abs(moved[1]) < 1e-6
+    assert torch.isfinite(bias(retrain(start, listed([[1, 0, 1], [0, 0, 1]] * 8), args))).all()  # integers

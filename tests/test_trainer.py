@@ -558,3 +558,41 @@ def test_over_unlearning_is_warned_of(tmp_path):
         trainer = crude(tmp_path)
         trainer.adapter_before = {n: w.clone() for n, w in get_peft_model_state_dict(trainer.model).items()}
         trainer.train()
+
+
+def test_settings_that_serve_two_trainers_stay_as_they_are(tmp_path):
+    args = config(tmp_path, max_steps=-1)
+    with pytest.warns(UserWarning, match="100 steps are taken"):
+        short = UIBTrainer(make_model(), args, make_rows(n=8, seed=1), make_rows(n=8, seed=2))
+    assert (short.args.max_steps, args.max_steps) == (100, -1)
+
+
+def test_a_second_run_has_an_optimizer_of_its_own(tmp_path):
+    trainer = make_trainer(tmp_path, trainable_factors="B", max_steps=2)
+    trainer.train()
+    first = trainer.optimizer
+    trainer.args.trainable_factors = "both"
+    before = adapter_weights(trainer)
+    trainer.train()
+    after = adapter_weights(trainer)
+    assert trainer.optimizer is not first
+    assert any("lora_A" in name and not torch.equal(before[name], after[name]) for name in after)
+    own = torch.optim.SGD([p for n, p in make_trainer(tmp_path).model.named_parameters() if "lora_" in n], lr=0.1)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    own.param_groups[0]["params"] = [p for n, p in trainer.model.named_parameters() if "lora_" in n]
+    given = UIBTrainer(
+        trainer.model,
+        config(tmp_path, max_steps=1),
+        make_rows(n=8, seed=1),
+        make_rows(n=8, seed=2),
+        optimizers=(own, None),
+    )
+    for _ in range(2):
+        given.train()
+    assert getattr(given.optimizer, "optimizer", given.optimizer) is own
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_evaluation_in_half_precision_would_change_the_model(tmp_path, half):
+    with pytest.raises(ValueError, match=f"does not run with {half}_full_eval.*set {half}=True"):
+        make_trainer(tmp_path, **{f"{half}_full_eval": True})

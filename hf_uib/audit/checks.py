@@ -231,7 +231,7 @@ def bias_reversed(context: AuditContext) -> Check:
     """The attribute's class is now avoided: where attribute and label agree the model does worse."""
     limit = context.thresholds.bias_reversed
     if not context.coded:
-        return Check.not_measured(limit, "needs bias_column")
+        return Check.not_measured(limit, "needs a bias_column whose values stand for classes in the forget set")
     mine = context.bias("model", "aligned_advantage")
     if not np.isfinite(mine.value):
         why = "attribute and label always agree (or never) on the test set"

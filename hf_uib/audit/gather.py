@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from ..data.columns import Columns
 from ..data.fingerprints import row_hashes, rows_in_common
-from ..data.labels import model_names, named_config
+from ..data.labels import has_own_names, known, model_names, named_config, transform_of
 from ..data.pairing import sample_indices
 from ..data.reading import Reader, check_inputs
 from ..exported import EXPORT, MODEL, ExportedClassifier, is_onnx
@@ -142,9 +142,10 @@ def gather(
         raise ValueError(f"label '{label}' is for a model of several labels a row; leave it out.")
     config = named_config({name: models[name].config for name in ("reference", *models)})
     named: Any = next(m for m in models.values() if m.config is config)
-    read = reader_of(named, processing_class, columns)
+    read = reader_of(named, processing_class, columns).of_sets(datasets.values())
     positive = positive_class(named, positive_label, isinstance(task, MultiLabel))
     sets, number = _samples(read, datasets, example_column, seed, thresholds, task, model, label)
+    _warn_of_nameless(models, config, sets["test"])
     bias_columns = [bias_column] if isinstance(bias_column, str) else list(bias_column or ())
     for setting, name in (*(("bias_column", name) for name in bias_columns), ("example_column", example_column)):
         if name is not None and name not in _names(sets["test"]):
@@ -164,8 +165,7 @@ def gather(
     }
     if len(attributes) > 1:
         attributes[" x ".join(attributes)] = _crossing(list(attributes.values()))
-    ids = _column(sets["test"], example_column)
-    examples = None if ids is None else np.unique([str(e) for e in ids], return_inverse=True)[1]
+    examples = _examples(sets["test"], example_column)
     resamplers = {
         part: Resampler(
             examples if part == "test" and examples is not None else out.rows,
@@ -182,6 +182,18 @@ def gather(
         models, oracles, sets, outputs, sizes, resamplers, attributes, examples, processing_class, thresholds, seed,
         label=label_name, positive=None if positive is None else (positive, label_name or name_of_class(positive)),
     )  # fmt: skip
+
+
+def _warn_of_nameless(models: dict[str, nn.Module], config: Any, rows: Any) -> None:
+    """Where the data have the classes in another order than the model that names them, one without names may go by the data's."""
+    nameless = [name for name, model in models.items() if not has_own_names(model.config)]
+    ids = getattr(transform_of(rows), "ids", None) or {}
+    if nameless and has_own_names(config) and any(isinstance(label, int) and label != i for label, i in ids.items()):
+        warnings.warn(
+            f"{', '.join(nameless)}: no class names, so the classes are taken to be {known(config)}, in this order, and not in the "
+            "data's. If they are not, save the model with id2label.",
+            stacklevel=2,
+        )
 
 
 def _of_label(outputs: ModelOutputs, number: int) -> ModelOutputs:
@@ -217,11 +229,10 @@ def _samples(
             if not len(given):
                 raise ValueError(f"No row of {part}_dataset has the label that is audited; name another: label=...")
             encoded = _selected(encoded, given.tolist())
-        examples = _column(encoded, example_column) if part == "test" else None
-        if examples is None:
+        ids = _examples(encoded, example_column) if part == "test" else None
+        if ids is None:
             chosen = sorted(sample_indices(len(encoded), wanted[part], seed))
         else:
-            ids = np.unique(examples, return_inverse=True)[1]
             count = max(1, wanted[part] * (ids.max() + 1) // len(ids))
             chosen = np.flatnonzero(np.isin(ids, sample_indices(int(ids.max()) + 1, count, seed))).tolist()
         sets[part] = _selected(encoded, chosen)
@@ -230,6 +241,24 @@ def _samples(
             f"{shared} test rows are forget rows too; give test rows that no model was trained on.", stacklevel=2
         )
     return sets, number
+
+
+def _examples(rows: Any, example_column: str | None) -> np.ndarray | None:
+    """Numbers of the examples that the rows are copies of, ``[n]``; a row without a value is one of its own. None: no such column.
+
+    Raises:
+        ValueError: no two rows are copies.
+    """
+    values = _column(rows, example_column)
+    if values is None:
+        return None
+    known = [f"row {i}" if value is None else f"= {value}" for i, value in enumerate(values)]
+    examples = np.unique(known, return_inverse=True)[1]
+    if len(np.unique(examples)) == len(examples):
+        raise ValueError(
+            f"No two test rows have the same {example_column} (example_column); give the copies of an example one, or leave it out."
+        )
+    return examples
 
 
 def _selected(rows: Any, chosen: list[int]) -> Any:
@@ -249,12 +278,12 @@ def _bias_attribute(
     if test.rows is not None:
         raw, on_forget = raw[test.rows], None if on_forget is None else on_forget[forget.rows]
         concerned = np.isin(test.labels, forget_labels)
-    values = np.asarray([str(value) for value in raw])
+    values = np.asarray([_text(value) for value in raw])
     missing = np.asarray([value is None for value in raw], dtype=bool)
     stands_for = None
     if on_forget is not None:
         there = np.asarray([value is not None for value in on_forget], dtype=bool)
-        known, labels = np.asarray([str(value) for value in on_forget])[there], forget_labels[there]
+        known, labels = np.asarray([_text(value) for value in on_forget])[there], forget_labels[there]
         stands_for = attribute_classes(known, labels) if len(known) else None
         if stands_for is not None and not cramers_v(known, labels) >= attribute_association:
             stands_for = None
@@ -263,9 +292,14 @@ def _bias_attribute(
     else:
         codes = np.asarray([stands_for.get(value, -1) for value in values])
     feature = (getattr(sets["test"], "features", None) or {}).get(bias_column)
-    named = feature.int2str if isinstance(feature, ClassLabel) else str
+    named = feature.int2str if isinstance(feature, ClassLabel) else _text
     groups = np.asarray(["" if value is None else f"{bias_column}={named(value)}" for value in raw])
     return BiasAttribute(values, np.where(missing, -1, codes), stands_for is not None, groups, concerned)
+
+
+def _text(value: Any) -> str:
+    """A value of an attribute, whatever the type of its column: floats that are whole, as in a column with gaps, are integers."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _crossing(attributes: list[BiasAttribute]) -> BiasAttribute:

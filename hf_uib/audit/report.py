@@ -212,7 +212,7 @@ def report_of(context: AuditContext) -> AuditReport:
         positive_label=None if context.positive is None else context.positive[1],
         rows=audited_rows(context),
     )
-    report.verdict = _verdict(report, bool(context.oracles))
+    report.verdict = _verdict(report, context.oracles)
     return report
 
 
@@ -281,15 +281,26 @@ def _not_measured(context: AuditContext) -> list[str]:
     return missing
 
 
-def _verdict(report: AuditReport, has_oracle: bool) -> str:
+def _told_apart(metrics: dict[str, Any], oracles: list[str]) -> list[str]:
+    """The figures whose interval meets that of no retrained model."""
+    found, none = [], {"low": math.nan, "high": math.nan}
+    for topic, name in _figures(metrics):
+        mine, *theirs = (metrics[topic].get(model, {}).get(name, none) for model in ("model", *oracles))
+        if all(mine["low"] > other["high"] or mine["high"] < other["low"] for other in theirs):
+            found.append(_title(topic, name))
+    return found
+
+
+def _verdict(report: AuditReport, oracles: list[str]) -> str:
     fired = [check for check in report.checks if check.fired]
     judged = sum(check.fired is not None for check in report.checks)
     if fired:
         text = f"Not passed: {len(fired)} of {judged} checks fired. " + " ".join(check.meaning for check in fired)
     else:
         text = f"Passed: none of {judged} checks fired."
-        if has_oracle:
-            text += " In what was measured, the model looks like one trained without the forget set."
+        if oracles:
+            apart = ", ".join(_told_apart(report.metrics, oracles)) or "none"
+            text += f" Figures whose intervals do not meet the retrained model's: {apart}."
     text += " This is evidence, not a proof of deletion."
     return text + (" Not measured: " + "; ".join(report.not_measured) + "." if report.not_measured else "")
 
@@ -301,12 +312,22 @@ Rows = list[tuple[str, list[str]]]
 
 def _figure_rows(metrics: dict[str, Any], models: list[str]) -> Rows:
     """The figures with an interval."""
-    rows = []
-    for topic in ("test", "forget", "retain", "membership", "head refit"):
-        for name in dict.fromkeys(key for row in metrics.get(topic, {}).values() for key in row):
-            cells = [_interval(metrics[topic].get(model, {}).get(name)) for model in models]
-            rows.append((f"{topic}: {title_of(name.replace(' ', '_'))}", cells))
-    return rows
+    return [
+        (_title(topic, name), [_interval(metrics[topic].get(model, {}).get(name)) for model in models])
+        for topic, name in _figures(metrics)
+    ]
+
+
+def _figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Topic and name of each figure with an interval."""
+    topics = ("test", "forget", "retain", "membership", "head refit")
+    return [
+        (t, name) for t in topics for name in dict.fromkeys(key for row in metrics.get(t, {}).values() for key in row)
+    ]
+
+
+def _title(topic: str, name: str) -> str:
+    return f"{topic}: {title_of(name.replace(' ', '_'))}"
 
 
 def _interval(cell: dict[str, float] | None) -> str:

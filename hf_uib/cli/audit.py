@@ -1,7 +1,7 @@
 """Audit a classifier that is said to have unlearned something.
 
     hf-uib audit --model A --reference B --retrained C --dataset_name D --forget_where source=clinic_a \\
-        --bias_column source --output_dir out
+        --bias_column source --output_dir audited
 
 Any two or three checkpoints of one task will do, not only those of hf_uib. Writes report.json and audit.png. The exit status is 0
 whether the audit is passed or not: `passed` and `flags` are in the report.

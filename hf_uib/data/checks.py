@@ -1,5 +1,6 @@
 """Checks of the data before the first step."""
 
+from collections.abc import Mapping
 from itertools import combinations
 
 import datasets
@@ -11,10 +12,16 @@ from .labels import IGNORED, labels_of
 
 
 def check_one_set(name: str, dataset) -> None:
-    """Refuse what is no set of rows: the name of one, a dictionary of splits, a table of another library."""
+    """Refuse what is no set of rows: the name of one, a dictionary of splits, a table of another library, rows without columns."""
     if isinstance(dataset, (str, dict)) or hasattr(dataset, "iloc"):
         said = ": datasets.Dataset.from_pandas(...)" if hasattr(dataset, "iloc") else ", a split of a data set"
         raise ValueError(f"{name} is a {type(dataset).__name__}; give one set of rows{said}.")
+    if isinstance(dataset, datasets.Dataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        return
+    if len(dataset) and not isinstance(dataset[0], Mapping):
+        raise ValueError(
+            f"The rows of {name} are {type(dataset[0]).__name__}s; give dictionaries, with columns by name."
+        )
 
 
 def of_tokens(labels: np.ndarray) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import datasets
+import fsspec
 
 PAIRS = (
     ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
@@ -163,6 +164,18 @@ def undecoded(feature):
         inner = undecoded(feature.feature)
         return None if inner is None else datasets.List(inner)
     return type(feature)(decode=False) if isinstance(feature, (datasets.Image, datasets.Audio)) else None
+
+
+def content_of(file: dict) -> bytes | None:
+    """Bytes of an undecoded file, read from its path where it holds none; None where there is no file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if file.get("bytes") is not None or not file.get("path"):
+        return file.get("bytes")
+    with fsspec.open(file["path"], "rb") as opened:
+        return opened.read()
 
 
 def values_of(dataset: datasets.Dataset, column: str) -> Iterator:

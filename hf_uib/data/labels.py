@@ -20,6 +20,7 @@ def class_ids(
     columns: Columns = Columns(),  # noqa: B008
     name: str = "the data",
     of_tokens: bool = False,
+    listed: bool = False,
 ) -> dict | None:
     """What each label of a data set is in the model: ``{label: class id}``; None where the labels are ids already.
 
@@ -31,6 +32,7 @@ def class_ids(
         config: of the model.
         name: what a message calls the set.
         of_tokens: a row's labels are a list, one for each word (or token).
+        listed: a row lists the labels that it has; see `lists_labels`.
 
     Raises:
         ValueError: a name is none of the model's while others are, or the labels are no classes.
@@ -39,7 +41,7 @@ def class_ids(
     feature = dataset.features[column]
     values: Iterable = values_of(dataset, column)
     if several_labels(config) and not of_tokens:
-        if not lists_labels(dataset, column, config):
+        if not listed:
             return None
         feature = feature.feature
         values = (value for row in values_of(dataset, column) for value in row or ())
@@ -73,6 +75,7 @@ def class_ids(
     if is_string(feature):
         found = match_names(values, config, name)
         if found is None and values and all(re.fullmatch(r"\d+(\.0)?", v.strip()) for v in values):
+            _refuse_other_numbers(config, name)
             found = {v: int(float(v)) for v in values}
         if found is None:
             raise ValueError(f"The label '{values[0]}' of {name} is no class of the model; it has {known(config)}.")
@@ -80,9 +83,12 @@ def class_ids(
     return _ids_of_numbers(values, config, f"{name} (column '{column}')")
 
 
-def lists_labels(dataset: datasets.Dataset, column: str, config) -> bool:
-    """Whether each row lists the labels that it has, by name or id: the items are class labels or strings, or the lists are ids
-    without a repetition and differ in their lengths."""
+def lists_labels(dataset: datasets.Dataset, column: str, config) -> bool | None:
+    """Whether each row lists the labels that it has, by name or id, or has a number for each label.
+
+    The items of such lists are class labels or strings, or ids without a repetition, and the lists differ in their lengths or have
+    ids above 1. None: they could be either.
+    """
     feature = dataset.features[column]
     if not is_list(feature):
         return False
@@ -92,8 +98,10 @@ def lists_labels(dataset: datasets.Dataset, column: str, config) -> bool:
     if not (isinstance(item, datasets.Value) and "int" in item.dtype):
         return False
     rows = [row for row in values_of(dataset, column) if row is not None]
-    ids = all(len(set(row)) == len(row) and all(v is not None and 0 <= v < labels for v in row) for row in rows)
-    return ids and len({len(row) for row in rows}) > 1
+    if not all(len(set(row)) == len(row) and all(v is not None and 0 <= v < labels for v in row) for row in rows):
+        return False
+    lengths = {len(row) for row in rows}
+    return True if len(lengths) > 1 or labels not in lengths and any(v > 1 for row in rows for v in row) else None
 
 
 def with_label_vectors(dataset: datasets.Dataset, config, columns: Columns) -> datasets.Dataset:
@@ -121,17 +129,19 @@ def _ids_of_numbers(values: list, config, name: str) -> dict | None:
             found = match_names(["true", "false"], config, name) or {}
             return {v: found[str(v).lower()] for v in values}
         return {v: int(v) for v in values}
-    if all(isinstance(v, (int, np.integer)) for v in values):
-        other = {i: n for i, n in model_names(config).items() if n.strip().isdecimal() and int(n) != i}
-        for i, n in other.items():
+    if all(isinstance(v, (int, np.integer)) or isinstance(v, float) and v.is_integer() for v in values):
+        _refuse_other_numbers(config, name)
+        return None if all(isinstance(v, (int, np.integer)) for v in values) else {v: int(v) for v in values}
+    raise ValueError(f"The labels of {name} are not integers; encode them as class ids, or give names.")
+
+
+def _refuse_other_numbers(config, name: str) -> None:
+    for i, n in model_names(config).items():
+        if n.strip().isdecimal() and int(n) != i:
             raise ValueError(
                 f"The labels of {name} are numbers, but the model calls class {i} '{n}': give the labels as text, to be matched "
                 "by name."
             )
-        return None
-    if all(isinstance(v, float) and v.is_integer() for v in values):
-        return {v: int(v) for v in values}
-    raise ValueError(f"The labels of {name} are not integers; encode them as class ids, or give names.")
 
 
 def several_labels(config) -> bool:
@@ -183,6 +193,20 @@ def has_own_names(config) -> bool:
     return any(n != f"LABEL_{i}" for i, n in model_names(config).items())
 
 
+def name_classes(config, dataset, columns: Columns = Columns()) -> None:  # noqa: B008
+    """Give classes that nobody named the names of a data set's class labels, whose numbers the model is trained on."""
+    feature = None
+    if isinstance(dataset, datasets.Dataset) and has_labels(dataset, columns) and not has_own_names(config):
+        feature = dataset.features.get(label_column(dataset, columns))
+        while is_list(feature):
+            feature = feature.feature
+    if isinstance(feature, datasets.ClassLabel) and len({_plain(n) for n in feature.names}) == len(
+        model_names(config)
+    ):
+        config.id2label = dict(enumerate(feature.names))
+        config.label2id = {name: i for i, name in config.id2label.items()}
+
+
 def named_config(configs: dict[str, Any]) -> Any:
     """The config whose class names the data go by: the first with names of its own, else the first.
 
@@ -210,7 +234,8 @@ def _plain(name: str) -> str:
 def labels_of(dataset, columns: Columns = Columns()) -> np.ndarray:  # noqa: B008
     """All labels of an encoded set, ``[n, ...]``, as the model gets them."""
     if not isinstance(dataset, datasets.Dataset):
-        return np.asarray([np.asarray(dataset[i][label_column(dataset, columns)]) for i in range(len(dataset))])
+        name = label_column(dataset, columns) if len(dataset) else ""
+        return np.asarray([np.asarray(dataset[i][name]) for i in range(len(dataset))])
     transform = transform_of(dataset)
     if (
         transform is not None

@@ -16,6 +16,11 @@ from transformers import (
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 
+class PairedRow(dict):
+    """A retained row with its ``position`` in the epoch and the forget rows beside it. A kind of its own, since the user's rows may
+    have columns of any name."""
+
+
 class PairedDataset(Dataset):
     """Retained rows, each with the forget rows that go into the same step; indexed by ``(position, retain, (forget, ...))``."""
 
@@ -33,7 +38,7 @@ class PairedDataset(Dataset):
         retain = fetch(self.retain, [r for _, r, _ in indices])
         forget = iter(fetch(self.forget, [f for _, _, many in indices for f in many]))
         return [
-            {"position": position, "retain": row, "forget": [next(forget) for _ in many]}
+            PairedRow(position=position, retain=row, forget=[next(forget) for _ in many])
             for row, (position, _, many) in zip(retain, indices, strict=True)
         ]
 
@@ -165,7 +170,7 @@ class UIBCollator:
         self.collator, self.columns, self.names = collator, columns, {"label": "labels"} if renames else {}
 
     def __call__(self, features: list[dict]) -> dict:
-        if "retain" not in features[0]:
+        if not isinstance(features[0], PairedRow):
             return self.collate(features)
         forget = [(f["position"] + j, row) for f in features for j, row in enumerate(f["forget"])]
         batch = self.collate([f["retain"] for f in features] + [row for _, row in forget])

@@ -1,6 +1,7 @@
 """From a raw data set to one that a model takes: the one place where columns, labels and inputs are decided."""
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -53,6 +54,7 @@ class Reader:
         columns: names that are not the usual ones.
         max_length: truncation length of texts, in tokens.
         of_tokens: the model labels tokens: a text is a list of words, and a row's labels are a list.
+        listed: where the labels of a set could be a list of those that a row has, or a number for each, they are such a list.
     """
 
     config: Any
@@ -61,6 +63,7 @@ class Reader:
     columns: Columns = Columns()
     max_length: int | None = None
     of_tokens: bool = False
+    listed: bool = False
 
     def __call__(self, dataset, name: str = "the data"):
         """The encoded set; ``name`` is what a message calls it.
@@ -83,12 +86,10 @@ class Reader:
             )
         label, ids, several = None, None, None
         if has_labels(dataset, self.columns):
-            label, ids = (
-                label_column(dataset, self.columns),
-                class_ids(dataset, self.config, self.columns, name, self.of_tokens),
-            )
-            if several_labels(self.config) and not self.of_tokens and lists_labels(dataset, label, self.config):
-                several = len(model_names(self.config))
+            label, listed = label_column(dataset, self.columns), self._lists_labels(dataset)
+            listed = self.listed if listed is None else listed
+            ids = class_ids(dataset, self.config, self.columns, name, self.of_tokens, listed)
+            several = len(model_names(self.config)) if listed else None
         make_input = self._input_of(dataset)
         ready = label is None or (ids is None and several is None and label in ("label", "labels"))
         if make_input is None and ready:
@@ -106,6 +107,17 @@ class Reader:
             ):  # `datasets` needs torchcodec to decode them
                 dataset = dataset.cast_column(name, datasets.Audio(decode=False))
         return dataset
+
+    def _lists_labels(self, dataset) -> bool | None:
+        """Whether the rows of a set list the labels that they have; see `lists_labels`."""
+        if not several_labels(self.config) or self.of_tokens or not has_labels(dataset, self.columns):
+            return False
+        return lists_labels(dataset, label_column(dataset, self.columns), self.config)
+
+    def of_sets(self, sets: Iterable) -> "Reader":
+        """The same for sets that belong together: where one lists the labels of a row, so do those that could."""
+        raw = [one for one in sets if isinstance(one, datasets.Dataset) and transform_of(one) is None and len(one)]
+        return replace(self, listed=any(self._lists_labels(one) for one in raw))
 
     def settled(self, dataset) -> "Reader":
         """The same for further sets of the same data: the columns that were found in ``dataset`` are the ones."""

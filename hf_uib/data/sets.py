@@ -77,11 +77,13 @@ class UnlearningSets:
             raise ValueError("UIBTrainer needs a forget_dataset: the examples that the model is to unlearn.")
         given = {"forget": forget_dataset, "retain": retain_dataset, "calibration": calibration_dataset}
         hashes, labels, encoded = {}, {}, dict.fromkeys(given)
+        stored = {}
         for name, dataset in given.items():
-            if dataset is None:
-                continue
-            check_one_set(f"{name}_dataset", dataset)
-            dataset = streams.stored(dataset, f"{name}_dataset")
+            if dataset is not None:
+                check_one_set(f"{name}_dataset", dataset)
+                stored[name] = streams.stored(dataset, f"{name}_dataset")
+        read = read.of_sets(stored.values())
+        for name, dataset in stored.items():
             if len(dataset) == 0:
                 raise ValueError(f"{name}_dataset has no examples; check the condition that selects it.")
             if isinstance(dataset, datasets.Dataset) and transform_of(dataset) is None:
@@ -147,6 +149,7 @@ def prepare_evaluation(eval_dataset, read: Reader, check_labels: Callable[[str, 
     encoded = {}
     for name, dataset in sets.items():
         what = f"eval_dataset '{name}'" if name else "eval_dataset"
+        check_one_set(what, dataset)
         encoded[name] = read(dataset, what)
         if isinstance(dataset, datasets.Dataset):  # of other kinds one row could cost as much as a step
             check_labels(what, encoded[name])

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from functools import cached_property, partial
 
 import datasets
-import fsspec
 import torch
 from accelerate.utils import gather_object
 
 from ..processes import processes
-from .columns import undecoded
+from .columns import content_of, undecoded
 
 MAX_ROWS = 10_000_000  # of a stream: one without an end has to stop somewhere
 LEFT_FREE = 256 * 2**20  # bytes of the disk
@@ -139,8 +138,7 @@ def _fetched(file):
         return [_fetched(one) for one in file]
     if not isinstance(file, dict) or file.get("bytes") is not None or "://" not in (file.get("path") or ""):
         return file
-    with fsspec.open(file["path"], "rb") as opened:
-        return {"bytes": opened.read(), "path": os.path.basename(file["path"].partition("::")[0])}
+    return {"bytes": content_of(file), "path": os.path.basename(file["path"].partition("::")[0])}
 
 
 class _Refusal(ValueError):
