@@ -99,8 +99,8 @@ class UIBConfig(TrainingArguments):
     noise_to_signal: float | None = field(
         default=None,
         metadata={
-            "help": "kappa: noise over signal in the channel along the pattern. By default 0.5; 0 where no "
-            "pattern is found."
+            "help": "kappa: noise over signal in the channel along the pattern. By default 0.5 (0.25 where "
+            "tokens are labelled); 0 where no pattern is found."
         },
     )
     swap_fraction: float = field(

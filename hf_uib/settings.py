@@ -32,7 +32,8 @@ class ChannelSettings(Limits):
     """The noise channel's settings that are set once for all tasks (docs/method.md, sections 2 and 3a).
 
     Attributes:
-        noise_to_signal: kappa where the contrast is a pattern: a capacity of 0.8 nats per direction.
+        noise_to_signal: kappa where the contrast is a pattern: a capacity of 0.8 nats per direction. Where tokens are labelled
+            half of it (`UnlearningTask.noise_share`).
         pattern_effect: nats by which the pattern's tokens have to move unseen rows, or they are not swapped.
         short_texts: weight of the divergence, on short texts, of the model from the checkpoint, every second one with words of the
             pattern that the checkpoint does not see; 0: none.
