@@ -281,15 +281,15 @@ class UIBTrainer(ResultsMixin, HubMixin):
 
     def _set_channels(self, tokens: PatternTokens) -> None:
         """Noise and share of swapped rows: none where no pattern is found, nor where whole classes go. Where tokens alone tell of
-        one, swapping them is enough for most tasks: noise would close what the margins' gradients do not tell from chance. What
-        mean tokens tell of is in no token that could be swapped, so there noise is drawn."""
+        one that goes with one label, swapping them is enough: noise would close what the margins' gradients do not tell from
+        chance. What mean tokens tell of is in no token that could be swapped, so there noise is drawn."""
         args, kappa = self.args, self.args.noise_to_signal
         if tokens.tokens_per_row > 0:
             self.statistics["pattern_effect"] = self.measurements.pattern_effect(tokens, self.model)
         swap = args.swap_fraction if self.measurements.tokens_found else 0.0
         if not self.measurements.pattern_found:
             self.measurements.compare_means(tokens, self.model)
-        alone = swap and not self.measurements.contrast_found and not self.task.noise_beside_swaps
+        alone = swap and self.sets.one_label and not self.measurements.contrast_found
         if kappa is None and self._pattern_to_unlearn and not alone:
             kappa = args.channel.noise_to_signal * self.task.noise_share
         if args.posterior == "map":

@@ -32,11 +32,9 @@ class UnlearningTask:
 
     Attributes:
         noise_share: how much of `ChannelSettings.noise_to_signal` is drawn where there is a pattern.
-        noise_beside_swaps: noise is drawn too where tokens alone tell of the pattern, and are swapped.
     """
 
     noise_share: float = 1.0
-    noise_beside_swaps: bool = False
 
     @classmethod
     def matches(cls, model: PreTrainedModel) -> bool:
@@ -199,11 +197,10 @@ class TokenLabels(UnlearningTask):
     """One class per token: logits ``[n, length, classes]``, labels ``[n, length]`` class ids; -100: the token has no label.
 
     The labelled tokens of a forget row are what is to be forgotten in it, so a row may be in the forget set with some of its words
-    labelled and in the retained set with others. Half as much noise as elsewhere keeps more; without it the pattern stays.
+    labelled and in the retained set with others. Half as much noise as elsewhere keeps more.
     """
 
     noise_share = 0.5
-    noise_beside_swaps = True
 
     @classmethod
     def matches(cls, model: PreTrainedModel) -> bool:

@@ -418,3 +418,9 @@ def test_two_processes_compute_what_one_does(tmp_path, kind):
     one, two = found
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=2e-4, abs=2e-4), name
+
+
+def test_half_of_the_noise_is_drawn(tmp_path):
+    trainer = trainer_of(tmp_path, noise_to_signal=None, channel_settings={"pattern_z": -1e9})
+    trainer.run_statistics_pass()
+    assert trainer.statistics["noise_to_signal"] == 0.25
