@@ -458,6 +458,8 @@ def test_classes_that_nobody_named_get_the_names_of_the_data(tmp_path):
     args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, report_to="none")
     retrained = retrain(make_model(), named(1, 16).with_format("torch"), args)
     assert retrained.config.id2label == dict(enumerate(names))
+    alike = make_rows(n=16, seed=1).cast_column("labels", datasets.ClassLabel(names=["cat", "dog", "cow", "Cow"]))
+    assert retrain(make_model(), alike, args).config.id2label[0] == "LABEL_0"  # four names for three classes
     rows = dict(
         zip(("forget_dataset", "retain_dataset", "test_dataset"), (named(i, 40) for i in (1, 2, 3)), strict=True)
     )

@@ -232,7 +232,7 @@ def listed(labels):
     return datasets.Dataset.from_dict(make_rows(n=len(labels)).with_format(None).to_dict() | {"labels": labels})
 
 
-def test_what_the_labels_are_is_decided_over_all_sets(tmp_path):
+def test_what_the_labels_are_is_decided_over_all_sets():
     """[0, 1] of two labels: two ids where other sets list ids, else a number for each label."""
     both = listed([[0, 1]] * 8)
     lists, vectors = listed([[0], [0, 1], [1], [1]] * 2), listed([[0, 1], [1, 1]] * 4)

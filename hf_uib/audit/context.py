@@ -253,8 +253,8 @@ class AuditContext:
         groups = {f"class {y}": labels == y for y in np.unique(labels)}
         for attribute in self.attributes.values():
             alone = len(self.attributes) == 1
-            valued = np.where(attribute.groups == "", "", np.char.add("attribute ", attribute.values))
-            names = valued if alone else attribute.groups
+            names = np.char.add("attribute ", attribute.values) if alone else attribute.groups
+            names = np.where(attribute.groups == "", "", names)
             for b in np.unique(names[names != ""]):
                 groups[b] = names == b
                 groups |= {f"class {y}, {b}": (labels == y) & (names == b) for y in np.unique(labels)}

@@ -144,7 +144,7 @@ def gather(
     named: Any = next(m for m in models.values() if m.config is config)
     read = reader_of(named, processing_class, columns).of_sets(datasets.values())
     positive = positive_class(named, positive_label, isinstance(task, MultiLabel))
-    sets, number = _samples(read, datasets, example_column, seed, thresholds, task, model, label)
+    sets, number, examples = _samples(read, datasets, example_column, seed, thresholds, task, model, label)
     _warn_of_nameless(models, config, sets["test"])
     bias_columns = [bias_column] if isinstance(bias_column, str) else list(bias_column or ())
     for setting, name in (*(("bias_column", name) for name in bias_columns), ("example_column", example_column)):
@@ -165,7 +165,6 @@ def gather(
     }
     if len(attributes) > 1:
         attributes[" x ".join(attributes)] = _crossing(list(attributes.values()))
-    examples = _examples(sets["test"], example_column)
     resamplers = {
         part: Resampler(
             examples if part == "test" and examples is not None else out.rows,
@@ -209,10 +208,11 @@ def _samples(
     task: UnlearningTask,
     model: Any,
     label: str | int | None,
-) -> tuple[dict[str, Any], int | None]:
-    """Encoded samples of the sets, copies of an example together; and the number of the label that is looked at, if there are
-    several: rows in which it is not given are left out."""
+) -> tuple[dict[str, Any], int | None, np.ndarray | None]:
+    """Encoded samples of the sets, copies of an example together; the number of the label that is looked at, if there are several:
+    rows in which it is not given are left out; and the numbers of the test rows' examples, if they have some."""
     number: int | None = None
+    examples: np.ndarray | None = None
     wanted = {"forget": thresholds.forget_rows, "retain": thresholds.retain_rows, "test": thresholds.test_rows}
     sets = {}
     for part, rows in datasets.items():
@@ -235,12 +235,13 @@ def _samples(
         else:
             count = max(1, wanted[part] * (ids.max() + 1) // len(ids))
             chosen = np.flatnonzero(np.isin(ids, sample_indices(int(ids.max()) + 1, count, seed))).tolist()
+            examples = np.unique(ids[chosen], return_inverse=True)[1]
         sets[part] = _selected(encoded, chosen)
     if shared := rows_in_common(*(row_hashes(datasets[part]) for part in ("test", "forget"))):
         warnings.warn(
             f"{shared} test rows are forget rows too; give test rows that no model was trained on.", stacklevel=2
         )
-    return sets, number
+    return sets, number, examples
 
 
 def _examples(rows: Any, example_column: str | None) -> np.ndarray | None:
@@ -252,8 +253,8 @@ def _examples(rows: Any, example_column: str | None) -> np.ndarray | None:
     values = _column(rows, example_column)
     if values is None:
         return None
-    known = [f"row {i}" if value is None else f"= {value}" for i, value in enumerate(values)]
-    examples = np.unique(known, return_inverse=True)[1]
+    ids = [f"row {i}" if value is None else f"= {value}" for i, value in enumerate(values)]
+    examples = np.unique(ids, return_inverse=True)[1]
     if len(np.unique(examples)) == len(examples):
         raise ValueError(
             f"No two test rows have the same {example_column} (example_column); give the copies of an example one, or leave it out."
@@ -283,9 +284,9 @@ def _bias_attribute(
     stands_for = None
     if on_forget is not None:
         there = np.asarray([value is not None for value in on_forget], dtype=bool)
-        known, labels = np.asarray([_text(value) for value in on_forget])[there], forget_labels[there]
-        stands_for = attribute_classes(known, labels) if len(known) else None
-        if stands_for is not None and not cramers_v(known, labels) >= attribute_association:
+        given, labels = np.asarray([_text(value) for value in on_forget])[there], forget_labels[there]
+        stands_for = attribute_classes(given, labels) if len(given) else None
+        if stands_for is not None and not cramers_v(given, labels) >= attribute_association:
             stands_for = None
     if stands_for is None:
         codes = np.unique(values, return_inverse=True)[1]

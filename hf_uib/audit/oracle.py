@@ -115,6 +115,6 @@ def _key(model: Any, rows: Any, args: TrainingArguments, processing_class: Any, 
     if hasattr(processing_class, "save_pretrained"):
         with tempfile.TemporaryDirectory() as folder:
             processing_class.save_pretrained(folder)
-            for file in sorted(Path(folder).rglob("*.*")):
+            for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
                 digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

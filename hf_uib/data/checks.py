@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
+from .columns import rows_refused
 from .fingerprints import rows_in_common
 from .labels import IGNORED, labels_of
 
@@ -18,10 +19,8 @@ def check_one_set(name: str, dataset) -> None:
         raise ValueError(f"{name} is a {type(dataset).__name__}; give one set of rows{said}.")
     if isinstance(dataset, datasets.Dataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return
-    if len(dataset) and not isinstance(dataset[0], Mapping):
-        raise ValueError(
-            f"The rows of {name} are {type(dataset[0]).__name__}s; give dictionaries, with columns by name."
-        )
+    if len(dataset) and not isinstance(row := dataset[0], Mapping):
+        raise ValueError(rows_refused(name, row))
 
 
 def of_tokens(labels: np.ndarray) -> bool:

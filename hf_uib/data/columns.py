@@ -43,6 +43,11 @@ def names_of(dataset) -> list[str]:
     return getattr(dataset, "column_names", None) or list(dataset[0])
 
 
+def rows_refused(name: str, row) -> str:
+    """What is said of a set whose rows are no dictionaries."""
+    return f"The rows of {name} are {type(row).__name__}s; give dictionaries, with columns by name."
+
+
 def present(dataset, name: str, what: str) -> str:
     """``name``, if the data set has it.
 

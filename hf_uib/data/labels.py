@@ -195,16 +195,14 @@ def has_own_names(config) -> bool:
 
 def name_classes(config, dataset, columns: Columns = Columns()) -> None:  # noqa: B008
     """Give classes that nobody named the names of a data set's class labels, whose numbers the model is trained on."""
-    feature = None
-    if isinstance(dataset, datasets.Dataset) and has_labels(dataset, columns) and not has_own_names(config):
-        feature = dataset.features.get(label_column(dataset, columns))
-        while is_list(feature):
-            feature = feature.feature
-    if isinstance(feature, datasets.ClassLabel) and len({_plain(n) for n in feature.names}) == len(
-        model_names(config)
-    ):
-        config.id2label = dict(enumerate(feature.names))
-        config.label2id = {name: i for i, name in config.id2label.items()}
+    if not isinstance(dataset, datasets.Dataset) or not has_labels(dataset, columns) or has_own_names(config):
+        return
+    feature = dataset.features.get(label_column(dataset, columns))
+    while is_list(feature):
+        feature = feature.feature
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else []
+    if len(names) == len({_plain(n) for n in names}) == len(model_names(config)):
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
 
 def named_config(configs: dict[str, Any]) -> Any:

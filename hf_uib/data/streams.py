@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..processes import processes
-from .columns import content_of, undecoded
+from .columns import content_of, rows_refused, undecoded
 
 MAX_ROWS = 10_000_000  # of a stream: one without an end has to stop somewhere
 LEFT_FREE = 256 * 2**20  # bytes of the disk
@@ -119,7 +119,7 @@ def _rows(dataset, name: str, folder: str) -> Iterator[dict]:
     count = 0
     for count, row in enumerate(dataset, 1):
         if not isinstance(row, dict):
-            raise _Refusal(f"The rows of {name} are {type(row).__name__}s; give dictionaries, with columns by name.")
+            raise _Refusal(rows_refused(name, row))
         if count > MAX_ROWS:
             raise _Refusal(
                 f"{name} is a stream of more than {MAX_ROWS:,} rows; if it has no end cut it with .take(n), else write it to disk "
